@@ -75,7 +75,7 @@ def did_you_mean(
     close = [lower[match] for match in difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.6)]
     listed = [*close, *(choice for choice in known if choice not in close)]
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    plural = what[:-1] + "ies" if what.endswith("y") else what + ("es" if what.endswith(("s", "ch", "x")) else "s")
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}es" if what.endswith("s") else f"{what}s"
     suggestion = f"Did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}Known {plural}: {', '.join(map(repr, listed[:12]))}{more}."
 
