@@ -1,0 +1,248 @@
+"""Build the documentation site and README.md from the notebooks.
+
+    python tools/docs.py site             # nbs/ -> _proc/ (nbdev) -> _md/ (Markdown) -> _docs/ (Sphinx)
+    python tools/docs.py readme           # nbs/index.ipynb -> README.md
+    python tools/docs.py readme --check   # exit 1 if README.md is stale
+
+nbdev hides cells, adds an entry for each exported name and links the names in backticks. What it leaves
+is meant for Quarto; this file turns it into Markdown that Sphinx and GitHub read.
+"""
+
+import argparse
+import ast
+import base64
+import os.path
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import yaml
+from fastcore.nbio import read_nb
+from nbdev.config import get_config, nbpath2html
+from nbdev.serve import proc_nbs
+
+from links import broken_links
+
+config = get_config(Path(__file__).parent)
+root, notebooks = config.config_path, config.nbs_path
+site_url = config.doc_url.rstrip("/") + "/"
+
+# The side bar: caption -> what the address of its pages starts with. A page that fits none fails the build.
+layers = ["core", "store", "data", "metrics", "loop", "callbacks", "scale", "use", "apps"]
+contents = {"Tutorials": "tutorials/", "How-to": "howto/", "Explanations": "explanations/"}
+contents |= {"Benchmarks": "benchmarks/"} | {layer: f"api/{layer}/" for layer in layers} | {"Top": "api/"}
+top_order = ["learner", "cli", "testing"]
+
+image_types = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", "image/gif": "gif"}
+directive = re.compile(r"#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
+source_link = re.compile(r'\]\(([^)\s]+)\)\{target="_blank"[^}]*\}')
+terminal_color = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def joined(text):
+    return "".join(text) if isinstance(text, list) else text or ""
+
+
+def split_directives(source):
+    """The directives a cell starts with, and the rest of its text."""
+    found, lines = {}, joined(source).splitlines()
+    while lines and (match := directive.match(lines[0])):
+        found[match[1]] = match[2] or "true"
+        lines.pop(0)
+    return found, "\n".join(lines).strip("\n")
+
+
+def fence(text, language=""):
+    """Text as a code block; its fence is longer than any fence within the text."""
+    marks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{marks}{language}\n{text}\n{marks}"
+
+
+def plain(text):
+    return fence(terminal_color.sub("", joined(text)).rstrip("\n"), "text") if joined(text).strip() else ""
+
+
+def only_imports(source):
+    return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in ast.parse(source).body)
+
+
+class Page:
+    """One notebook, as nbdev processed it, to be written as Markdown for the site or for GitHub."""
+
+    def __init__(self, processed, name, for_github, images):
+        self.cells, self.name, self.for_github = processed.cells, PurePosixPath(name), for_github
+        self.url = nbpath2html(self.name).as_posix()
+        self.images, self.n_images = images, 0
+
+    def link(self, url):
+        """Where a link leads to: relative within the site, absolute from GitHub."""
+        parts = urlsplit(url)
+        if url.startswith(site_url):
+            path = url[len(site_url) :].split("#")[0]
+        elif parts.path.endswith(".ipynb") and not parts.netloc:
+            path = os.path.normpath(self.name.parent / nbpath2html(parts.path))
+        else:
+            return url
+        fragment = f"#{parts.fragment}" if parts.fragment else ""
+        if self.for_github:
+            return site_url + path + fragment
+        if path == self.url and fragment:
+            return fragment
+        return os.path.relpath(path, os.path.dirname(self.url) or ".") + fragment
+
+    def markdown(self, text):
+        text = source_link.sub(r"](\1)" + ("" if self.for_github else "{.source-link}"), text)
+        lines, in_code = [], False
+        for line in text.splitlines():
+            in_code ^= line.lstrip().startswith("```")
+            if not in_code:
+                line = re.sub(r"\]\(([^)\s]+)\)", lambda match: f"]({self.link(match[1])})", line)
+            lines.append(line)
+        return "\n".join(lines)
+
+    def api_entry(self, text):
+        """The entry of an exported name, with the anchor that nbdev's links to the name use."""
+        text = re.sub(r"\A\s*---\s*\n", "", text)
+        name = re.search(r"^#+ (\S+)\s*$", text, re.M)
+        anchor = f'<a class="api-anchor" id="{name[1].lower()}"></a>\n\n' if name else ""
+        return anchor + self.markdown(text)
+
+    def image(self, data, extension):
+        self.n_images += 1
+        file = self.images / f"{PurePosixPath(self.url).stem}-{self.n_images}.{extension}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data.encode() if extension == "svg" else base64.b64decode(data))
+        return f"![]({self.images.name}/{file.name})"
+
+    def output(self, output, as_is):
+        if output["output_type"] == "stream":
+            return joined(output["text"]) if as_is else plain(output["text"])
+        if output["output_type"] == "error":
+            return plain("\n".join(output["traceback"]))
+        data = output["data"]
+        if "text/markdown" in data:
+            return (self.api_entry if as_is else self.markdown)(joined(data["text/markdown"]))
+        for kind, extension in image_types.items():
+            if kind in data:
+                return self.image(joined(data[kind]), extension)
+        if "text/html" in data and not self.for_github:  # a blank line would end the HTML block
+            html = re.sub(r"\n\s*\n", "\n", joined(data["text/html"]))
+            return f'<div class="nb-html">\n{html}\n</div>'
+        return plain(data.get("text/plain"))
+
+    def cell(self, cell):
+        """The parts of one cell: its text or code, and its outputs."""
+        directives, source = split_directives(cell.source)
+        if directives.get("include") == "false" or source.startswith("<!-- WARNING"):
+            return []
+        if cell.cell_type == "markdown":
+            return [self.markdown(source)]
+        if cell.cell_type != "code":
+            return []
+        code = [fence(source, "python")] if source and directives.get("echo") != "false" else []
+        if directives.get("output") == "false":
+            return code
+        return code + [self.output(output, directives.get("output") == "asis") for output in cell.outputs]
+
+    def exported(self):
+        """The exported code before each cell that nbdev kept, by id: the page shows what it explains."""
+        code, kept, waiting = {}, {cell.id for cell in self.cells}, []
+        for cell in read_nb(notebooks / self.name).cells:
+            directives, source = split_directives(cell.source)
+            if cell.cell_type == "code" and "export" in directives and not only_imports(source):
+                waiting.append(source)
+            if cell.id in kept:
+                code[cell.id], waiting = waiting, []
+        return code | {"end": waiting}
+
+    def folded(self, sources, after_entry):
+        """Code blocks; folded where the entry of the name, with its signature, stands before."""
+        state = "" if after_entry else " open"
+        for source in sources:
+            yield f"<details{state}><summary>Code</summary>\n\n{fence(source, 'python')}\n\n</details>"
+
+    def header(self, facts):
+        yield f"# {facts['title']}"
+        if "description" in facts:
+            text = facts["description"]
+            yield f"> {text}" if self.for_github else f'<p class="subtitle">{text}</p>'
+        if not self.for_github:
+            place = f"{config.user}/{config.repo}/blob/{config.branch}/{notebooks.name}/{self.name}"
+            colab = f"[Open in Colab](https://colab.research.google.com/github/{place})"
+            yield f"[Notebook on GitHub](https://github.com/{place}) · {colab}"
+
+    def render(self):
+        first, *cells = self.cells
+        parts = [*self.header(yaml.safe_load(joined(first.source).strip().strip("-")))]
+        code, after_entry = ({} if self.for_github else self.exported()), False
+        for cell in cells:
+            parts += self.folded(code.pop(cell.id, ()), after_entry)
+            parts += self.cell(cell)
+            after_entry = cell.cell_type == "code" and "show_doc(" in cell.source
+        parts += self.folded(code.get("end", ()), after_entry)
+        return re.sub(r"\n{3,}", "\n\n", "\n\n".join(part for part in parts if part.strip())).strip() + "\n"
+
+
+def write_readme(check):
+    processed = proc_nbs(n_workers=1, force=True, file_glob=config.readme_nb)
+    page = Page(read_nb(processed / config.readme_nb), config.readme_nb, True, root / "README_files")
+    note = "<!-- Made from nbs/index.ipynb by `python tools/docs.py readme`: edit the notebook. -->\n\n"
+    text, readme = note + page.render(), root / "README.md"
+    if not check:
+        readme.write_text(text, encoding="utf-8")
+    elif not readme.exists() or readme.read_text(encoding="utf-8") != text:
+        sys.exit("README.md is stale: run `python tools/docs.py readme`")
+
+
+def table_of_contents(pages):
+    """The side bar as Sphinx reads it. Pages come in the order of their file names."""
+    left = [nbpath2html(page).with_suffix("").as_posix() for page in pages if page.name != config.readme_nb]
+    for caption, start in contents.items():
+        here = [page for page in left if page.startswith(start)]
+        left = [page for page in left if page not in here]
+        if caption == "Top":
+            here.sort(key=lambda page: top_order.index(page.removeprefix(start)))
+        if here:
+            yield "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *here, "```", ""])
+    if left:
+        sys.exit(f"These pages are in no part of the side bar (`contents` in tools/docs.py): {left}")
+
+
+def build_site():
+    processed, markdown, site = proc_nbs(n_workers=2, force=True), root / "_md", root / "_docs"
+    for folder in [markdown, site]:
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(root / "tools" / "sphinx", markdown)
+    for file in processed.rglob("*"):
+        if file.suffix[1:] in image_types.values():
+            (markdown / file.relative_to(processed)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, markdown / file.relative_to(processed))
+    pages = sorted(file.relative_to(processed) for file in processed.rglob("*.ipynb"))
+    for page in pages:
+        file = markdown / nbpath2html(page).with_suffix(".md")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = Page(read_nb(processed / page), page, False, file.parent / "images").render()
+        side_bar = "\n".join(["", *table_of_contents(pages)]) if page.name == config.readme_nb else ""
+        file.write_text(text + side_bar, encoding="utf-8")
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", markdown, site]
+    subprocess.run(sphinx, check=True)
+    for page in pages:  # the plain text of a page, which the `Docs:` line of its module points to
+        url = nbpath2html(page)
+        shutil.copy2(markdown / url.with_suffix(".md"), site / f"{url}.md")
+    if (notebooks / "llms.txt").exists():
+        shutil.copy2(notebooks / "llms.txt", site)
+    (site / ".nojekyll").touch()  # or GitHub Pages leaves out _static/
+    if broken := list(broken_links(site.resolve())):
+        sys.exit("Broken links:\n" + "\n".join(broken))
+    print(f"{len(pages)} pages in {site}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build the documentation site or README.md.")
+    parser.add_argument("what", choices=["site", "readme"])
+    parser.add_argument("--check", action="store_true", help="readme: only say whether README.md is stale")
+    arguments = parser.parse_args()
+    build_site() if arguments.what == "site" else write_readme(arguments.check)
