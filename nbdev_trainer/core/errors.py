@@ -31,7 +31,7 @@ def _cut(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
-def _describe_items(items: list, depth: int) -> str:
+def _describe_items(items: list | tuple, depth: int) -> str:
     "The parts of a list or tuple: one for all when they are alike, else the first three."
     described = [describe(item, depth=depth - 1) for item in items[:100]]
     if 1 < len(items) <= 100 and len(set(described)) == 1: return f"{described[0]} each"
@@ -53,7 +53,7 @@ def describe(
     if isinstance(value, (list, tuple, Mapping)):
         if not value: return f"empty {kind}"
         if depth < 1: return f"{kind} of {len(value)}"
-        if not isinstance(value, Mapping): return f"{kind} of {len(value)}: {_describe_items(list(value), depth)}"
+        if not isinstance(value, Mapping): return f"{kind} of {len(value)}: {_describe_items(value, depth)}"
         parts = [f"{key!r}: {describe(part, depth=depth - 1)}" for key, part in list(value.items())[:6]]
         return f"{kind} with {', '.join(parts)}" + (f" and {len(value) - 6} more" if len(value) > 6 else "")
     if value is None: return "None"
@@ -72,7 +72,8 @@ def did_you_mean(
     known = [str(choice) for choice in choices]
     if not known: return f"There is no {what} to choose from."
     lower = {choice.lower(): choice for choice in known}
-    close = [lower[match] for match in difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.6)]
+    matches = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.6)
+    close = [lower[match] for match in matches]
     listed = [*close, *(choice for choice in known if choice not in close)]
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
     plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}es" if what.endswith("s") else f"{what}s"
@@ -115,5 +116,5 @@ def require(
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name != package: raise
-        raise MissingPackage(f"{why} needs the package {package!r}, which is not installed. "
-                             f'Install it with: pip install "nbdev_trainer[{extra}]"', name=package) from error
+        raise MissingPackage(f"{why} needs the package {package!r}, which is not installed. Install it with: "
+                             f'pip install "nbdev_trainer[{extra}]"', name=package) from error

@@ -123,7 +123,8 @@ def _join(parts: list[Any]) -> Any:
         if not isinstance(part, (Tensor, list)) or isinstance(part, Tensor) and part.ndim == 0:
             raise ValueError(f"cannot join {describe(part)} (batch {number}) with other batches. Expected a tensor "
                              "whose first dimension counts the samples, or a list with one entry for each sample.")
-    if all(isinstance(part, Tensor) and part.shape[1:] == parts[0].shape[1:] for part in parts): return torch.cat(parts)
+    shapes = {part.shape[1:] if isinstance(part, Tensor) else None for part in parts}
+    if len(shapes) == 1 and None not in shapes: return torch.cat(parts)
     return [sample for part in parts for sample in part]
 
 # %% ../../nbs/api/core/01_nested.ipynb #08dbc145
