@@ -124,7 +124,11 @@ class NotebookItem(pytest.Item):
         with restored():
             try:
                 passed, _ = nbdev.test.test_nb(
-                    self.path, skip_flags=flags, force_flags=run, basepath=root, cell_timeout=config.cell_timeout
+                    self.path,
+                    skip_flags=flags,
+                    force_flags=run,
+                    basepath=root,
+                    cell_timeout=config.cell_timeout,
                 )
             finally:
                 if Shell.current:
