@@ -26,8 +26,8 @@ from torch import Tensor
 from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['write_bytes', 'write_text', 'write_json', 'read_json', 'write_tensors', 'read_metadata', 'read_tensors',
-           'append_line']
+__all__ = ['write_bytes', 'write_text', 'write_json', 'existing_file', 'read_json', 'write_tensors', 'read_metadata',
+           'read_tensors', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def _sync(path: Path) -> None:
@@ -98,8 +98,10 @@ def write_json(
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/api/store/00_files.ipynb #113e594e
-def _existing(path: str | Path) -> Path:
-    "`path`, or an error that says which files there are."
+def existing_file(
+    path: str | Path,  # a file that should be there
+) -> Path:  # the same path
+    "`path`, or an error that says which files there are instead."
     path = Path(path)
     if path.is_file(): return path
     if path.is_dir(): raise IsADirectoryError(f"'{path}' is a directory. Expected a file.")
@@ -113,7 +115,7 @@ def read_json(
     path: str | Path,  # a file with JSON in UTF-8
 ) -> Any:
     "The value in a JSON file."
-    path = _existing(path)
+    path = existing_file(path)
     try: return json.loads(path.read_bytes().decode("utf-8"))
     except json.JSONDecodeError as error: where = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError as error: where = f"byte {error.start} is not UTF-8"
@@ -167,7 +169,7 @@ def write_tensors(
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     "An open safetensors file; a clear error when it is none."
-    path = _existing(path)
+    path = existing_file(path)
     try:
         with safe_open(path, framework="pt") as file: yield file
     except SafetensorError as error:
