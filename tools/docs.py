@@ -11,6 +11,7 @@ is meant for Quarto; this file turns it into Markdown that Sphinx and GitHub rea
 import argparse
 import ast
 import base64
+import inspect
 import os.path
 import re
 import shutil
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+import fastcore.docments
 import yaml
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
@@ -40,6 +42,17 @@ image_types = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", 
 directive = re.compile(r"#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
 source_link = re.compile(r'\]\(([^)\s]+)\)\{target="_blank"[^}]*\}')
 terminal_color = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def signature(thing, eval_str=False):
+    """A signature; types that only a type checker imports stay text."""
+    try:
+        return inspect.signature(thing, eval_str=eval_str)
+    except NameError:
+        return inspect.signature(thing)
+
+
+fastcore.docments.signature = signature  # nbdev writes its entries with it, and stops at such a type
 
 
 def joined(text):
