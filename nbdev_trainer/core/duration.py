@@ -28,8 +28,8 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 def _invalid(shown: str, why: str) -> ValueError:
     "The error for something that is not a duration."
     units = ", ".join(f"{unit!r} {words}" for unit, words in UNITS.items())
-    return ValueError(f"{shown} is not a duration: {why}. Write 10 or '10ep' for ten epochs, or a number with one "
-                      f"of these units: {units}.")
+    return ValueError(f"{shown} is not a duration: {why}. Write 10 or '10ep' for ten epochs, or a number "
+                      f"with one of these units: {units}.")
 
 
 def _check(value: Any, unit: Any, shown: str) -> None:

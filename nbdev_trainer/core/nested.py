@@ -72,6 +72,10 @@ def detach(
     return map_tensors(Tensor.detach, value)
 
 # %% ../../nbs/api/core/01_nested.ipynb #2db63768
+_EXPECTED = ("Expected a tensor whose first dimension counts the samples, a list with one entry for each "
+             "sample, or a dict or tuple of these.")
+
+
 def _sizes(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
     "The name and the number of samples of each part of `value`."
     if isinstance(value, list): yield name, len(value)
@@ -82,8 +86,7 @@ def _sizes(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield from _sizes(part, f"{name} > {label}" if name else label)
     elif isinstance(value, (Tensor, np.ndarray)) and value.ndim: yield name, len(value)
     elif value is not None:
-        raise ValueError(f"{name or 'this'} is {describe(value)} and has no samples to count. Expected a tensor "
-                         "whose first dimension counts the samples, or a list with one entry for each sample.")
+        raise ValueError(f"{name or 'this'} is {describe(value)} and has no samples to count. {_EXPECTED}")
 
 
 def size_of(
@@ -91,8 +94,7 @@ def size_of(
 ) -> int:  # number of samples
     "The number of samples in a batch; an error when its parts disagree or cannot be counted."
     sizes = list(_sizes(value))
-    if not sizes: raise ValueError(f"{describe(value)} holds no samples to count. Expected a tensor, a list, or a "
-                                   "dict or tuple of them.")
+    if not sizes: raise ValueError(f"{describe(value)} holds no samples to count. {_EXPECTED}")
     first_name, size = sizes[0]
     for name, other in sizes[1:]:
         if other != size: raise ValueError(f"{first_name} has {size} samples, {name} has {other}. "
@@ -113,16 +115,14 @@ def index(
         return value._make(parts) if hasattr(value, "_make") else tuple(parts)
     if isinstance(value, Mapping): return {key: index(part, ids) for key, part in value.items()}
     if value is None: return None
-    raise ValueError(f"cannot pick samples from {describe(value)}. Expected a tensor, a list with one entry for each "
-                     "sample, or a dict or tuple of them.")
+    raise ValueError(f"cannot pick samples from {describe(value)}. {_EXPECTED}")
 
 # %% ../../nbs/api/core/01_nested.ipynb #abc1aeec
 def _join(parts: list[Any]) -> Any:
     "Join parts that are all tensors or lists of samples."
     for number, part in enumerate(parts):
         if not isinstance(part, (Tensor, list)) or isinstance(part, Tensor) and part.ndim == 0:
-            raise ValueError(f"cannot join {describe(part)} (batch {number}) with other batches. Expected a tensor "
-                             "whose first dimension counts the samples, or a list with one entry for each sample.")
+            raise ValueError(f"cannot join {describe(part)} (batch {number}) with other batches. {_EXPECTED}")
     shapes = {part.shape[1:] if isinstance(part, Tensor) else None for part in parts}
     if len(shapes) == 1 and None not in shapes: return torch.cat(parts)
     return [sample for part in parts for sample in part]
@@ -136,7 +136,8 @@ def concatenate(
     first = parts[0]
     if isinstance(first, Mapping):
         for number, part in enumerate(parts):
-            if not isinstance(part, Mapping) or part.keys() != first.keys(): raise _unlike(first, part, number)
+            same = isinstance(part, Mapping) and part.keys() == first.keys()
+            if not same: raise _unlike(first, part, number)
         return {key: concatenate([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple):
         for number, part in enumerate(parts):
@@ -158,8 +159,8 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     "A tensor with the numbers of `array`, in the same memory where possible."
     if array.dtype.kind not in "biufc":
         first = f"; the first entry is {describe(array.flat[0])}" if array.size else ""
-        raise ValueError(f"{describe(array)} does not hold numbers{first}. Turn it into an array of numbers first, "
-                         "for instance with a vocabulary for texts, or .astype(...) for numbers kept as objects.")
+        raise ValueError(f"{describe(array)} does not hold numbers{first}. Turn it into an array of numbers: "
+                         "texts by a vocabulary, numbers kept as objects by .astype(...).")
     if not array.dtype.isnative: array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(stride < 0 for stride in array.strides): array = array.copy()
     return torch.from_numpy(array)

@@ -51,7 +51,7 @@ def rng_state() -> dict[str, Any]:  # tensors, numbers, None and lists of them, 
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     if numpy_state["bit_generator"] != "MT19937":
-        raise ValueError(f"numpy's global generator was replaced by {numpy_state['bit_generator']}, whose state "
+        raise ValueError(f"numpy's global generator is a {numpy_state['bit_generator']}, whose state "
                          "cannot be kept. Use a generator of your own (numpy.random.default_rng) instead.")
     state: dict[str, Any] = {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},

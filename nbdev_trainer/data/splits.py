@@ -32,12 +32,12 @@ class Split:
     def __post_init__(self) -> None:
         for name, ids in [("train", self.train), ("valid", self.valid)]:
             if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
-                raise ValueError(f"{name} of a split is {describe(ids)}. Expected an int64 tensor of one dimension "
-                                 "with the positions of samples.")
+                raise ValueError(f"{name} of a split is {describe(ids)}. Expected the positions of samples, "
+                                 "an int64 tensor of one dimension.")
         both = self.train[torch.isin(self.train, self.valid)]
         if len(both):
-            raise ValueError(f"a split has {len(both)} samples on both sides (first: {both[0].item()}). A sample is "
-                             "either trained on or held out.")
+            raise ValueError(f"a split has {len(both)} samples on both sides (first: {both[0].item()}). "
+                             "Expected each sample to be either trained on or held out.")
 
 # %% ../../nbs/api/data/03_splits.ipynb #de33ed37
 def _count(
@@ -47,9 +47,9 @@ def _count(
     "How many of `n` samples are held out; an error if a side would be empty."
     n_valid = valid if isinstance(valid, int) else round(valid * n)
     if 0 < n_valid < n: return n_valid
-    if n < 2: raise ValueError(f"a data set of size {n} cannot be split in two. At least 2 samples are needed.")
-    raise ValueError(f"valid={valid} of {n} samples leaves {max(n - n_valid, 0)} to train on and {n_valid} held out. "
-                     f"Each side needs at least one: pass a number from 1 to {n - 1}, or a fraction that gives one.")
+    if n < 2: raise ValueError(f"a data set of size {n} cannot be split. Expected at least 2 samples.")
+    raise ValueError(f"valid={valid} of {n} samples leaves {max(n - n_valid, 0)} to train on and {n_valid} "
+                     f"held out. Expected a number from 1 to {n - 1}, or a fraction that gives one.")
 
 # %% ../../nbs/api/data/03_splits.ipynb #bb218600
 _SPLIT_EPOCH = 2**63 - 1
@@ -57,7 +57,7 @@ _SPLIT_EPOCH = 2**63 - 1
 
 def random_split(
     *,
-    valid: float | int = 0.2,  # held out: a fraction in (0, 1), rounded to whole samples, or a number of samples
+    valid: float | int = 0.2,  # held out: a fraction in (0, 1), rounded to whole samples, or a number
     seed: int = 0,  # in [0, 2**63); another seed holds out others
 ) -> Callable[[int | Sized], Split]:  # takes a number of samples, or the data itself
     "Hold out samples chosen at random."

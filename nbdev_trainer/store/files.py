@@ -43,7 +43,7 @@ def _replacing(path: str | Path) -> Iterator[Path]:
     "A temporary path to write to; when the block is done it takes the place of `path`."
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write '{path}': there is no directory '{path.parent}'. Make it first.")
+        raise FileNotFoundError(f"cannot write '{path}': there is no directory '{path.parent}'. Make it.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch(exist_ok=False)
@@ -84,7 +84,7 @@ def _find_unplain(value: Any, name: str, problems: Problems) -> None:
     elif isinstance(value, (list, tuple)):
         for number, part in enumerate(value): _find_unplain(part, f"{name}[{number}]", problems)
     elif value is not None and not isinstance(value, (bool, int, float, str)):
-        problems.add(f"{name} is {describe(value)}; expected a number, a text, a bool, None, a list or a dict")
+        problems.add(f"{name} is {describe(value)}; expected a number, text, bool, None, list or dict")
 
 
 def write_json(
@@ -120,7 +120,7 @@ def read_json(
     except json.JSONDecodeError as error: where = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError as error: where = f"byte {error.start} is not UTF-8"
     except RecursionError: where = "it is nested too deeply"
-    raise ValueError(f"'{path}' is not valid JSON: {where}. It may be damaged, or not written by this library.")
+    raise ValueError(f"'{path}' is not valid JSON: {where}. It is damaged, or of another kind.")
 
 # %% ../../nbs/api/store/00_files.ipynb #20a18f97
 _ALIASES = "nbdev_trainer.aliases"  # the metadata entry with second names, a JSON object from alias to name
@@ -153,8 +153,8 @@ def write_tensors(
     "Write tensors in one file, whole or not at all."
     problems = Problems()
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or name == "__metadata__": problems.add(f"{name!r} is no name for a tensor")
-        elif not isinstance(tensor, Tensor): problems.add(f"{name!r} is {describe(tensor)}; expected a tensor")
+        if not isinstance(name, str) or name == "__metadata__": problems.add(f"{name!r} is no tensor's name")
+        elif not isinstance(tensor, Tensor): problems.add(f"{name!r} is {describe(tensor)}, not a tensor")
         elif tensor.is_meta: problems.add(f"{name!r} is {describe(tensor)}; a meta tensor has no numbers")
         elif tensor.layout != torch.strided: problems.add(f"{name!r} is {tensor.layout}; use .to_dense()")
     for key, text in (metadata or {}).items():
@@ -173,9 +173,10 @@ def _opened(path: str | Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file: yield file
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged or of another kind. "
-                         "Files are never unpickled here. If it comes from torch.save and you trust its source, export "
-                         "it: write_tensors(new_path, torch.load(old_path, weights_only=True)).") from error
+        advice = ("Files are never unpickled here. If it comes from torch.save and you trust its source, export "
+                  "it: write_tensors(new_path, torch.load(old_path, weights_only=True)).")
+        raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged, or of another "
+                         f"kind. {advice}") from error
 
 
 def read_metadata(
@@ -195,8 +196,8 @@ def read_tensors(
         aliases = (file.metadata() or {}).get(_ALIASES, "{}")
     try: return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
     except (ValueError, AttributeError, TypeError, KeyError):
-        raise ValueError(f"'{path}' gives second names to tensors that it does not hold: {describe(aliases)}. "
-                         "The file is damaged.") from None
+        raise ValueError(f"'{path}' gives second names to tensors that it does not hold: {describe(aliases)}."
+                         " The file is damaged.") from None
 
 # %% ../../nbs/api/store/00_files.ipynb #1fb8b681
 def append_line(
