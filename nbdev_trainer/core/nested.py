@@ -24,16 +24,20 @@ from .errors import describe
 __all__ = ['map_tensors', 'tensors', 'to_device', 'detach', 'size_of', 'index', 'concatenate', 'as_tensors']
 
 # %% ../../nbs/api/core/01_nested.ipynb #d9b7ba3a
+def _like(value: tuple, parts: list) -> tuple:
+    "A tuple of the type of `value`, with other parts."
+    make = getattr(type(value), "_make", type(value))
+    return make(parts)
+
+
 def _map(kind: type, fn: Callable[[Any], Any], value: Any) -> Any:
     "`value` with `fn` applied to each leaf of type `kind`."
     if isinstance(value, kind): return fn(value)
-    if isinstance(value, tuple):
-        parts = [_map(kind, fn, part) for part in value]
-        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    if isinstance(value, tuple): return _like(value, [_map(kind, fn, part) for part in value])
     if isinstance(value, list): return type(value)([_map(kind, fn, part) for part in value])
     if type(value) is dict: return {key: _map(kind, fn, part) for key, part in value.items()}
     if isinstance(value, Mapping):
-        result = copy.copy(value)
+        result: Any = copy.copy(value)
         for key, part in value.items(): result[key] = _map(kind, fn, part)
         return result
     return value
@@ -110,9 +114,7 @@ def index(
     if isinstance(value, Tensor): return value.index_select(0, ids.to(value.device))
     if isinstance(value, list): return [value[i] for i in ids.tolist()]
     if isinstance(value, np.ndarray): return value[ids.numpy(force=True)]
-    if isinstance(value, tuple):
-        parts = [index(part, ids) for part in value]
-        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    if isinstance(value, tuple): return _like(value, [index(part, ids) for part in value])
     if isinstance(value, Mapping): return {key: index(part, ids) for key, part in value.items()}
     if value is None: return None
     raise ValueError(f"cannot pick samples from {describe(value)}. {_EXPECTED}")
@@ -142,8 +144,7 @@ def concatenate(
     if isinstance(first, tuple):
         for number, part in enumerate(parts):
             if not isinstance(part, tuple) or len(part) != len(first): raise _unlike(first, part, number)
-        joined = [concatenate(list(column)) for column in zip(*parts)]
-        return first._make(joined) if hasattr(first, "_make") else tuple(joined)
+        return _like(first, [concatenate(list(column)) for column in zip(*parts)])
     for number, part in enumerate(parts):
         if (part is None) != (first is None): raise _unlike(first, part, number)
     return _join(parts)

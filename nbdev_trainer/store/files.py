@@ -173,9 +173,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file: yield file
     except SafetensorError as error:
-        advice = ("Files are never unpickled here. If it comes from torch.save and you trust its source, export "
-                  "it: write_tensors(new_path, torch.load(old_path, weights_only=True)).")
-        raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged, or of another "
+        advice = ("Files are never unpickled here. If it comes from torch.save and you trust its source, "
+                  "export it: write_tensors(new_path, torch.load(old_path, weights_only=True)).")
+        raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged or of another "
                          f"kind. {advice}") from error
 
 
