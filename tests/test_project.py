@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import restored
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, PAGES = ROOT / "nbdev_trainer", ROOT / "nbs"
@@ -337,3 +340,17 @@ def test_an_unreadable_page_is_found():
 def test_importing_the_library_loads_nothing_heavy():
     assert heavy_imports("import nbdev_trainer") == set()
     assert heavy_imports("import pandas") == {"pandas"}
+
+
+def test_a_page_leaves_the_process_as_it_was():
+    def settings():
+        generator = torch.get_rng_state().tolist()
+        return torch.get_default_dtype(), torch.get_num_threads(), generator, os.environ.get("A")
+
+    before = settings()
+    with restored():
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(before[1] + 1)
+        torch.rand(1)
+        os.environ["A"] = "changed"
+    assert settings() == before
