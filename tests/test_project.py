@@ -189,8 +189,8 @@ CHECK = re.compile(
 
 
 def only_imports(source):
-    kinds = ast.Import, ast.ImportFrom
-    return all(isinstance(node, kinds) for node in ast.parse(source).body)
+    imports = re.compile("import |from |if TYPE_CHECKING:")
+    return all(imports.match(ast.unparse(node)) for node in ast.parse(source).body)
 
 
 def texture_problems(cells):
@@ -218,6 +218,7 @@ def texture_problems(cells):
         f"{checks / exported:.2f} checks for each exported line; at least 0.15": checks >= 0.15 * exported,
         f"an export cell of {max(sizes)} lines; at most 40": max(sizes) <= 40,
         f"{longest_row} export cells in a row; at most 3": longest_row <= 3,
+        "'| export' in the prose: a directive starts with '#|'": not re.search(r"^\| *export", prose, re.M),
         f"{exported} exported lines; at most 300": exported <= 300,
         f"lines wider than 110 columns: {wide}": not wide,
     }
@@ -334,6 +335,7 @@ def test_an_unreadable_page_is_found():
     assert "an export cell of" in problem([*good, ("code", "#| export\n" + "a = 1\n" * 41)])
     assert "exported lines; at most" in problem(good * 151)
     assert "wider than 110" in problem([*good, ("code", f"a = '{'b' * 110}'")])
+    assert "a directive starts with" in problem([("markdown", "| export\nWhat this is for."), *good])
     assert texture_problems([("markdown", "Texture: one table, read as a whole."), code]) == []
 
 

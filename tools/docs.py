@@ -79,7 +79,8 @@ def plain(text):
 
 
 def only_imports(source):
-    return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in ast.parse(source).body)
+    imports = re.compile("import |from |if TYPE_CHECKING:")
+    return all(imports.match(ast.unparse(statement)) for statement in ast.parse(source).body)
 
 
 class Page:
@@ -123,12 +124,16 @@ class Page:
         anchor = f'<a class="api-anchor" id="{name[1].lower()}"></a>\n\n' if name else ""
         return anchor + self.markdown(text)
 
-    def image(self, data, extension):
+    def image(self, data, extension, is_figure):
         self.n_images += 1
         file = self.images / f"{PurePosixPath(self.url).stem}-{self.n_images}.{extension}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data.encode() if extension == "svg" else base64.b64decode(data))
-        return f"![]({self.images.name}/{file.name})"
+        content = data.encode() if extension == "svg" else base64.b64decode(data)
+        file.write_bytes(content)
+        # A PNG says its width in bytes 16 to 20; notebooks draw figures at twice the size, for sharp screens.
+        sharp = is_figure and extension == "png" and not self.for_github
+        size = f"{{width={int.from_bytes(content[16:20], 'big') // 2}px}}" if sharp else ""
+        return f"![]({self.images.name}/{file.name}){size}"
 
     def output(self, output, as_is):
         if output["output_type"] == "stream":
@@ -140,7 +145,8 @@ class Page:
             return (self.api_entry if as_is else self.markdown)(joined(data["text/markdown"]))
         for kind, extension in image_types.items():
             if kind in data:
-                return self.image(joined(data[kind]), extension)
+                is_figure = joined(data.get("text/plain")).startswith("<Figure")
+                return self.image(joined(data[kind]), extension, is_figure)
         if "text/html" in data and not self.for_github:  # a blank line would end the HTML block
             html = re.sub(r"\n\s*\n", "\n", joined(data["text/html"]))
             return f'<div class="nb-html">\n{html}\n</div>'
