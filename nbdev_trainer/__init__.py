@@ -2,6 +2,10 @@
 
 Modules:
 
+- `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
+- `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves and a table that stays
+- `nbdev_trainer.callbacks.recorder`: The history of a run: a row per epoch, a record now and then per step, as plain data
+- `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
 - `nbdev_trainer.core.errors`: Helpers that make an error message say what happened, what was expected, and what to do
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
@@ -11,6 +15,7 @@ Modules:
 - `nbdev_trainer.data.loaders`: Batches of samples in an order that is a pure function of seed and epoch, and the train, valid and test sets in one place
 - `nbdev_trainer.data.readers`: Read a folder in the format of MNIST, or a CSV file of numbers, into tensors
 - `nbdev_trainer.data.splits`: Which samples are trained on and which are held out
+- `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root
 - `nbdev_trainer.loop.callback`: Code of one's own at the events of the loop: classes with a method per event, checked when they are defined
 - `nbdev_trainer.loop.control`: Calling handlers, asking the loop for something, attaching functions: what callbacks and steps do with a trainer
 - `nbdev_trainer.loop.engine`: Where and how a step runs: the device, the weight of each gradient, and the order in which gradients become a step
@@ -29,4 +34,37 @@ Modules:
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything"""
 
+from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
+from nbdev_trainer.callbacks.progress import Progress
+from nbdev_trainer.callbacks.recorder import History, Recorder
+from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.core.duration import Duration
+from nbdev_trainer.core.seeding import seed_everything
+from nbdev_trainer.data.batch import Batch, StepOutput, from_dict
+from nbdev_trainer.data.datasets import digits
+from nbdev_trainer.data.loaders import Loader, Loaders
+from nbdev_trainer.data.readers import read_mnist_folder, read_numeric_csv
+from nbdev_trainer.data.splits import random_split
+from nbdev_trainer.learner import Learner
+from nbdev_trainer.loop.callback import Callback
+from nbdev_trainer.loop.engine import Precision, Strategy
+from nbdev_trainer.loop.evaluation import Predictions
+from nbdev_trainer.loop.events import Event
+from nbdev_trainer.loop.optimizers import FusedAdamW
+from nbdev_trainer.loop.schedules import Schedule, chained, constant, cosine, linear, one_cycle, warm_up
+from nbdev_trainer.loop.state import State
+from nbdev_trainer.loop.steps import ManualStep, Step, SupervisedStep
+from nbdev_trainer.loop.trainer import Trainer
+from nbdev_trainer.metrics.adapters import WholeSet
+from nbdev_trainer.metrics.base import Loss, Mean, Metric
+from nbdev_trainer.metrics.classification import Accuracy
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Accuracy", "Batch", "CSVTable", "Callback", "Duration", "EarlyStopping", "Event", "FusedAdamW", "History",
+    "JSONLines", "Learner", "Loader", "Loaders", "Loss", "ManualStep", "Mean", "Metric", "Precision", "Predictions",
+    "Progress", "Recorder", "Schedule", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "Trainer",
+    "WholeSet", "chained", "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "random_split",
+    "read_mnist_folder", "read_numeric_csv", "seed_everything", "warm_up",
+]

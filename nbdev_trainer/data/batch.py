@@ -29,7 +29,7 @@ class Batch:
     "Samples that go through the model together"
     inputs: Any                    # handed to the model as it is; a list of images stays a list
     targets: Any = None            # what the predictions are compared with
-    size: int | None = None        # number of samples; None: counted by `size_of`
+    size: int = None               # type: ignore[assignment]  # number of samples; None: not counted yet
     ids: Tensor | None = None      # (size,) int64, position of each sample in its dataset
     weights: Tensor | None = None  # (size,) float, weight of each sample in the loss and the metrics
 
@@ -37,11 +37,11 @@ class Batch:
 @dataclass(slots=True)
 class StepOutput:
     "What one training, evaluation or prediction step computed"
-    loss: Tensor | None = None             # () mean over `count`
-    predictions: Any = None                # what the metrics compare with the targets
-    targets: Any = None                    # None: the targets of the batch
-    count: int | Tensor | None = None      # what the loss is a mean over (samples, tokens, pixels); None: `batch.size`
-    logs: dict[str, Tensor] | None = None  # further scalars to record, kept on the device
+    loss: Tensor | None = None                 # () mean over `count`
+    predictions: Any = None                    # what the metrics compare with the targets
+    targets: Any = None                        # None: the targets of the batch
+    count: int | float | Tensor | None = None  # what `loss` is a mean over; None: `batch.size` samples
+    logs: dict[str, Tensor] | None = None      # further scalars to record, kept on the device
 
 # %% ../../nbs/api/data/00_batch.ipynb #7e5397a6
 def count_samples(
@@ -53,14 +53,15 @@ def count_samples(
     if targets is None: return size
     n_targets = targets.shape[0] if type(targets) is Tensor and targets.ndim else size_of(targets)
     if n_targets != size:
-        raise ValueError(f"inputs hold {size} samples but targets hold {n_targets}. inputs: {describe(inputs)}; "
-                         f"targets: {describe(targets)}. Both need one entry per sample: look at the collate function.")
+        raise ValueError(f"inputs hold {size} samples but targets hold {n_targets}. "
+                         f"inputs: {describe(inputs)}; targets: {describe(targets)}. "
+                         "Both need one entry per sample: look at the collate function.")
     return size
 
 # %% ../../nbs/api/data/00_batch.ipynb #eb236981
 def to_batch(
     raw: Any,                    # what the loader yielded
-    needs_targets: bool = True,  # False: anything that is neither a `Batch` nor a pair is taken as bare inputs
+    needs_targets: bool = True,  # False: what is neither a `Batch` nor a pair is taken as bare inputs
 ) -> Batch:
     "A new `Batch` of what a loader yielded; raises `TypeError` when it is neither a `Batch` nor a pair"
     if isinstance(raw, Batch):
@@ -70,9 +71,9 @@ def to_batch(
         inputs, targets = raw
         return Batch(inputs, targets, count_samples(inputs, targets))
     if not needs_targets: return Batch(raw, None, size_of(raw))
-    raise TypeError(f"the loader gave {describe(raw)}; expected a Batch or a pair (inputs, targets). Say how to read "
-                    "it, for example as_batch=lambda raw: Batch(inputs=raw[0], targets=raw[1]), or "
-                    'as_batch=from_dict("image", targets="label") for a dict.')
+    raise TypeError(f"the loader gave {describe(raw)}; expected a Batch or a pair (inputs, targets). "
+                    "Say how to read it, for example as_batch=lambda raw: Batch(inputs=raw[0], targets=raw[1]), "
+                    'or as_batch=from_dict("image", targets="label") for a dict.')
 
 # %% ../../nbs/api/data/00_batch.ipynb #bc8d4972
 def from_dict(
@@ -81,14 +82,15 @@ def from_dict(
     ids: str | None = None,      # key of the sample positions
     weights: str | None = None,  # key of the sample weights
 ) -> Callable[[dict[str, Any]], Batch]:  # for the argument `as_batch=`
-    "A function that turns a dict into a `Batch`; it raises `KeyError` with the known keys when one is missing"
-    if not inputs: raise ValueError('from_dict needs the key of at least one input, for example from_dict("image")')
+    "A function that makes a `Batch` of a dict; it raises `KeyError` with the known keys when one is missing"
+    if not inputs:
+        raise ValueError('from_dict needs the key of at least one input, for example from_dict("image")')
 
     def as_batch(raw: dict[str, Any]) -> Batch:
         def pick(key: str | None) -> Any:
-            if key is None: return None
-            if key not in raw: raise KeyError(f"the loader's dict has no {key!r}. {did_you_mean(key, raw, what='key')}")
-            return raw[key]
+            if key is None or key in raw: return None if key is None else raw[key]
+            raise KeyError(f"the loader's dict has no {key!r}. {did_you_mean(key, raw, what='key')}")
         picked = {key: pick(key) for key in inputs}
-        return Batch(picked[inputs[0]] if len(inputs) == 1 else picked, pick(targets), None, pick(ids), pick(weights))
+        only = picked[inputs[0]] if len(inputs) == 1 else picked
+        return Batch(only, pick(targets), ids=pick(ids), weights=pick(weights))
     return as_batch

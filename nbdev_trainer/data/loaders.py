@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/loaders.html.md"""
 # %% ../../nbs/api/data/01_loaders.ipynb #e9046095
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ..core.errors import describe
-from ..core.nested import as_tensors, index, size_of
+from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
 from .batch import Batch, count_samples, to_batch
 from .splits import random_split
@@ -90,7 +90,8 @@ def check_loader(loader: Loader) -> None:
         raise ValueError(f"{n} samples with batch_size={size} and drop_last=True give no batch at all; "
                          "use a smaller batch_size, or drop_last=False")
     if not 0 <= loader.rank < loader.world_size:
-        raise ValueError(f"rank is {loader.rank} of {loader.world_size}; expected 0 to {loader.world_size - 1}")
+        raise ValueError(f"rank is {loader.rank} of {loader.world_size} ranks; expected a number from 0, "
+                         "below the number of ranks")
 
 # %% ../../nbs/api/data/01_loaders.ipynb #e746868a
 def fetch_rows(
@@ -102,10 +103,10 @@ def fetch_rows(
         return Batch(index(inputs, ids), None if targets is None else index(targets, ids), len(ids), ids)
     return fetch
 
-# %% ../../nbs/api/data/01_loaders.ipynb #9aee61c1
+# %% ../../nbs/api/data/01_loaders.ipynb #eb445f03
 def fetch_samples(
-    dataset: Dataset,                                          # with a length; each sample a pair (inputs, targets)
-    collate_fn: Callable[[list[Any]], Any] = default_collate,  # a list of samples to what `to_batch` understands
+    dataset: Dataset,                                          # each sample a pair (inputs, targets)
+    collate_fn: Callable[[list[Any]], Any] = default_collate,  # makes what `to_batch` takes of samples
 ) -> Callable[[Tensor], Batch]:
     "A function that reads samples of a dataset one by one and collates them"
     def read(i: int) -> Any:
@@ -131,22 +132,25 @@ def as_loader(
     seed: int,               # for a `Dataset`
 ) -> Iterable[Any]:
     "A dataset as a `Loader`, any other iterable as it is; raises `TypeError` for what yields no batches"
-    misfit = isinstance(source, (IterableDataset, Tensor, str, Mapping)) or not isinstance(source, (Dataset, Iterable))
-    if misfit or (isinstance(source, Dataset) and not hasattr(source, "__len__")):
-        raise TypeError(f"{name} is {describe(source)}; expected an iterable that yields batches, or a torch Dataset "
-                        "with a length. Wrap arrays with Loaders.from_arrays, and an IterableDataset with a DataLoader.")
-    if not isinstance(source, Dataset): return source
-    if batch_size is None: raise ValueError(f"{name} is a Dataset, which has samples but no batches; pass batch_size=")
-    return Loader(fetch_samples(source), torch.arange(len(source)), batch_size=batch_size, shuffle=shuffle, seed=seed)
+    if isinstance(source, Dataset) and isinstance(source, Sized) and not isinstance(source, IterableDataset):
+        if batch_size is None:
+            raise ValueError(f"{name} is a Dataset, which has samples but no batches; pass batch_size=")
+        rows = torch.arange(len(source))
+        return Loader(fetch_samples(source), rows, batch_size=batch_size, shuffle=shuffle, seed=seed)
+    if isinstance(source, (Dataset, Tensor, str, Mapping)) or not isinstance(source, Iterable):
+        raise TypeError(f"{name} is {describe(source)}; expected an iterable that yields batches, or a torch "
+                        "Dataset with a length. Wrap arrays with Loaders.from_arrays, and an IterableDataset "
+                        "with a DataLoader.")
+    return source
 
 # %% ../../nbs/api/data/01_loaders.ipynb #64720e6a
 def named_sets(valid: Any) -> dict[str, Any]:
-    "Validation data by name: a dict as it is, anything else under the name `valid`"
+    "Validation data by name, a single set as `valid`; raises `ValueError` for a name that will not do"
     named = dict(valid) if isinstance(valid, Mapping) else {} if valid is None else {"valid": valid}
     for name in named:
         if not str(name).isidentifier() or name in ("train", "test"):
-            raise ValueError(f"{name!r} names a validation set; its metrics become '{name}_loss', so use a single word "
-                             "other than 'train' and 'test'")
+            raise ValueError(f"{name!r} names a validation set; its metrics become '{name}_loss', so use a "
+                             "single word other than 'train' and 'test'")
     return named
 
 # %% ../../nbs/api/data/01_loaders.ipynb #45ddb25f
@@ -159,10 +163,10 @@ def array_loader(
     batch_size: int,    # samples in a batch, over all ranks together
     name: str,          # for the error
 ) -> Loader:
-    "A `Loader` over all rows of arrays in memory, in their order"
+    "A `Loader` over all rows of arrays in memory; raises `TypeError` for what is not a pair"
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 2:
-        raise TypeError(f"{name} is {describe(arrays)}; expected a pair (inputs, targets), or a fraction to split off "
-                        "such as 0.2")
+        raise TypeError(f"{name} is {describe(arrays)}; expected a pair (inputs, targets), or a fraction to "
+                        "split off such as 0.2")
     inputs, targets = as_tensors(arrays[0]), as_tensors(arrays[1])
     rows = torch.arange(count_samples(inputs, targets))
     return Loader(fetch_rows(inputs, targets), rows, batch_size=batch_size)

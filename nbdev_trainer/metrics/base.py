@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 
 # %% auto #0
@@ -29,8 +30,11 @@ def weighted_sum(
     weights: list[int | float | Tensor],  # as many, known to the host or scalars on the device
     of_sums: bool,                        # whether each value is already a sum over its weight
 ) -> tuple[Tensor, Tensor]:  # the sum of the values, the sum of the weights
-    "Add up scalars on their device in double precision; what has weight zero is left out"
+    "Add up scalars on their device in double precision; raises `ValueError` for a value that is no scalar"
     device = values[0].device
+    if any(value.ndim for value in values):
+        raise ValueError(f"a running mean was given {describe(next(v for v in values if v.ndim))}; expected scalars. "
+                         "A mean over samples: values.mean(), with the number of samples as the weight.")
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
     if any(isinstance(weight, Tensor) for weight in weights):
         counted = torch.stack([torch.as_tensor(weight, dtype=dtype, device=device) for weight in weights])
@@ -38,7 +42,7 @@ def weighted_sum(
     kept = torch.where(counted > 0, torch.stack(values).to(dtype), 0.0)
     return (kept if of_sums else kept * counted).sum(), counted.sum()
 
-# %% ../../nbs/api/metrics/00_base.ipynb #414a07a2
+# %% ../../nbs/api/metrics/00_base.ipynb #07488e85
 FOLD = 64  # scalars kept before they are added up
 
 class RunningMean:
@@ -61,20 +65,26 @@ class RunningMean:
         weight: int | float | Tensor,  # how much it counts: samples, tokens, a sum of sample weights
     ) -> None:
         "Take one more value; nothing is read from the device"
-        self.values.append(value)
+        self.values.append(value.detach() if value.requires_grad else value)
         self.weights.append(weight)
-        if len(self.values) >= FOLD: self.total, self.weight = self.sums(); self.values, self.weights = [], []
+        if len(self.values) >= FOLD: self.fold()
+
+    def fold(self) -> None:
+        "Add the scalars up and let go of them"
+        self.total, self.weight = self.sums()
+        self.values, self.weights = [], []
 
     def sums(self) -> tuple[Tensor | None, Tensor | None]:
         "Sum of the values and sum of the weights so far, on the device; None before the first value"
         if not self.values: return self.total, self.weight
         total, weight = weighted_sum(self.values, self.weights, self.of_sums)
-        return (total, weight) if self.total is None else (self.total + total, self.weight + weight)
+        if self.total is None or self.weight is None: return total, weight
+        return self.total + total, self.weight + weight
 
     def compute(self) -> Tensor:  # () on the device
         "The mean so far; NaN when there is nothing to average"
         total, weight = self.sums()
-        return torch.tensor(float("nan")) if total is None else total / weight
+        return torch.tensor(float("nan")) if total is None or weight is None else total / weight
 
     def state_dict(self) -> dict[str, Any]:
         "Everything needed to go on; the scalars that are not folded stay so"
@@ -136,7 +146,7 @@ class Loss(Metric):
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in the loss of one batch, if the step returned one"
         if output.loss is None: return
-        self.mean.add(output.loss.detach(), batch.size if output.count is None else output.count)
+        self.mean.add(output.loss, batch.size if output.count is None else output.count)
 
 # %% ../../nbs/api/metrics/00_base.ipynb #256c6a20
 class Mean(Metric):

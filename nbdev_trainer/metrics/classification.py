@@ -10,6 +10,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/classification.h
 # %% ../../nbs/api/metrics/01_classification.ipynb #82e41754
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,18 @@ class Accuracy(Metric):
             counts = count_of_each(targets, self.ignore_index, batch.weights)
             self.mean.add((right * counts).sum(), counts.sum())
 
-# %% ../../nbs/api/metrics/01_classification.ipynb #d8c3ba5f
-def check_scores(scores: Tensor, targets: Tensor) -> None:
+# %% ../../nbs/api/metrics/01_classification.ipynb #de2af82e
+def check_scores(
+    scores: Any,   # should be (batch, classes, ...), two classes or more
+    targets: Any,  # should be (batch, ...), integers
+) -> None:
     "Raise `ValueError` unless scores are (batch, classes, ...) and targets integers of shape (batch, ...)"
-    fits = isinstance(scores, Tensor) and isinstance(targets, Tensor) and scores.ndim == targets.ndim + 1
-    if not fits or scores.shape[:1] + scores.shape[2:] != targets.shape or targets.is_floating_point():
-        raise ValueError(f"Accuracy got predictions {describe(scores)} and targets {describe(targets)}; expected scores "
-                         "(batch, classes, ...) and integer class numbers (batch, ...). For another layout pass a "
-                         "function of (predictions, targets) as the metric.")
+    if isinstance(scores, Tensor) and isinstance(targets, Tensor) and scores.ndim == targets.ndim + 1:
+        shape = scores.shape
+        if shape[:1] + shape[2:] == targets.shape and shape[1] > 1 and not targets.is_floating_point(): return
+    raise ValueError(f"Accuracy got predictions {describe(scores)} and targets {describe(targets)}; expected scores "
+                     "(batch, classes, ...), at least two classes, and integer class numbers (batch, ...). For "
+                     "another layout pass a function of (predictions, targets) as the metric.")
 
 def count_of_each(
     targets: Tensor,            # (batch, ...)
@@ -58,5 +64,6 @@ def count_of_each(
     weights: Tensor | None,     # (batch,) weight of each sample
 ) -> Tensor:  # (batch, ...), float
     "How much each target counts"
-    counts = torch.ones_like(targets, dtype=torch.float32) if ignore_index is None else (targets != ignore_index).float()
+    if ignore_index is None: counts = torch.ones_like(targets, dtype=torch.float32)
+    else: counts = (targets != ignore_index).float()
     return counts if weights is None else counts * weights.view(-1, *[1] * (targets.ndim - 1))
