@@ -72,7 +72,7 @@ def to_batch(
         return Batch(inputs, targets, count_samples(inputs, targets))
     if not needs_targets: return Batch(raw, None, size_of(raw))
     raise TypeError(f"the loader gave {describe(raw)}; expected a Batch or a pair (inputs, targets). "
-                    "Say how to read it, for example as_batch=lambda raw: Batch(inputs=raw[0], targets=raw[1]), "
+                    "Say how to read it, for example as_batch=lambda raw: Batch(raw[0], targets=raw[1]), "
                     'or as_batch=from_dict("image", targets="label") for a dict.')
 
 # %% ../../nbs/api/data/00_batch.ipynb #bc8d4972

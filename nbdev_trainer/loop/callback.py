@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.duration import Duration
 from ..core.errors import did_you_mean
-from .events import EVALUATION_EVENTS, Event
+from .events import Event
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['IN_HAND', 'Callback', 'check_method', 'in_order', 'handler_table', 'describe_plan', 'position', 'AttachedFunction',
-           'attach']
+__all__ = ['IN_HAND', 'Callback', 'check_method', 'in_order', 'handler_table', 'describe_plan', 'position', 'Occasions',
+           'AttachedFunction', 'attach']
 
 # %% ../../nbs/api/loop/02_callback.ipynb #d00ad67f
 class Callback:
@@ -58,7 +58,8 @@ class Callback:
 
     def handles(self) -> dict[Event, Callable[[Trainer], None]]:
         "The events this callback acts at, and what to call"
-        return {event: getattr(self, event) for event in Event if getattr(type(self), event) is not getattr(Callback, event)}
+        own = [event for event in Event if getattr(type(self), event) is not getattr(Callback, event)]
+        return {event: getattr(self, event) for event in own}
 
 # %% ../../nbs/api/loop/02_callback.ipynb #4fec28f0
 def check_method(
@@ -66,7 +67,7 @@ def check_method(
     name: str,    # name of the member
     member: Any,  # its value
 ) -> None:
-    "Raise `TypeError` for a method that looks like an event but is none, or cannot be called with the trainer"
+    "Raise `TypeError` for a method that only looks like an event, or cannot be called with the trainer"
     if name.startswith("_") or not callable(member): return
     events = [str(event) for event in Event]
     if name not in events:
@@ -83,36 +84,40 @@ def check_method(
 def in_order(
     callbacks: Sequence[Callback],  # as the user listed them
 ) -> list[Callback]:
-    "Sorted so that `runs_after` and `runs_before` hold, the list deciding ties; raises `ValueError` for a cycle"
+    "Sorted so that `runs_after` and `runs_before` hold, else as listed; raises `ValueError` for a cycle"
     def must_wait(late: Callback, early: Callback) -> bool:
-        return late is not early and (isinstance(early, late.runs_after) or isinstance(late, early.runs_before))
+        if late is early: return False
+        return isinstance(early, late.runs_after) or isinstance(late, early.runs_before)
 
     left, ordered = list(callbacks), []
     while left:
         ready = next((one for one in left if not any(must_wait(one, other) for other in left)), None)
         if ready is None:
             names = ", ".join(type(one).__name__ for one in left)
-            raise ValueError(f"{names} each want to act after another of them; look at their runs_after and runs_before")
+            raise ValueError(f"{names} each want to act after another of them; look at their runs_after "
+                             "and runs_before")
         left.remove(ready)
         ordered.append(ready)
     return ordered
 
 # %% ../../nbs/api/loop/02_callback.ipynb #820409da
 def handler_table(
-    callbacks: Iterable[Callback],  # in the order in which they act
+    callbacks: Iterable[Callback],    # in the order in which they act
     events: Iterable[Event] = Event,  # events that may fire; all others are empty
 ) -> SimpleNamespace:  # one attribute per event: a tuple of functions of the trainer
     "What to call at each event"
-    handled = [callback.handles() for callback in callbacks]
-    allowed = frozenset(events)
-    return SimpleNamespace(**{event: tuple(table[event] for table in handled if event in table) if event in allowed else ()
-                              for event in Event})
+    handled, allowed = [callback.handles() for callback in callbacks], frozenset(events)
+
+    def calls(event: Event) -> tuple[Callable[[Trainer], None], ...]:
+        return tuple(table[event] for table in handled if event in table and event in allowed)
+    return SimpleNamespace(**{event: calls(event) for event in Event})
 
 def describe_plan(
     callbacks: Iterable[Callback],  # in the order in which they act
 ) -> str:
     "A line for each event in use: who acts, in which order"
-    lines = {event: [str(callback) for callback in callbacks if event in callback.handles()] for event in Event}
+    listed = list(callbacks)
+    lines = {event: [str(one) for one in listed if event in one.handles()] for event in Event}
     return "\n".join(f"{event:22}{' > '.join(names)}" for event, names in lines.items() if names)
 
 # %% ../../nbs/api/loop/02_callback.ipynb #1ea0c186
@@ -129,9 +134,9 @@ def position(
     if unit == "st": return state.step + (event in IN_HAND - {Event.after_step})
     return state.epoch + (event in IN_HAND or event in (Event.before_epoch, Event.after_batch))
 
-# %% ../../nbs/api/loop/02_callback.ipynb #8e6bd72f
-class AttachedFunction(Callback):
-    "Calls a function at one event, now and then"
+# %% ../../nbs/api/loop/02_callback.ipynb #6ac62092
+class Occasions(Callback):
+    "When an attached function is due"
     def __init__(self,
         event: Event,                   # when to call it
         fn: Callable[[Trainer], Any],   # called with the trainer
@@ -140,14 +145,9 @@ class AttachedFunction(Callback):
         after: Duration | None = None,  # not before this position is passed
         before: Duration | None = None, # only until this position is reached
     ) -> None:
-        self.event, self.fn, self.every, self.once, self.after, self.before = event, fn, every, once, after, before
+        self.event, self.fn, self.every, self.once = event, fn, every, once
+        self.after, self.before = after, before
         self.turn, self.calls, self.clock = 0, 0, time.monotonic()
-
-    def __str__(self) -> str: return getattr(self.fn, "__name__", repr(self.fn))
-
-    def handles(self) -> dict[Event, Callable[[Trainer], None]]:
-        "The one event it was attached to"
-        return {self.event: self.call}
 
     def is_due(self, state: Any) -> bool:
         "Whether to call the function now"
@@ -163,6 +163,15 @@ class AttachedFunction(Callback):
         else: turn = int(position(state, self.event, every.unit) // every.value)
         last, self.turn = self.turn, turn
         return turn > last
+
+# %% ../../nbs/api/loop/02_callback.ipynb #bb5937e2
+class AttachedFunction(Occasions):
+    "Calls a function at one event, now and then"
+    def __str__(self) -> str: return getattr(self.fn, "__name__", repr(self.fn))
+
+    def handles(self) -> dict[Event, Callable[[Trainer], None]]:
+        "The one event it was attached to"
+        return {self.event: self.call}
 
     def call(self, trainer: Trainer) -> None:
         "Call the function if it is due"
@@ -189,10 +198,13 @@ def attach(
     after: str | int | None = None,     # only after this position, such as "500ba"
     before: str | int | None = None,    # only until this position
 ) -> AttachedFunction:
-    "A callback that calls `fn(trainer)` at an event; raises `ValueError` for an unknown event or duration"
-    if event not in list(Event): raise ValueError(f"{event!r} is not an event. {did_you_mean(event, Event, what='event')}")
+    "A callback that calls `fn(trainer)`; raises `ValueError` or `TypeError` for an argument that cannot be"
+    if event not in list(Event):
+        raise ValueError(f"{event!r} is not an event. {did_you_mean(event, list(Event), what='event')}")
     if not callable(fn): raise TypeError(f"expected a function of the trainer, got {fn!r}")
-    every_, after_, before_ = (None if value is None else Duration.parse(value) for value in (every, after, before))
+    texts = (every, after, before)
+    every_, after_, before_ = (None if text is None else Duration.parse(text) for text in texts)
     for name, limit in (("after", after_), ("before", before_)):
-        if limit and limit.is_time: raise ValueError(f"{name}={str(limit)!r} is a time; expected a count such as '500ba'")
-    return AttachedFunction(Event(event), fn, every_, once, after_, before_)
+        if limit and limit.is_time:
+            raise ValueError(f"{name}={str(limit)!r} is a time; expected a count such as '500ba'")
+    return AttachedFunction(Event[event], fn, every_, once, after_, before_)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.nested import to_device
 from ..data.batch import Batch
+from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'Engine']
@@ -57,7 +58,7 @@ class Precision:
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         "Step the optimizer; whether weights changed"
-        optimizer.step()
+        step_lightly(optimizer)
         return True
 
 class Strategy:

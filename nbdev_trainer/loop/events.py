@@ -27,7 +27,7 @@ class Event(StrEnum):
         return event
 
     before_fit = "before_fit", "once, before the first batch; the model is on its device"
-    before_epoch = "before_epoch", "at the start of a pass over the training data; not again when a fit goes on inside one"
+    before_epoch = "before_epoch", "a pass over the training data begins; not when a fit goes on inside one"
     before_batch = "before_batch", "a training batch is on the device", "current_batch"
     after_predict = "after_predict", "the step has predictions; fired by the step", "output"
     after_loss = "after_loss", "the step has a loss; fired by the step", "output"

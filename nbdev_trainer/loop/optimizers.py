@@ -23,8 +23,8 @@ from torch.optim import optimizer as torch_optimizer
 from ..core.nested import map_tensors
 
 # %% auto #0
-__all__ = ['CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'fused_step', 'parameter_names', 'optimizer_state',
-           'load_optimizer_state', 'restored', 'default_optimizer']
+__all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'fused_step', 'parameter_names',
+           'optimizer_state', 'load_optimizer_state', 'restored', 'step_lightly', 'default_optimizer']
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #afb2e0e3
 class CachedGroup:
@@ -53,18 +53,20 @@ class CachedGroup:
         return gradients  # type: ignore[return-value]
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #7ed0f3de
+GLOBAL_HOOKS = tuple(getattr(torch_optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post"))
+
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    "Whether anything wants to know about each step of the optimizer"
-    watchers = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-    own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return (any(getattr(torch_optimizer, name, True) for name in watchers)
-            or any(getattr(optimizer, name, True) for name in own)
-            or getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
+    "Whether anything wants to know about each step of the optimizer; True where torch does not let us see"
+    before_all, after_all = GLOBAL_HOOKS
+    try: own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    except AttributeError: return True
+    if before_all is None or after_all is None: return True
+    return bool(own or before_all or after_all or getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
 
 def is_plain(group: Mapping[str, Any]) -> bool:
     "Whether a parameter group asks for nothing but fused AdamW"
-    plain = group["fused"] and not (group["amsgrad"] or group["capturable"] or group["differentiable"])
-    return bool(plain) and not isinstance(group["lr"], Tensor) and not any(isinstance(b, Tensor) for b in group["betas"])
+    if not group["fused"] or group["amsgrad"] or group["capturable"] or group["differentiable"]: return False
+    return not (isinstance(group["lr"], Tensor) or isinstance(group["betas"][0], Tensor))
 
 def is_uniform(tensors: list[Tensor]) -> bool:
     "Whether one kernel can take them: dense, on one device, of one floating type, like their gradients"
@@ -88,14 +90,13 @@ class FusedAdamW(torch.optim.AdamW):
         "One step; by torch's own code when something is out of the ordinary"
         if closure is not None or hasattr(self, "grad_scale") or has_hooks(self): return self.step_by_torch(closure)
         if self.cache is None: self.cache = self.make_cache()
-        gradients = [cached.gradients(self.state) for cached in self.cache]
-        if not self.cache or any(one is None for one in gradients):
+        work = [(group, cached, cached.gradients(self.state)) for group, cached in zip(self.param_groups, self.cache)]
+        if not work or not all(gradients is not None and is_plain(group) for group, _, gradients in work):
             self.cache = None
             return self.step_by_torch(closure)
         with torch.no_grad():
-            for group, cached, grads in zip(self.param_groups, self.cache, gradients):
-                if not is_plain(group): return self.step_by_torch(closure)
-                if cached.params: fused_step(group, cached, grads)
+            for group, cached, gradients in work:
+                if gradients: fused_step(group, cached, gradients)
 
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -187,6 +188,14 @@ def restored(
         device = step_device if key == "step" else parameter.device
         return map_tensors(lambda tensor: tensor.detach().to(device, copy=True), value)
     return {key: place(key, value) for key, value in values.items()}
+
+# %% ../../nbs/api/loop/05_optimizers.ipynb #1dfcbfdc
+def step_lightly(optimizer: torch.optim.Optimizer) -> None:
+    "One step, without torch's profiling wrapper where nobody listens"
+    step = type(optimizer).step
+    inner = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
+    if inner is None or "step" in vars(optimizer) or has_hooks(optimizer): optimizer.step()
+    else: inner(optimizer)
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #74ee42a3
 def default_optimizer(

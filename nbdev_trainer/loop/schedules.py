@@ -41,7 +41,8 @@ class Schedule:
         ax: Any = None,  # matplotlib axes; None: new ones
     ) -> Any:  # the axes
         "Draw the factor over progress (needs matplotlib)"
-        ax = ax or require("matplotlib.pyplot", extra="plot", why="Schedule.plot").subplots(figsize=(5, 2.5))[1]
+        pyplot = require("matplotlib.pyplot", extra="plot", why="Schedule.plot")
+        if ax is None: ax = pyplot.subplots(figsize=(5, 2.5))[1]
         progress = [i / 200 for i in range(201)]
         ax.plot(progress, [self(one) for one in progress], label=self.name)
         ax.set(xlabel="progress", ylabel="factor of the learning rate", title=self.name)
@@ -76,7 +77,8 @@ def chained(
     "One schedule after another; raises `ValueError` unless the shares are positive and add up to 1"
     shares = [share for share, _ in parts]
     if not parts or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"the shares of chained schedules are {shares}; expected positive numbers that add up to 1")
+        raise ValueError(f"the shares of chained schedules are {shares}; expected positive numbers that add "
+                         "up to 1")
 
     def fn(progress: float) -> float:
         begin = 0.0
@@ -84,7 +86,8 @@ def chained(
             if progress < begin + share: return schedule((progress - begin) / share)
             begin += share
         return parts[-1][1](min(1.0, (progress - begin) / parts[-1][0]))
-    return Schedule(fn, "chained(" + ", ".join(f"({share:g}, {schedule!r})" for share, schedule in parts) + ")")
+    described = ", ".join(f"({share:g}, {schedule!r})" for share, schedule in parts)
+    return Schedule(fn, f"chained({described})")
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #850b6ac7
 def warm_up(
@@ -100,8 +103,9 @@ def one_cycle(
     start_divisor: float = 25.0,     # the first factor is 1 / this
     end_divisor: float = 1e5,        # the last factor is 1 / this
 ) -> Schedule:
-    "Up and down once, both as half a cosine (Smith 2018, arXiv:1803.09820)"
-    if not 0 < warm_up_share < 1: raise ValueError(f"warm_up_share is {warm_up_share}; expected a share between 0 and 1")
+    "Up and down once, as half cosines (Smith 2018, arXiv:1803.09820); raises `ValueError` for a wrong share"
+    if not 0 < warm_up_share < 1:
+        raise ValueError(f"warm_up_share is {warm_up_share}; expected a share between 0 and 1")
     rise, fall = cosine(1 / start_divisor, 1.0), cosine(1.0, 1 / end_divisor)
     schedule = chained((warm_up_share, rise), (1 - warm_up_share, fall))
     return Schedule(schedule.fn, f"one_cycle(warm_up_share={warm_up_share})")

@@ -35,8 +35,8 @@ class State:
     optimizer: str | None = None        # name of the optimizer at before_step and after_step
     current_batch: Batch | None = None  # the batch in hand
     output: StepOutput | None = None    # what the step answered for it
-    metrics: dict[str, float] = field(default_factory=dict)      # latest results: train_loss, valid_accuracy, ...
-    control: list[dict[str, Any]] = field(default_factory=list)  # requests of callbacks that took effect, with reasons
+    metrics: dict[str, float] = field(default_factory=dict)      # latest results: train_loss, valid_loss, ...
+    control: list[dict[str, Any]] = field(default_factory=list)  # requests that took effect, with reasons
     ending: str | None = None           # "finished", "stopped", "interrupted" or "failed", at after_fit
     skip_batch: str | None = None       # reason to leave this batch out
     skip_step: str | None = None        # reason to drop this window's gradients

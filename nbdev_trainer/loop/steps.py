@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 from .events import STEP_EVENTS, Event
 from ..metrics.base import targets_of
@@ -27,7 +26,7 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Step', 'element_weights', 'count_targets', 'unreduced', 'CountedLoss', 'SupervisedStep', 'ManualStep']
+__all__ = ['Step', 'element_weights', 'count_targets', 'unreduced', 'CountedLoss', 'check_loss', 'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -36,8 +35,9 @@ class Step:
     automatic: ClassVar[bool] = True                 # the loop optimizes the loss that `train` returns
 
     def train(self, trainer: Trainer, batch: Batch) -> StepOutput:
-        "Predictions and loss of a training batch"
-        raise NotImplementedError(f"{type(self).__name__} must define train(self, trainer, batch) -> StepOutput")
+        "Predictions and loss of a training batch; raises `NotImplementedError` unless a class defines it"
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define train(self, trainer, batch) -> StepOutput")
 
     def evaluate(self, trainer: Trainer, batch: Batch) -> StepOutput:
         "Predictions and loss of an evaluation batch; by default what `train` computes"
@@ -63,7 +63,8 @@ def element_weights(
     weight: Tensor | None,       # (classes,) class weights, or None
 ) -> Tensor:  # how much each element counts in the mean, float
     "The weights in the weighted mean that torch's loss takes over the elements of the targets"
-    if ignore_index is None or targets.is_floating_point(): return targets.new_ones(targets.shape, dtype=torch.float32)
+    if ignore_index is None or targets.is_floating_point():
+        return targets.new_ones(targets.shape, dtype=torch.float32)
     kept = targets != ignore_index
     if weight is None: return kept.float()
     return weight.to(targets.device)[torch.where(kept, targets, 0)] * kept
@@ -77,22 +78,25 @@ def count_targets(
     "What torch's cross-entropy divides by"
     if targets.is_floating_point(): return targets.numel() // targets.shape[1]
     on_host = targets.device.type == "cpu"
-    if on_host and weight is None and ignore_index < 0 <= targets.min().item(): return targets.numel()  # none is ignored
-    counted = (targets != ignore_index).sum() if weight is None else element_weights(targets, ignore_index, weight).sum()
+    if on_host and weight is None and ignore_index < 0 <= targets.min().item(): return targets.numel()
+    if weight is None: counted = (targets != ignore_index).sum()
+    else: counted = element_weights(targets, ignore_index, weight).sum()
     return counted.item() if on_host else counted
 
 # %% ../../nbs/api/loop/03_steps.ipynb #578011fe
 def unreduced(
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[[Any, Any], Tensor],  # (predictions, targets) to a scalar
 ) -> Callable[[Any, Any], Tensor] | None:
     "The same loss without reduction; None when it is not one of torch's; raises `ValueError` when it sums"
-    if loss_fn in (F.cross_entropy, F.nll_loss): return lambda scores, targets: loss_fn(scores, targets, reduction="none")
+    functional: Any = loss_fn
+    if loss_fn in (F.cross_entropy, F.nll_loss):
+        return lambda scores, targets: functional(scores, targets, reduction="none")
     reduction = getattr(loss_fn, "reduction", None)
     if reduction == "sum":
         raise ValueError(f"{loss_fn} sums over the batch, so its gradient depends on the batch size; use "
                          "reduction='mean' and a learning rate that is larger by the batch size")
     if reduction not in ("mean", "none"): return None
-    each = copy.copy(loss_fn)
+    each: Any = copy.copy(loss_fn)
     each.reduction = "none"
     return each
 
@@ -101,10 +105,9 @@ class CountedLoss:
     "A loss function and what it is a mean over"
     def __init__(self,
         loss_fn: Callable[[Any, Any], Tensor],                    # (predictions, targets) to a scalar, a mean
-        count: Callable[[StepOutput, Batch], Any] | None = None,  # what it is a mean over; None: known for torch's
+        count: Callable[[StepOutput, Batch], Any] | None = None,  # what over; None: known for torch's losses
     ) -> None:
-        if isinstance(loss_fn, type): raise TypeError(f"loss_fn is the class {loss_fn.__name__}; pass {loss_fn.__name__}()")
-        if not callable(loss_fn): raise TypeError(f"loss_fn is {loss_fn!r}; expected a function of (predictions, targets)")
+        check_loss(loss_fn)
         self.loss_fn, self.count, self.each = loss_fn, count, unreduced(loss_fn)
         functional = loss_fn in (F.cross_entropy, F.nll_loss)
         self.ignore_index: int | None = -100 if functional else getattr(loss_fn, "ignore_index", None)
@@ -117,7 +120,8 @@ class CountedLoss:
             targets = targets_of(output, batch)
             output.loss = self.loss_fn(output.predictions, targets)
             if self.count is not None: output.count = self.count(output, batch)
-            elif self.ignore_index is not None: output.count = count_targets(targets, self.ignore_index, self.weight)
+            elif self.ignore_index is not None:
+                output.count = count_targets(targets, self.ignore_index, self.weight)
         else:
             elements, counts = self.elements(output, batch)
             each = 1.0 if batch.weights is None else batch.weights.view(-1, *[1] * (elements.ndim - 1))
@@ -125,14 +129,23 @@ class CountedLoss:
             output.loss = (elements * each).sum() / output.count
 
     def elements(self, output: StepOutput, batch: Batch) -> tuple[Tensor, Tensor]:  # both (batch, ...)
-        "The loss of each element of the targets, and how much each counts"
+        "The loss of each element of the targets, and how much each counts; raises `ValueError` if not known"
         if self.each is None:
-            raise ValueError(f"the loss of each sample is needed (for Batch.weights), but {self.loss_fn} gives only "
-                             "their mean; use one of torch's losses, or apply the weights in a step of your own")
+            raise ValueError(f"the loss of each sample is needed (for Batch.weights), but {self.loss_fn} "
+                             "gives only their mean; use one of torch's losses, or apply the weights in a "
+                             "step of your own")
         targets = targets_of(output, batch)
         elements = self.each(output.predictions, targets)
         counts = element_weights(targets, self.ignore_index, self.weight)
         return elements, counts if counts.shape == elements.shape else torch.ones_like(elements)
+
+# %% ../../nbs/api/loop/03_steps.ipynb #b517fd82
+def check_loss(loss_fn: Any) -> None:
+    "Raise `TypeError` for what is no loss function"
+    if isinstance(loss_fn, type):
+        raise TypeError(f"loss_fn is the class {loss_fn.__name__}; pass {loss_fn.__name__}()")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is {loss_fn!r}; expected a function of (predictions, targets)")
 
 # %% ../../nbs/api/loop/03_steps.ipynb #1fda71b7
 class SupervisedStep(Step):
@@ -142,7 +155,7 @@ class SupervisedStep(Step):
     def __init__(self,
         loss_fn: Callable[[Any, Any], Tensor],                    # (predictions, targets) to a scalar, a mean
         forward: Callable[[nn.Module, Any], Any] | None = None,   # None: model(inputs)
-        count: Callable[[StepOutput, Batch], Any] | None = None,  # what the loss is a mean over; None: the samples
+        count: Callable[[StepOutput, Batch], Any] | None = None,  # what over; None: the samples
     ) -> None:
         self.loss, self.forward = CountedLoss(loss_fn, count), forward
 
@@ -172,8 +185,8 @@ class ManualStep(Step):
 
     def evaluate(self, trainer: Trainer, batch: Batch) -> StepOutput:
         "Has no default: training changes weights, evaluation must not"
-        raise NotImplementedError(f"{type(self).__name__} has no evaluate(self, trainer, batch); define it, or leave "
-                                  "out the validation data")
+        raise NotImplementedError(f"{type(self).__name__} has no evaluate(self, trainer, batch); define it, "
+                                  "or leave out the validation data")
 
     @property
     def can_evaluate(self) -> bool:

@@ -60,9 +60,9 @@ class WholeSet(Metric):
         "Go on from a saved state"
         self.kept = list(state["kept"])
 
-# %% ../../nbs/api/metrics/02_adapters.ipynb #73113c7c
+# %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
 class FunctionMetric(Metric):
-    "A function of (predictions, targets): averaged if it answers per sample, else called once on the whole set"
+    "A function of (predictions, targets), averaged where it answers per sample, else called on the whole set"
     def __init__(self,
         fn: Callable[[Any, Any], Any],  # (predictions, targets) to (batch,) values or to one number
         name: str | None = None,        # None: the name of the function
@@ -73,16 +73,17 @@ class FunctionMetric(Metric):
         self.per_sample: bool | None = None  # None: not known before the first batch
 
     def update(self, output: StepOutput, batch: Batch) -> None:
-        "Take in one batch"
+        "Take in one batch; raises `ValueError` unless the answer is one value, or one per sample"
         if self.per_sample is False: return self.whole.update(output, batch)
         values = self.fn(detach(output.predictions), targets_of(output, batch))
         if self.per_sample is None:
             self.per_sample = isinstance(values, Tensor) and values.ndim > 0
             if not self.per_sample: return self.whole.update(output, batch)
         if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
-            raise ValueError(f"metric {self.name!r} returned {describe(values)} for a batch of {batch.size} samples; "
-                             "expected one value per sample, or a single number over the whole set")
-        values = values.detach().reshape(batch.size, -1).float().mean(1)
+            raise ValueError(f"metric {self.name!r} returned {describe(values)} for a batch of {batch.size} "
+                             "samples; expected one value per sample, or a single number over the whole set")
+        values = values.detach().float()
+        if values.ndim > 1: values = values.flatten(1).mean(1)
         if batch.weights is None: self.mean.add(values.mean(), batch.size)
         else: self.mean.add((values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum())
 
@@ -105,7 +106,7 @@ class FunctionMetric(Metric):
         self.mean.load_state_dict(state["mean"])
         self.whole.load_state_dict(state["whole"])
 
-# %% ../../nbs/api/metrics/02_adapters.ipynb #ce9f82f2
+# %% ../../nbs/api/metrics/02_adapters.ipynb #4f4c3682
 class TorchMetric(Metric):
     "A metric of torchmetrics"
     def __init__(self,
@@ -142,7 +143,7 @@ class TorchMetric(Metric):
         "Go on from a saved state"
         self.metric.reset()
         self.metric.load_state_dict(dict(state["metric"]))
-        self.metric._update_count = state["count"]  # no public setter; without it compute() warns that it has no data
+        self.metric._update_count = state["count"]  # no public setter; without it compute() warns of no data
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #db32b20e
 def as_metric(
@@ -155,18 +156,18 @@ def as_metric(
     torchmetrics = sys.modules.get("torchmetrics")  # whoever passes one has imported it
     if torchmetrics and isinstance(given, torchmetrics.Metric): return TorchMetric(given)
     if callable(given): return FunctionMetric(given)
-    raise TypeError(f"metric {given!r} is neither a Metric, a torchmetrics metric, nor a function of (predictions, "
-                    "targets); for example metrics=[Accuracy()]")
+    raise TypeError(f"metric {given!r} is neither a Metric, a torchmetrics metric, nor a function of "
+                    "(predictions, targets); for example metrics=[Accuracy()]")
 
 def as_metrics(
     given: Iterable[Any],  # as `as_metric` takes them
 ) -> list[Metric]:
-    "All metrics of a run; raises `ValueError` when two have the same name"
+    "All metrics of a run; raises `TypeError` for what is no list, `ValueError` when two have the same name"
     if isinstance(given, Metric) or not isinstance(given, Iterable) or isinstance(given, str):
         raise TypeError(f"metrics is {given!r}; expected a list of metrics, such as [Accuracy()]")
     metrics = [as_metric(one) for one in given]
     names = [metric.name for metric in metrics]
     for name in names:
         if names.count(name) > 1 or name in ("loss", "lr"):
-            raise ValueError(f"the metric name {name!r} is taken; give each metric a name of its own with name=")
+            raise ValueError(f"the metric name {name!r} is taken; give each metric its own name with name=")
     return metrics

@@ -25,6 +25,8 @@ from ..data.batch import Batch, StepOutput
 __all__ = ['FOLD', 'weighted_sum', 'RunningMean', 'Metric', 'snake_case', 'targets_of', 'Loss', 'Mean', 'function_name']
 
 # %% ../../nbs/api/metrics/00_base.ipynb #fcd5540e
+FOLD = 64  # scalars kept before they are added up
+
 def weighted_sum(
     values: list[Tensor],                 # scalars on one device
     weights: list[int | float | Tensor],  # as many, known to the host or scalars on the device
@@ -32,19 +34,18 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor]:  # the sum of the values, the sum of the weights
     "Add up scalars on their device in double precision; raises `ValueError` for a value that is no scalar"
     device = values[0].device
-    if any(value.ndim for value in values):
-        raise ValueError(f"a running mean was given {describe(next(v for v in values if v.ndim))}; expected scalars. "
-                         "A mean over samples: values.mean(), with the number of samples as the weight.")
+    stacked = torch.stack(values)
+    if stacked.ndim > 1:
+        raise ValueError(f"a running mean was given {describe(values[0])}; expected scalars. For a value per "
+                         "sample: add(values.mean(), number of samples).")
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
     if any(isinstance(weight, Tensor) for weight in weights):
         counted = torch.stack([torch.as_tensor(weight, dtype=dtype, device=device) for weight in weights])
     else: counted = torch.tensor(weights, dtype=dtype).to(device, non_blocking=True)
-    kept = torch.where(counted > 0, torch.stack(values).to(dtype), 0.0)
+    kept = torch.where(counted > 0, stacked.to(dtype), 0.0)
     return (kept if of_sums else kept * counted).sum(), counted.sum()
 
 # %% ../../nbs/api/metrics/00_base.ipynb #07488e85
-FOLD = 64  # scalars kept before they are added up
-
 class RunningMean:
     "The weighted mean of scalars, kept on their device until it is computed"
     def __init__(self,
@@ -67,12 +68,9 @@ class RunningMean:
         "Take one more value; nothing is read from the device"
         self.values.append(value.detach() if value.requires_grad else value)
         self.weights.append(weight)
-        if len(self.values) >= FOLD: self.fold()
-
-    def fold(self) -> None:
-        "Add the scalars up and let go of them"
-        self.total, self.weight = self.sums()
-        self.values, self.weights = [], []
+        if len(self.values) >= FOLD:
+            self.total, self.weight = self.sums()
+            self.values, self.weights = [], []
 
     def sums(self) -> tuple[Tensor | None, Tensor | None]:
         "Sum of the values and sum of the weights so far, on the device; None before the first value"
@@ -88,7 +86,7 @@ class RunningMean:
 
     def state_dict(self) -> dict[str, Any]:
         "Everything needed to go on; the scalars that are not folded stay so"
-        return dict(total=self.total, weight=self.weight, values=list(self.values), weights=list(self.weights))
+        return dict(total=self.total, weight=self.weight, values=self.values[:], weights=self.weights[:])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from a saved state"
@@ -152,7 +150,7 @@ class Loss(Metric):
 class Mean(Metric):
     "The mean over batches of `fn(predictions, targets)`, weighted by their sizes"
     def __init__(self,
-        fn: Callable[[Any, Any], Tensor],  # (predictions, targets) to a scalar tensor that is a mean over samples
+        fn: Callable[[Any, Any], Tensor],  # (predictions, targets) to (), a mean over samples
         name: str | None = None,           # None: the name of the function
         higher_is_better: bool | None = None,
     ) -> None:

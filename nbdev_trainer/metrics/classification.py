@@ -35,7 +35,7 @@ class Accuracy(Metric):
         self.mean, self.ignore_index = RunningMean(of_sums=True), ignore_index
 
     def update(self, output: StepOutput, batch: Batch) -> None:
-        "Take in scores (batch, classes, ...) and integer targets (batch, ...); raises `ValueError` for other shapes"
+        "Take in one batch; raises `ValueError` for shapes other than `check_scores` allows"
         scores, targets = output.predictions, targets_of(output, batch)
         check_scores(scores, targets)
         right = scores.argmax(1) == targets
@@ -54,9 +54,9 @@ def check_scores(
     if isinstance(scores, Tensor) and isinstance(targets, Tensor) and scores.ndim == targets.ndim + 1:
         shape = scores.shape
         if shape[:1] + shape[2:] == targets.shape and shape[1] > 1 and not targets.is_floating_point(): return
-    raise ValueError(f"Accuracy got predictions {describe(scores)} and targets {describe(targets)}; expected scores "
-                     "(batch, classes, ...), at least two classes, and integer class numbers (batch, ...). For "
-                     "another layout pass a function of (predictions, targets) as the metric.")
+    raise ValueError(f"Accuracy got predictions {describe(scores)} and targets {describe(targets)}; expected "
+                     "scores (batch, classes, ...), at least two classes, and integer class numbers (batch, "
+                     "...). For another layout pass a function of (predictions, targets) as the metric.")
 
 def count_of_each(
     targets: Tensor,            # (batch, ...)

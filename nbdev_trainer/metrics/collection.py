@@ -23,7 +23,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Loss, Metric, RunningMean
 
 # %% auto #0
-__all__ = ['read_scalars', 'MetricSet']
+__all__ = ['read_scalars', 'Measuring', 'MetricSet']
 
 # %% ../../nbs/api/metrics/03_collection.ipynb #3ae276db
 def read_scalars(
@@ -33,8 +33,8 @@ def read_scalars(
     on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     for name, value in on_device.items():
         if value.numel() != 1:
-            raise ValueError(f"{name!r} is {describe(value)}; expected a scalar. A metric with several results returns a "
-                             "dict of scalars.")
+            raise ValueError(f"{name!r} is {describe(value)}; expected a scalar. A metric with several "
+                             "results returns a dict of scalars.")
     numbers: dict[str, float] = {}
     if on_device:
         device = next(iter(on_device.values())).device
@@ -45,8 +45,8 @@ def read_scalars(
     return {name: numbers[name] if name in numbers else float(value) for name, value in values.items()}
 
 # %% ../../nbs/api/metrics/03_collection.ipynb #0cd874e3
-class MetricSet:
-    "Copies of the metrics for one data set"
+class Measuring:
+    "Takes batches in and gives the results of all metrics; `MetricSet` adds saving"
     def __init__(self,
         metrics: Sequence[Metric],  # copied
     ) -> None:
@@ -68,7 +68,7 @@ class MetricSet:
             for name, value in output.logs.items(): self.log(name, value, batch.size or 1)
 
     def log(self, name: str, value: Tensor | float, weight: int = 1) -> None:
-        "Average one more scalar under this name"
+        "Average one more scalar under this name; raises `ValueError` for a taken name, or for no scalar"
         if name in [metric.name for metric in self.metrics]:
             raise ValueError(f"cannot log {name!r}: a metric has that name. Choose another name.")
         scalar = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -81,18 +81,24 @@ class MetricSet:
         for metric in self.metrics:
             if isinstance(metric, Loss) and not self.has_loss: continue
             value = metric.compute()
-            results |= {f"{metric.name}_{key}": one for key, one in value.items()} if isinstance(value, dict) else {metric.name: value}
+            if isinstance(value, dict): results |= {f"{metric.name}_{key}": one for key, one in value.items()}
+            else: results[metric.name] = value
         return read_scalars(results | {name: mean.compute() for name, mean in self.logs.items()})
 
+# %% ../../nbs/api/metrics/03_collection.ipynb #c2bcbd79
+class MetricSet(Measuring):
+    "Copies of the metrics for one data set"
     def state_dict(self) -> dict[str, Any]:
         "The state of every metric, to go on in the middle of a pass"
-        return {"metrics": {metric.name: metric.state_dict() for metric in self.metrics}, "has_loss": self.has_loss,
-                "logs": {name: mean.state_dict() for name, mean in self.logs.items()}}
+        return {"metrics": {metric.name: metric.state_dict() for metric in self.metrics},
+                "logs": {name: mean.state_dict() for name, mean in self.logs.items()},
+                "has_loss": self.has_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on from a saved state; the metrics must be the same"
+        "Go on from a saved state; raises `ValueError` unless the metrics are the same"
         names, saved = [metric.name for metric in self.metrics], list(state["metrics"])
-        if names != saved: raise ValueError(f"the saved run has the metrics {saved}, this one {names}; use the same metrics")
+        if names != saved:
+            raise ValueError(f"the saved run has the metrics {saved}, this one {names}; use the same metrics")
         for metric in self.metrics: metric.load_state_dict(state["metrics"][metric.name])
         self.logs, self.has_loss = {}, state["has_loss"]
         for name, saved_mean in state["logs"].items():

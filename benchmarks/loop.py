@@ -1,0 +1,141 @@
+"""What a training step costs: ours beside the loop of the tutorials and the barest loop one can write.
+
+    python benchmarks/loop.py [--steps 1000] [--rounds 15]
+
+All loops train the same tiny model (32-64-10, ReLU, batch 32) on the same list of ready batches, on one thread. They
+take turns in every round, so a machine that is busy for a while is busy for all of them. Shown is the median over the
+rounds, and ratios of medians. The model is small on purpose: what is left to see is the loop.
+"""
+import argparse
+import io
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+from torch import nn
+
+import nbdev_trainer
+from nbdev_trainer import Accuracy, Callback, Learner, Progress
+from nbdev_trainer.loop.optimizers import default_optimizer
+
+loss_fn = nn.CrossEntropyLoss()
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def make_batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, 32, 32, generator=generator)
+    return [(batch, batch[:, :10].argmax(1)) for batch in inputs]
+
+
+def tutorial(batches, fused: bool = False) -> float:
+    "As most tutorials have it: loss and accuracy brought to the host at each step"
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused or None)
+    start, total, right = time.perf_counter(), 0.0, 0.0
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        predictions = model(inputs)
+        loss = loss_fn(predictions, targets)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+        right += (predictions.argmax(1) == targets).float().mean().item()
+    return time.perf_counter() - start
+
+
+def bare(batches) -> float:
+    "Fused optimizer, nothing tracked"
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    start = time.perf_counter()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss_fn(model(inputs), targets).backward()
+        optimizer.step()
+    return time.perf_counter() - start
+
+
+class Screen(io.StringIO):
+    "A terminal that nobody looks at, so that the progress bar is really drawn"
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Nothing(Callback):
+    "Listens to every event of a training step and does nothing"
+
+    def before_batch(self, trainer) -> None: ...
+    def after_predict(self, trainer) -> None: ...
+    def after_loss(self, trainer) -> None: ...
+    def after_backward(self, trainer) -> None: ...
+    def before_step(self, trainer) -> None: ...
+    def after_step(self, trainer) -> None: ...
+    def after_batch(self, trainer) -> None: ...
+
+
+def ours(batches, optimizer: Callable | None = None, callbacks: int = 0) -> float:
+    "With loss and accuracy tracked, history and progress on"
+    model = make_model()
+    learner = Learner(model, (batches, None), loss_fn, metrics=[Accuracy()], device="cpu", lr=1e-3,
+                      optimizer=optimizer or default_optimizer,
+                      callbacks=[Progress(file=Screen()), *(Nothing() for _ in range(callbacks))])
+    start = time.perf_counter()
+    learner.fit(1)
+    return time.perf_counter() - start
+
+
+def fused_adam(params, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=lr, fused=True)
+
+
+loops = {
+    "bare, fused Adam, nothing tracked": bare,
+    "tutorial, `.item()` of loss and accuracy": tutorial,
+    "tutorial, fused Adam": lambda batches: tutorial(batches, fused=True),
+    "**ours, default optimizer**": ours,
+    "ours, the user's own fused Adam": lambda batches: ours(batches, fused_adam),
+    "ours, the user's own unfused Adam": lambda batches: ours(batches, torch.optim.Adam),
+    "ours, default optimizer, ten callbacks that do nothing": lambda batches: ours(batches, callbacks=10),
+}
+
+
+def measure(steps: int, rounds: int) -> dict[str, list[float]]:
+    "Microseconds a step, for each loop in each round"
+    batches = make_batches(steps)
+    for loop in loops.values():
+        loop(batches[:50])
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            times[name].append(loop(batches) / steps * 1e6)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each loop in a round")
+    parser.add_argument("--rounds", type=int, default=15, help="times that all loops take their turn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    medians = {name: statistics.median(times) for name, times in measure(arguments.steps, arguments.rounds).items()}
+    by_bare, by_tutorial = list(medians.values())[:2]
+    print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
+          f"{platform.python_version()}, one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    print("| loop | µs a step | / bare | / tutorial |\n|---|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.0f} | {median / by_bare:.2f} | {median / by_tutorial:.2f} |")
+    *_, with_none, _, _, with_ten = medians.values()
+    print(f"\nTen callbacks that listen to all seven events of a step: {with_ten - with_none:+.1f} µs a step together.")
+
+
+if __name__ == "__main__":
+    main()
