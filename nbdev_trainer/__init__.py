@@ -32,7 +32,8 @@ Modules:
 - `nbdev_trainer.metrics.base`: What a metric is, and the running mean on the device that most of them are made of
 - `nbdev_trainer.metrics.classification`: How often the class with the highest score is the right one
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
-- `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything"""
+- `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
+- `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress

@@ -23,13 +23,14 @@ from ..data.batch import Batch
 from .optimizers import step_lightly
 
 # %% auto #0
-__all__ = ['available_devices', 'find_device', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'Engine']
+__all__ = ['available_devices', 'find_device', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
     "The devices this machine can train on"
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
 
 def find_device(
     device: str | torch.device = "auto",  # "auto", or what torch.device takes
@@ -39,15 +40,18 @@ def find_device(
     if str(device) == "auto": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"{device!r} names no device; this machine has {available}, and 'auto' takes the first") from None
+        raise ValueError(f"{device!r} names no device; this machine has {available}, and 'auto' takes the "
+                         "first") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
-    if found.type not in ("cuda", "mps") or str(found) in (*available, "mps:0"): return found
-    raise ValueError(f"this machine has no device {str(found)!r}; it has {available}. Pass one of them, or device='auto'.")
+    name = "mps" if str(found) == "mps:0" else str(found)
+    if found.type not in ("cuda", "mps") or name in available: return found
+    raise ValueError(f"this machine has no device {name!r}; it has {available}. Pass one of them, or "
+                     "device='auto'.")
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3
 class Precision:
     "How numbers are represented while a step runs; this one leaves dtypes as the user made them"
-    context: Callable[[], AbstractContextManager[Any]] | None = None  # entered around each step; None: nothing to enter
+    context: Callable[[], AbstractContextManager[Any]] | None = None  # entered around each step, if any
 
     def scale(self, loss: Tensor) -> Tensor:
         "The loss to back-propagate"
@@ -91,10 +95,12 @@ class Window:
         self.counts.append(count)
         if not isinstance(count, Tensor) and count == 0: return None
         if self.divisor is None:  # a count on the device may be zero, which the host cannot see
-            self.divisor = self.size * (torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count)
+            first = torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
+            self.divisor = self.size * first
         share = count / self.divisor
         if isinstance(share, Tensor): return share.to(loss.dtype)
-        if share not in self.weights: self.weights[share] = torch.tensor(share, dtype=loss.dtype, device=loss.device)
+        if share not in self.weights:
+            self.weights[share] = torch.tensor(share, dtype=loss.dtype, device=loss.device)
         return self.weights[share]
 
     def correction(self) -> float | Tensor | None:  # None: the gradients are right as they are
@@ -114,7 +120,11 @@ class OptimizerSlot:
     "An optimizer with its name, its parameters and its open window"
     __slots__ = ("name", "optimizer", "window", "pending")
 
-    def __init__(self, name: str, optimizer: torch.optim.Optimizer, accumulate: int) -> None:
+    def __init__(self,
+        name: str,                         # what a step and the callbacks call it
+        optimizer: torch.optim.Optimizer,  # with all its parameters
+        accumulate: int,                   # batches in a full window
+    ) -> None:
         self.name, self.optimizer, self.window = name, optimizer, Window(accumulate)
         self.pending = False  # whether there are gradients that no step has used yet
 
@@ -130,26 +140,27 @@ class OptimizerSlot:
         self.pending = False
         if self.window.size > 1: self.window.clear()
 
-# %% ../../nbs/api/loop/06_engine.ipynb #fd6cfa0b
-class Engine:
-    "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
+# %% ../../nbs/api/loop/06_engine.ipynb #34b99878
+class EngineParts:
+    "What an engine is made of: where steps run, and in which context"
     def __init__(self,
-        model: nn.Module,
+        model: nn.Module,                                 # on its device already
         optimizers: Mapping[str, torch.optim.Optimizer],  # by name
-        device: torch.device,
+        device: torch.device,                             # where batches are moved to
         *,
-        accumulate: int = 1,              # batches per optimizer step
-        clip_norm: float | None = None,   # largest norm of all gradients of one optimizer; None: not clipped
+        accumulate: int = 1,                 # batches per optimizer step
+        clip_norm: float | None = None,      # largest norm of all gradients of one optimizer; None: not clipped
         precision: Precision | None = None,  # None: dtypes as the user made them
         strategy: Strategy | None = None,    # None: one process
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; expected the number of batches per step, at least 1")
-        if clip_norm is not None and not clip_norm > 0: raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
         self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
         self.model = self.strategy.prepare(model)
-        self.slots = {name: OptimizerSlot(name, optimizer, accumulate) for name, optimizer in optimizers.items()}
+        self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def move(self, batch: Batch) -> Batch:
         "The batch with inputs, targets and weights on the device; `ids` stay where they are"
@@ -163,10 +174,13 @@ class Engine:
         if self.precision.context is None: return method(trainer, batch)
         with self.precision.context(): return method(trainer, batch)
 
+# %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
+class Engine(EngineParts):
+    "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
         loss: Tensor,                            # () a mean over `count`
         count: int | float | Tensor,             # samples, tokens, ...
-        slot: OptimizerSlot,
+        slot: OptimizerSlot,                     # of the optimizer that will step
         only_its_parameters: bool = False,       # True: no other parameter gets a gradient
         retain_graph: bool = False,              # True: the graph is needed again
     ) -> None:

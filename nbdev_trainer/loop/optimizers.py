@@ -32,8 +32,8 @@ class CachedGroup:
     __slots__ = ("params", "others", "averages", "squares", "steps")
 
     def __init__(self,
-        params: list[Tensor],             # all parameters of the group
-        state: dict[Tensor, dict[str, Any]],  # the optimizer's state; started here where a parameter has none
+        params: list[Tensor],                 # all parameters of the group
+        state: dict[Tensor, dict[str, Any]],  # the optimizer's state; started here where there is none
     ) -> None:
         self.params = [p for p in params if p.grad is not None]
         self.others = [p for p in params if p.grad is None]
@@ -47,13 +47,14 @@ class CachedGroup:
 
     def gradients(self, state: dict[Tensor, dict[str, Any]]) -> list[Tensor] | None:
         "The gradients in the order of the parameters; None if the cached lists do not fit any more"
-        gradients = [p.grad for p in self.params]
+        gradients: list[Any] = [p.grad for p in self.params]
         if self.params and state[self.params[0]].get("exp_avg") is not self.averages[0]: return None
         if any(g is None for g in gradients) or any(p.grad is not None for p in self.others): return None
-        return gradients  # type: ignore[return-value]
+        return gradients
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #7ed0f3de
-GLOBAL_HOOKS = tuple(getattr(torch_optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post"))
+GLOBAL_HOOKS = tuple(getattr(torch_optimizer, f"_global_optimizer_{when}_hooks", None)
+                     for when in ("pre", "post"))
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     "Whether anything wants to know about each step of the optimizer; True where torch does not let us see"
@@ -61,7 +62,8 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     try: own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     except AttributeError: return True
     if before_all is None or after_all is None: return True
-    return bool(own or before_all or after_all or getattr(torch.autograd.profiler, "_is_profiler_enabled", True))
+    watched = getattr(torch.autograd.profiler, "_is_profiler_enabled", True)
+    return bool(own or before_all or after_all or watched)
 
 def is_plain(group: Mapping[str, Any]) -> bool:
     "Whether a parameter group asks for nothing but fused AdamW"
@@ -75,7 +77,7 @@ def is_uniform(tensors: list[Tensor]) -> bool:
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #374dab8d
 class FusedAdamW(torch.optim.AdamW):
-    "AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) by torch's fused kernel, bit-equal to torch's, at less cost"
+    "AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) by torch's fused kernel, with torch's bits, at less cost"
     def __init__(self,
         params: Iterable[Any],                      # parameters, or groups of them as torch takes them
         lr: float = 1e-3,                           # learning rate, at least 0
@@ -88,9 +90,11 @@ class FusedAdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         "One step; by torch's own code when something is out of the ordinary"
-        if closure is not None or hasattr(self, "grad_scale") or has_hooks(self): return self.step_by_torch(closure)
+        if closure is not None or hasattr(self, "grad_scale") or has_hooks(self):
+            return self.step_by_torch(closure)
         if self.cache is None: self.cache = self.make_cache()
-        work = [(group, cached, cached.gradients(self.state)) for group, cached in zip(self.param_groups, self.cache)]
+        work = [(group, cached, cached.gradients(self.state))
+                for group, cached in zip(self.param_groups, self.cache)]
         if not work or not all(gradients is not None and is_plain(group) for group, _, gradients in work):
             self.cache = None
             return self.step_by_torch(closure)
@@ -103,8 +107,9 @@ class FusedAdamW(torch.optim.AdamW):
     def make_cache(self) -> list[CachedGroup]:
         "The lists of every group; empty when the fused kernel cannot take them"
         groups = self.param_groups
-        fits = hasattr(torch, "_fused_adamw_") and all(is_plain(group) and is_uniform(group["params"]) for group in groups)
-        return [CachedGroup(group["params"], self.state) for group in groups] if fits else []
+        fits = all(is_plain(group) and is_uniform(group["params"]) for group in groups)
+        if not (fits and hasattr(torch, "_fused_adamw_")): return []
+        return [CachedGroup(group["params"], self.state) for group in groups]
 
     def step_by_torch(self, closure: Callable[[], Any] | None) -> Any:
         "What torch.optim.AdamW does, hooks and profiling included"
@@ -130,8 +135,8 @@ def fused_step(group: Mapping[str, Any], cached: CachedGroup, gradients: list[Te
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #b3e57de2
 def parameter_names(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
+    optimizer: torch.optim.Optimizer,  # over parameters of the model, as a rule
+    model: nn.Module,                  # gives the parameters their names
 ) -> list[list[str]]:  # per group, in its order
     "The names of an optimizer's parameters; those outside the model are numbered"
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -143,7 +148,8 @@ def optimizer_state(
     model: nn.Module,  # gives the parameters their names
 ) -> dict[str, Any]:
     "All state of an optimizer: tensors by parameter name, and the values of its groups"
-    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict: return {"own": optimizer.state_dict()}
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return {"own": optimizer.state_dict()}
     names = parameter_names(optimizer, model)
     state = {name: dict(optimizer.state[p]) for group, group_names in zip(optimizer.param_groups, names)
              for p, name in zip(group["params"], group_names) if p in optimizer.state}
@@ -162,9 +168,10 @@ def load_optimizer_state(
     names, saved_names = parameter_names(optimizer, model), [group["params"] for group in saved["groups"]]
     if names != saved_names:
         here, there = {n for g in names for n in g}, {n for g in saved_names for n in g}
-        raise ValueError(f"the saved optimizer has other parameters, or other groups of them: only saved "
-                         f"{sorted(there - here)}, only here {sorted(here - there)}; groups of {[len(g) for g in saved_names]} "
-                         f"saved, {[len(g) for g in names]} here. Build model and optimizer as they were.")
+        raise ValueError("the saved optimizer has other parameters, or other groups of them: only saved "
+                         f"{sorted(there - here)}, only here {sorted(here - there)}; "
+                         f"groups of {[len(g) for g in saved_names]} saved, {[len(g) for g in names]} here. "
+                         "Build model and optimizer as they were.")
     state: dict[Any, Any] = defaultdict(dict)
     for group, values, group_names in zip(optimizer.param_groups, saved["groups"], names):
         group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value
@@ -173,10 +180,10 @@ def load_optimizer_state(
             if name in saved["state"]: state[p] = restored(saved["state"][name], p, group)
     optimizer.__setstate__({"state": state, "param_groups": optimizer.param_groups})
 
-# %% ../../nbs/api/loop/05_optimizers.ipynb #7bcda999
+# %% ../../nbs/api/loop/05_optimizers.ipynb #3f97dd1d
 def restored(
     values: Mapping[str, Any],  # saved state of one parameter
-    parameter: Tensor,
+    parameter: Tensor,          # the parameter it belongs to
     group: Mapping[str, Any],   # the parameter's group: fused and capturable keep the step on the device
 ) -> dict[str, Any]:
     "Own copies of one parameter's state, laid out like the parameter, with their types kept"
