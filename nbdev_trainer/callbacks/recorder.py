@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..core.duration import Duration
 from ..core.errors import did_you_mean, require
 from ..loop.callback import Callback
@@ -23,8 +25,8 @@ from ..metrics.collection import read_scalars
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['format_value', 'format_line', 'shown_columns', 'History', 'plot_history', 'StepRecords', 'current_lr', 'Recorder',
-           'recorder_of', 'RowWriter']
+__all__ = ['format_value', 'column_order', 'shown_columns', 'format_line', 'format_row', 'table_html', 'History', 'quantities',
+           'plot_history', 'StepRecords', 'current_lr', 'Recording', 'Recorder', 'recorder_of', 'RowWriter']
 
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #62584903
 def format_value(
@@ -33,22 +35,50 @@ def format_value(
     "A value as it stands in a table"
     if value is None: return ""
     if not isinstance(value, float): return str(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 or value != value else f"{value:.3g}"
+    readable = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
+    return f"{value:.4f}" if readable else f"{value:.3g}"
 
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #1831720a
+def column_order(
+    names: Iterable[str],  # perhaps with repetitions
+) -> list[str]:  # each once
+    "The order of the columns of a table: learning rate and time come last"
+    last = ("lr", "seconds")
+    names = list(dict.fromkeys(names))
+    return [name for name in names if name not in last] + [name for name in last if name in names]
+
+def shown_columns(
+    names: Iterable[str],  # perhaps with repetitions
+) -> list[str]:
+    "The columns of a table that a person reads, in order"
+    return [name for name in column_order(names) if name not in ("step", "samples", "lr")]
+
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #676a6278
 def format_line(
-    cells: Sequence[str],
+    cells: Sequence[str],    # texts, one for each column
     columns: Sequence[str],  # their names decide the widths
 ) -> str:
     "One line of a table, aligned to the right"
     return "  ".join(cell.rjust(max(len(name), 8)) for cell, name in zip(cells, columns)).rstrip()
 
-def shown_columns(
-    columns: Iterable[str],  # names in the history
-) -> list[str]:
-    "The columns of a table that a person reads: counters that follow from others are left out"
-    return [name for name in columns if name not in ("step", "samples", "lr")]
+def format_row(
+    row: Mapping[str, Any],  # results by name
+    columns: Sequence[str],  # which of them
+) -> str:
+    "One row of results as a line of a table"
+    return format_line([format_value(row.get(name)) for name in columns], columns)
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #1831720a
+def table_html(
+    rows: Iterable[Mapping[str, Any]],  # results by name
+    columns: Sequence[str],             # which of them
+) -> str:
+    "Rows as a table in HTML"
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = ("".join(f"<td>{escape(format_value(row.get(name)))}</td>" for name in columns) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #6c117d2e
 class History:
     "What a run measured, as lists of dicts of numbers"
     def __init__(self) -> None:
@@ -58,134 +88,176 @@ class History:
 
     @property
     def columns(self) -> list[str]:
-        "The names in any row, in the order in which they appeared"
-        return list(dict.fromkeys(name for row in self.rows for name in row))
+        "The names in any row"
+        return column_order(name for row in self.rows for name in row)
+
+    def put(self,
+        row: dict[str, Any],  # with its "batch"
+    ) -> None:
+        "Add a row, in place of one of the same batch"
+        if self.rows and self.rows[-1]["batch"] == row["batch"]: self.rows.pop()
+        self.rows.append(row)
 
     def __len__(self) -> int: return len(self.rows)
 
     def __getitem__(self, name: str) -> list[Any]:
-        if name not in self.columns: raise KeyError(f"the history has no {name!r}. {did_you_mean(name, self.columns, what='column')}")
-        return [row.get(name) for row in self.rows]
+        columns = self.columns
+        if name in columns: return [row.get(name) for row in self.rows]
+        raise KeyError(f"the history has no {name!r}. {did_you_mean(name, columns, what='column')}")
 
     def __repr__(self) -> str:
         columns = shown_columns(self.columns)
-        cells = [columns, *([format_value(row.get(name)) for name in columns] for row in self.rows)]
-        return "\n".join(format_line(line, columns) for line in cells) if self.rows else "no epoch recorded yet"
+        lines = [format_line(columns, columns), *(format_row(row, columns) for row in self.rows)]
+        return "\n".join(lines) if self.rows else "no epoch recorded yet"
 
     def _repr_html_(self) -> str:
-        columns = shown_columns(self.columns)
-        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-        body = "".join("<tr>" + "".join(f"<td>{format_value(row.get(name))}</td>" for name in columns) + "</tr>" for row in self.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return table_html(self.rows, shown_columns(self.columns)) if self.rows else escape(repr(self))
 
     def to_pandas(self) -> Any:
         "The rows as a data frame (needs pandas)"
-        return require("pandas", extra="plot", why="History.to_pandas").DataFrame(self.rows, columns=self.columns)
+        pandas = require("pandas", extra="plot", why="History.to_pandas")
+        return pandas.DataFrame(self.rows, columns=self.columns)
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #676a6278
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #aca12160
+def quantities(
+    history: History,
+) -> dict[str, list[str]]:
+    "The columns of each measured quantity: `loss` is that of `train_loss` and `valid_loss`"
+    counters = ("epoch", "batch", "step", "samples", "lr", "seconds")
+    found: dict[str, list[str]] = {}
+    for name in history.columns:
+        if name not in counters: found.setdefault(name.split("_", 1)[-1], []).append(name)
+    return found
+
 def plot_history(
     history: History,
-    axes: Any = None,  # matplotlib axes, as many as there are quantities; None: new ones
-) -> Any:  # the axes, one for each quantity
-    "Loss and metrics over epochs, the sets of each in one picture (needs matplotlib)"
-    if not history.rows: raise ValueError("the history is empty, so there is nothing to draw; call fit first")
-    named = [name for name in history.columns if name not in ("epoch", "batch", "step", "samples", "lr", "seconds")]
-    quantities = list(dict.fromkeys(name.split("_", 1)[-1] for name in named))
+    axes: Sequence[Any] | None = None,  # matplotlib axes, as many as there are quantities; None: new ones
+) -> Sequence[Any]:  # the axes, one for each quantity
+    "Loss and metrics over batches, the sets of each in one picture (needs matplotlib)"
+    found = quantities(history)
+    if not found: raise ValueError("the history holds no loss and no metric: nothing to draw; call fit first")
     if axes is None:
         plt = require("matplotlib.pyplot", extra="plot", why="plot_history")
-        axes = plt.subplots(1, len(quantities), figsize=(4 * len(quantities), 3), layout="constrained", squeeze=False)[1][0]
-    for ax, quantity in zip(axes, quantities):
-        for name in (name for name in named if name.split("_", 1)[-1] == quantity):
+        size = (4 * len(found), 3)
+        axes = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)[1][0]
+    if len(axes) != len(found):
+        raise ValueError(f"{len(axes)} axes were given for {len(found)} quantities ({', '.join(found)}); expected "
+                         "one for each")
+    for ax, (quantity, names) in zip(axes, found.items()):
+        for name in names:
             points = [(row["batch"], row[name]) for row in history.rows if row.get(name) is not None]
             ax.plot(*zip(*points), marker="o", markersize=3, label=name)
         ax.set(title=quantity, xlabel="batch")
         ax.legend()
     return axes
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #6c117d2e
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #3f0a40fc
 class StepRecords:
     "Loss and learning rate of single steps, read from the device together"
     def __init__(self,
         every: int | None,  # steps from one record to the next; None: none
     ) -> None:
         self.every, self.next_step = every, 1
-        self.pending: list[dict[str, Any]] = []  # records whose loss is still a tensor
+        self.pending: list[dict[str, Any]] = []  # records whose loss may still be a tensor
 
     def take(self, trainer: Trainer) -> None:
         "Record the step that was just done, if it is due"
-        state, output = trainer.state, trainer.state.output
+        state = trainer.state
         if self.every is None or state.step < self.next_step: return
         self.next_step = (state.step // self.every + 1) * self.every
-        loss = None if output is None or output.loss is None else output.loss.detach()
-        self.pending.append(dict(step=state.step, batch=state.batch, epoch=state.epoch, loss=loss, lr=current_lr(trainer)))
+        loss = None if state.output is None or state.output.loss is None else state.output.loss.detach()
+        self.pending.append({"step": state.step, "batch": state.batch, "epoch": state.epoch, "loss": loss,
+                             "lr": current_lr(trainer)})
 
     def read(self) -> list[dict[str, Any]]:
         "The records taken since the last call, as numbers"
         records, self.pending = self.pending, []
-        losses = {str(i): record["loss"] for i, record in enumerate(records) if record["loss"] is not None}
-        for i, loss in read_scalars(losses).items(): records[int(i)]["loss"] = loss
+        waiting = {f"{i} {key}": value for i, record in enumerate(records) for key, value in record.items()
+                   if isinstance(value, Tensor)}
+        for place, value in read_scalars(waiting).items():
+            i, key = place.split()
+            records[int(i)][key] = value
         return records
 
-def current_lr(trainer: Trainer) -> float:
+def current_lr(trainer: Trainer) -> Any:  # a number; a copy where torch keeps the rate in a tensor
     "The learning rate of the first group of the first optimizer"
-    return float(next(iter(trainer.engine.slots.values())).optimizer.param_groups[0]["lr"])
+    lr = next(iter(trainer.engine.slots.values())).optimizer.param_groups[0]["lr"]
+    return lr.clone() if isinstance(lr, Tensor) else lr
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #29eaf654
-class Recorder(Callback):
-    "Keeps the history of a run"
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #702f01ae
+class Recording(Callback):
+    "The history of a run while it grows, and its state"
     def __init__(self,
         every: str | None = "10st",  # how often to record a step, in steps; None: never
     ) -> None:
         interval = None if every is None else Duration.parse(every)
         if interval and interval.unit != "st":
-            raise ValueError(f"Recorder(every={every!r}) counts steps; expected a number of them such as '10st', or None")
+            raise ValueError(f"{self}(every={every!r}) counts steps; expected their number, as '10st', or None")
         self.history, self.steps = History(), StepRecords(None if interval is None else int(interval.value))
-        self.evaluated: dict[str, int] = {}  # by set: the batch of its last evaluation
-        self.seconds, self.clock = 0.0, time.monotonic()
+        self.measured: dict[str, int] = {}  # by set: the batch at which its results were made
+        self.seconds = 0.0                  # spent in fits that have ended
+        self.began: float | None = None     # when the running fit began, by the clock
 
-    def before_fit(self, trainer: Trainer) -> None: self.clock = time.monotonic() - self.seconds
+    def elapsed(self) -> float:
+        "Seconds spent in fits so far"
+        return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
+
+    def is_new(self, name: str, batch: int) -> bool:
+        "Whether a result was made at this batch"
+        sets = [one for one in self.measured if name.startswith(f"{one}_")]
+        return bool(sets) and self.measured[max(sets, key=len)] == batch
+
+    def record(self, trainer: Trainer, *sets: str) -> None:
+        "Make or complete the row of this batch; the results of these sets are new"
+        state = trainer.state
+        self.measured |= dict.fromkeys(sets, state.batch)
+        results = {name: value for name, value in state.metrics.items() if self.is_new(name, state.batch)}
+        counters = {name: getattr(state, name) for name in ("epoch", "batch", "step", "samples")}
+        effort = {"lr": float(current_lr(trainer)), "seconds": round(self.elapsed(), 2)}
+        self.history.put({**counters, **results, **effort})
+        self.read_steps(trainer)
+
+    def read_steps(self, trainer: Trainer) -> None:
+        "Take over what was noted since the last row"
+        self.history.steps += self.steps.read()
+        self.history.control = [dict(entry) for entry in trainer.state.control]
+
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #b97aee5e
+class Recorder(Recording):
+    "Keeps the history of a run"
+    def before_fit(self, trainer: Trainer) -> None: self.began = time.monotonic()
 
     def after_batch(self, trainer: Trainer) -> None: self.steps.take(trainer)
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is None or trainer.state.phase != "valid": return  # not part of the training
-        self.evaluated[f"{trainer.state.loader}_"] = trainer.state.batch
-        self.record(trainer)
+        state = trainer.state
+        if trainer.plan is None or state.phase != "valid": return  # not part of the training
+        with_train = ("train",) if state.evaluated_at == state.batch else ()  # the loop computes these first
+        self.record(trainer, str(state.loader), *with_train)
 
-    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer)
+    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer, "train")
 
     def after_fit(self, trainer: Trainer) -> None:
         if trainer.state.epoch_batch and trainer.state.ending in ("finished", "stopped"):
             trainer.note_train_metrics()
-            self.record(trainer)
-        self.history.steps += self.steps.read()
-        self.history.control = [dict(entry) for entry in trainer.state.control]
-        self.seconds = time.monotonic() - self.clock
-
-    def record(self, trainer: Trainer) -> None:
-        "Make the row of this batch, or complete it"
-        state, rows = trainer.state, self.history.rows
-        if rows and rows[-1]["batch"] == state.batch: rows.pop()
-        fresh = ("train_", *(name for name, batch in self.evaluated.items() if batch == state.batch))
-        results = {name: value for name, value in state.metrics.items() if name.startswith(fresh)}
-        rows.append({"epoch": state.epoch, "batch": state.batch, "step": state.step, "samples": state.samples, **results,
-                     "lr": current_lr(trainer), "seconds": round(time.monotonic() - self.clock, 2)})
-        self.history.steps += self.steps.read()
+            self.record(trainer, "train")
+        self.read_steps(trainer)
+        self.seconds, self.began = self.elapsed(), None
 
     def state_dict(self) -> dict[str, Any]:
         "The history so far, and what is not read yet"
-        return {"rows": self.history.rows, "steps": self.history.steps, "control": self.history.control,
-                "pending": self.steps.pending, "next_step": self.steps.next_step, "evaluated": self.evaluated,
-                "seconds": time.monotonic() - self.clock}
+        kept = {name: list(getattr(self.history, name)) for name in ("rows", "steps", "control")}
+        return {**kept, "pending": self.steps.pending, "next_step": self.steps.next_step,
+                "measured": dict(self.measured), "seconds": self.elapsed()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on with a saved history"
-        history, steps = self.history, self.steps
-        history.rows, history.steps, history.control = ([dict(row) for row in state[key]] for key in ("rows", "steps", "control"))
-        steps.pending, steps.next_step = [dict(record) for record in state["pending"]], state["next_step"]
-        self.evaluated, self.seconds = dict(state["evaluated"]), state["seconds"]
+        lists = {name: [dict(entry) for entry in state[name]] for name in ("rows", "steps", "control", "pending")}
+        self.history.rows, self.history.steps, self.history.control, self.steps.pending = lists.values()
+        self.steps.next_step = state["next_step"]
+        self.measured, self.seconds, self.began = dict(state["measured"]), state["seconds"], None
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #ccad0930
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #3a4635b5
 def recorder_of(trainer: Trainer) -> Recorder | None:
     "The recorder among a trainer's callbacks, if there is one"
     return next((one for one in trainer.all_callbacks() if isinstance(one, Recorder)), None)
@@ -193,14 +265,17 @@ def recorder_of(trainer: Trainer) -> Recorder | None:
 class RowWriter(Callback):
     "Calls `write_row` once for each complete row of the recorder"
     runs_after = (Recorder,)
-    history: History | None = None
-    written = 0
+    history = History()  # the recorder's, as soon as a fit begins
+    written = 0          # rows of it that were written
 
     def before_fit(self, trainer: Trainer) -> None:
         recorder = recorder_of(trainer)
-        if recorder is None: raise ValueError(f"{self} needs the rows of a Recorder; add Recorder() to the callbacks")
+        if recorder is None:
+            others = ", ".join(str(one) for one in trainer.all_callbacks() if one is not self) or "none"
+            raise ValueError(f"{self} takes the rows of a Recorder, and there is none among the callbacks (the "
+                             f"others are: {others}); add Recorder() to them")
         self.history = recorder.history
-        self.written = len(self.history.rows)
+        self.written = len(self.history)
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         "Do something with a complete row"
@@ -212,9 +287,8 @@ class RowWriter(Callback):
         self.written = max(self.written, until)
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is not None and trainer.state.phase == "valid": self.write_rows(len(self.history.rows) - 1)
+        if trainer.plan is not None and trainer.state.phase == "valid": self.write_rows(len(self.history) - 1)
 
-    def after_epoch(self, trainer: Trainer) -> None: self.write_rows(len(self.history.rows))
+    def after_epoch(self, trainer: Trainer) -> None: self.write_rows(len(self.history))
 
-    def after_fit(self, trainer: Trainer) -> None:
-        if self.history is not None: self.write_rows(len(self.history.rows))
+    def after_fit(self, trainer: Trainer) -> None: self.write_rows(len(self.history))

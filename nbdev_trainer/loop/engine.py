@@ -149,12 +149,12 @@ class EngineParts:
         device: torch.device,                             # where batches are moved to
         *,
         accumulate: int = 1,                 # batches per optimizer step
-        clip_norm: float | None = None,      # largest norm of all gradients of one optimizer; None: not clipped
+        clip_norm: float | None = None,      # largest norm of an optimizer's gradients; None: not clipped
         precision: Precision | None = None,  # None: dtypes as the user made them
         strategy: Strategy | None = None,    # None: one process
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate is {accumulate!r}; expected the number of batches per step, at least 1")
+            raise ValueError(f"accumulate is {accumulate!r}; expected batches per step, a whole number from 1")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
         self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm

@@ -23,8 +23,9 @@ from torch.optim import optimizer as torch_optimizer
 from ..core.nested import map_tensors
 
 # %% auto #0
-__all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'fused_step', 'parameter_names',
-           'optimizer_state', 'load_optimizer_state', 'restored', 'step_lightly', 'default_optimizer']
+__all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'make_cache', 'fused_step',
+           'parameter_names', 'optimizer_state', 'load_optimizer_state', 'restored', 'step_lightly',
+           'default_optimizer']
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #afb2e0e3
 class CachedGroup:
@@ -77,7 +78,7 @@ def is_uniform(tensors: list[Tensor]) -> bool:
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #374dab8d
 class FusedAdamW(torch.optim.AdamW):
-    "AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) by torch's fused kernel, with torch's bits, at less cost"
+    "AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) by torch's fused kernel: torch's bits at less cost"
     def __init__(self,
         params: Iterable[Any],                      # parameters, or groups of them as torch takes them
         lr: float = 1e-3,                           # learning rate, at least 0
@@ -92,7 +93,7 @@ class FusedAdamW(torch.optim.AdamW):
         "One step; by torch's own code when something is out of the ordinary"
         if closure is not None or hasattr(self, "grad_scale") or has_hooks(self):
             return self.step_by_torch(closure)
-        if self.cache is None: self.cache = self.make_cache()
+        if self.cache is None: self.cache = make_cache(self.param_groups, self.state)
         work = [(group, cached, cached.gradients(self.state))
                 for group, cached in zip(self.param_groups, self.cache)]
         if not work or not all(gradients is not None and is_plain(group) for group, _, gradients in work):
@@ -103,13 +104,6 @@ class FusedAdamW(torch.optim.AdamW):
                 if gradients: fused_step(group, cached, gradients)
 
     step.hooked = True  # type: ignore[attr-defined]
-
-    def make_cache(self) -> list[CachedGroup]:
-        "The lists of every group; empty when the fused kernel cannot take them"
-        groups = self.param_groups
-        fits = all(is_plain(group) and is_uniform(group["params"]) for group in groups)
-        if not (fits and hasattr(torch, "_fused_adamw_")): return []
-        return [CachedGroup(group["params"], self.state) for group in groups]
 
     def step_by_torch(self, closure: Callable[[], Any] | None) -> Any:
         "What torch.optim.AdamW does, hooks and profiling included"
@@ -126,6 +120,15 @@ class FusedAdamW(torch.optim.AdamW):
         super().__setstate__({**state, "cache": None})
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #0e9f4aab
+def make_cache(
+    groups: list[dict[str, Any]],         # the optimizer's parameter groups
+    state: dict[Tensor, dict[str, Any]],  # the optimizer's state
+) -> list[CachedGroup]:
+    "The lists of every group; empty when the fused kernel cannot take them"
+    fits = all(is_plain(group) and is_uniform(group["params"]) for group in groups)
+    if not (fits and hasattr(torch, "_fused_adamw_")): return []
+    return [CachedGroup(group["params"], state) for group in groups]
+
 def fused_step(group: Mapping[str, Any], cached: CachedGroup, gradients: list[Tensor]) -> None:
     "One step of one group by the kernel that torch uses"
     torch._foreach_add_(cached.steps, 1)

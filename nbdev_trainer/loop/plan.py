@@ -10,6 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/plan.html.md"""
 # %% ../../nbs/api/loop/07_plan.ipynb #7511ad00
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..core.duration import Duration
 from ..core.errors import describe
+from ..core.nested import map_tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.loaders import Loader
 from .engine import OptimizerSlot
@@ -27,15 +29,15 @@ from .schedules import progress_of
 from .state import State
 
 # %% auto #0
-__all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'set_lr', 'validation_due', 'make_plan', 'plan_state',
-           'continue_plan', 'generators', 'open_epoch']
+__all__ = ['count_steps', 'length_of', 'FitPlan', 'current_lrs', 'begin_plan', 'set_lr', 'validation_due', 'make_plan',
+           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
-    n_batches: int,     # training batches of the fit
-    length: int | None, # batches in an epoch; None: not known
-    done: int,          # batches of the open epoch that are done already
-    accumulate: int,    # batches per step
+    n_batches: int,      # training batches of the fit
+    length: int | None,  # batches in an epoch; None: not known
+    done: int,           # batches of the open epoch that are done already
+    accumulate: int,     # batches per step
 ) -> int:
     "Optimizer steps in this many batches; a window never reaches over the end of an epoch"
     if length is None: return -(-n_batches // accumulate)
@@ -45,11 +47,12 @@ def count_steps(
 
 # %% ../../nbs/api/loop/07_plan.ipynb #4bc9ccfa
 def length_of(
-    loader: Iterable[Any],
+    loader: Iterable[Any],             # with or without a length
     limit_batches: int | None = None,  # at most so many batches of it
 ) -> int | None:  # None: not known
     "Batches in one pass over a loader, where it knows"
-    try: length: int | None = len(loader)  # type: ignore[arg-type]
+    sized: Any = loader
+    try: length: int | None = len(sized)
     except TypeError: length = None  # no __len__, or a DataLoader over an iterable dataset
     if length is None or limit_batches is None: return length if limit_batches is None else limit_batches
     return min(length, limit_batches)
@@ -58,19 +61,19 @@ def length_of(
 @dataclass(slots=True)
 class FitPlan:
     "What one fit was asked to do, and where it began"
-    train: Iterable[Any]
-    valid_sets: Mapping[str, Iterable[Any]]
-    duration: Duration
-    schedule: Callable[[float], float] | None = None
-    validate_every: Duration | None = None
-    limit_batches: int | None = None
-    accumulate: int = 1
-    began: dict[str, int] = field(default_factory=dict)       # epoch, batch, step and epoch_batch at the start
+    train: Iterable[Any]                                      # yields training batches
+    valid_sets: Mapping[str, Iterable[Any]]                   # evaluation sets by name
+    duration: Duration                                        # how much to train
+    schedule: Callable[[float], float] | None = None          # progress to a factor of the learning rates
+    validate_every: Duration | None = None                    # None: never
+    limit_batches: int | None = None                          # per epoch and per evaluation set, at most
+    accumulate: int = 1                                       # batches per optimizer step
+    began: dict[str, int] = field(default_factory=dict)       # counters at the start, in batches, epochs, steps
     lrs: dict[str, list[Any]] = field(default_factory=dict)   # learning rate of each group of each optimizer
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation
     length: int | None = None                                 # batches in an epoch; None: not known
-    total_steps: int | None = None                            # optimizer steps of the fit; None: it ends by time
+    total_steps: int | None = None                            # optimizer steps; None: the fit ends by time
 
     def is_over(self, state: State) -> bool:
         "Whether the fit has run for its duration"
@@ -89,22 +92,30 @@ class FitPlan:
         if self.total_steps is not None: return progress_of(state.step - self.began["step"], self.total_steps)
         return min(1.0, (time.monotonic() - self.clock) / self.duration.seconds)
 
-# %% ../../nbs/api/loop/07_plan.ipynb #c86cb033
+# %% ../../nbs/api/loop/07_plan.ipynb #3ff65aca
+def current_lrs(
+    slots: Mapping[str, OptimizerSlot],  # by name
+) -> dict[str, list[Any]]:
+    "The learning rate of each group of each optimizer; tensors are copied"
+    return {name: map_tensors(Tensor.clone, [group["lr"] for group in slot.optimizer.param_groups])
+            for name, slot in slots.items()}
+
 def begin_plan(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> None:
     "Note where the run stands, and count what lies ahead"
-    plan.began = plan.began or {name: getattr(state, name) for name in ("epoch", "batch", "step", "epoch_batch")}
-    plan.lrs = plan.lrs or {name: [group["lr"] for group in slot.optimizer.param_groups] for name, slot in slots.items()}
+    if not plan.began:
+        plan.began = {name: getattr(state, name) for name in ("epoch", "batch", "step", "epoch_batch")}
+    if not plan.lrs: plan.lrs = current_lrs(slots)
     plan.length = length_of(plan.train, plan.limit_batches)
     done, unit, value = plan.began["epoch_batch"], plan.duration.unit, int(plan.duration.value)
-    if unit == "ep": plan.total_steps = count_steps(value * (plan.length or 0) - done, plan.length, done, plan.accumulate)
-    elif unit == "ba": plan.total_steps = count_steps(value, plan.length, done, plan.accumulate)
+    if unit == "ep": value = value * (plan.length or 0) - done
+    if unit in ("ep", "ba"): plan.total_steps = count_steps(value, plan.length, done, plan.accumulate)
     elif unit == "st": plan.total_steps = value
 
 # %% ../../nbs/api/loop/07_plan.ipynb #10d8a086
 def set_lr(
     slots: Mapping[str, OptimizerSlot],
     lrs: Mapping[str, list[Any]],  # learning rate of each group of each optimizer
-    factor: float = 1.0,
+    factor: float = 1.0,           # what the schedule says
 ) -> None:
     "Give every group its learning rate times a factor"
     for name, slot in slots.items():
@@ -132,44 +143,65 @@ def make_plan(
     valid_sets: Mapping[str, Iterable[Any]],            # evaluation sets by name
     n: int | str | Duration,                            # epochs, or a duration such as "500ba"
     schedule: Callable[[float], float] | None = None,   # progress to a factor of the learning rate
-    validate_every: int | str | Duration | None = "1ep",
+    validate_every: int | str | Duration | None = "1ep",  # None: never
     limit_batches: int | None = None,                   # batches per epoch and per evaluation set, at most
     accumulate: int = 1,                                # batches per optimizer step
 ) -> FitPlan:
     "The plan of a fit; raises `TypeError` or `ValueError` for what cannot be done"
     duration = Duration.parse(n)
     every = None if validate_every is None else Duration.parse(validate_every)
-    if limit_batches is not None and (isinstance(limit_batches, bool) or not isinstance(limit_batches, int) or limit_batches < 1):
-        raise ValueError(f"limit_batches is {limit_batches!r}; expected a number of batches, at least 1, or None")
+    check_limit(limit_batches)
     if schedule is not None and not callable(schedule):
-        raise TypeError(f"schedule is {schedule!r}; expected a function of progress, such as cosine() or one_cycle()")
+        raise TypeError(f"schedule is {schedule!r}; expected a function of progress, such as cosine() or "
+                        "one_cycle()")
+    check_data(train, valid_sets, limit_batches, by_epoch=duration.unit == "ep")
+    return FitPlan(train, valid_sets, duration, schedule, every, limit_batches, accumulate)
+
+# %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
+def check_limit(limit_batches: Any) -> None:
+    "Raise `ValueError` for what is neither None nor a number of batches"
+    number = isinstance(limit_batches, int) and not isinstance(limit_batches, bool)
+    if limit_batches is not None and not (number and limit_batches >= 1):
+        raise ValueError(f"limit_batches is {limit_batches!r}; expected a number of batches, at least 1, or None")
+
+def check_data(
+    train: Any,                    # yields training batches
+    valid_sets: Mapping[str, Any],  # evaluation sets by name
+    limit_batches: int | None,     # batches per epoch, at most
+    by_epoch: bool,                # whether the fit is measured in epochs
+) -> None:
+    "Raise `TypeError` for data that cannot be iterated, `ValueError` for an epoch without an end or without a batch"
     if not isinstance(train, Iterable):
         raise TypeError(f"the training data is {describe(train)}; expected an iterable that yields batches")
-    if duration.unit == "ep" and (length_of(train, limit_batches) is None or train is iter(train)):
-        raise ValueError(f"{describe(train)} has no length or can be read only once, so an epoch has no known end. "
-                         'Give the duration in batches: fit("500ba").')
+    if by_epoch and (length_of(train, limit_batches) is None or isinstance(train, Iterator)):
+        raise ValueError(f"{describe(train)} has no length or can be read only once, so an epoch has no known "
+                         'end. Give the duration in batches: fit("500ba").')
     if length_of(train) == 0: raise ValueError("the training loader has no batch; expected at least one")
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
-            raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for each evaluation")
-    return FitPlan(train, valid_sets, duration, schedule, every, limit_batches, accumulate)
+            raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for each "
+                            "evaluation")
 
 # %% ../../nbs/api/loop/07_plan.ipynb #1b59e9d3
 def plan_state(plan: FitPlan) -> dict[str, Any]:
     "What was asked and where it began, as plain data"
-    asked = dict(n=str(plan.duration), schedule=repr(plan.schedule), limit_batches=plan.limit_batches,
-                 validate_every=plan.validate_every and str(plan.validate_every), accumulate=plan.accumulate)
-    return {"asked": asked, "began": dict(plan.began), "lrs": {name: list(lrs) for name, lrs in plan.lrs.items()},
-            "elapsed": time.monotonic() - plan.clock, "since_validation": time.monotonic() - plan.validated}
+    now, every = time.monotonic(), plan.validate_every
+    asked = {"n": str(plan.duration), "schedule": re.sub(" at 0x[0-9a-fA-F]+", "", repr(plan.schedule)),
+             "limit_batches": plan.limit_batches, "validate_every": every and str(every),
+             "accumulate": plan.accumulate}
+    return {"asked": asked, "began": dict(plan.began),
+            "lrs": {name: list(lrs) for name, lrs in plan.lrs.items()},
+            "elapsed": now - plan.clock, "since_validation": now - plan.validated}
 
 def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
     "Begin where a saved fit began; raises `ValueError` when something else was asked"
-    asked = plan_state(plan)["asked"]
-    if differences := [f"{name} was {was!r}, now {asked[name]!r}" for name, was in saved["asked"].items() if asked[name] != was]:
-        raise ValueError(f"this fit cannot go on where the saved one stopped: {'; '.join(differences)}. Call fit with the "
-                         "same arguments, or without resume=True to train on from here.")
+    asked, before, now = plan_state(plan)["asked"], saved["asked"], time.monotonic()
+    changed = [f"{name} was {was!r}, now {asked[name]!r}" for name, was in before.items() if asked[name] != was]
+    if changed:
+        raise ValueError(f"this fit cannot go on where the saved one stopped: {'; '.join(changed)}. Call fit with "
+                         "the same arguments, or without resume=True to train on from here.")
     plan.began, plan.lrs = dict(saved["began"]), {name: list(lrs) for name, lrs in saved["lrs"].items()}
-    plan.clock, plan.validated = time.monotonic() - saved["elapsed"], time.monotonic() - saved["since_validation"]
+    plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6e4648eb
 def generators(loader: Iterable[Any]) -> dict[str, Any]:
@@ -178,10 +210,10 @@ def generators(loader: Iterable[Any]) -> dict[str, Any]:
     return {"global": rng_state(), "own": None if own is None else own.get_state()}
 
 def open_epoch(
-    loader: Iterable[Any],
-    epoch: int,                             # over the whole run, from 0
-    start: int,                             # batches of the epoch that are done
-    at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave when the epoch began; None: it begins now
+    loader: Any,                               # one of ours, or any iterable
+    epoch: int,                                # over the whole run, from 0
+    start: int,                                # batches of the epoch that are done
+    at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave then; None: it begins now
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
     if isinstance(loader, Loader): return loader.batches(epoch, start)
@@ -189,7 +221,7 @@ def open_epoch(
     now = rng_state()
     if at_epoch_start is not None:
         set_rng_state(at_epoch_start["global"])
-        if at_epoch_start["own"] is not None: loader.generator.set_state(at_epoch_start["own"])  # type: ignore[attr-defined]
+        if at_epoch_start["own"] is not None: loader.generator.set_state(at_epoch_start["own"])
     batches = iter(loader)
     for _ in islice(batches, start): pass
     set_rng_state(now)
