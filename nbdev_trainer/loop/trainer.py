@@ -164,6 +164,7 @@ class Frame(Loop):
     open_plan: FitPlan | None = None         # of a fit that has begun and not come to its end
     loaded: Mapping[str, Any] | None = None  # saved state that the next fit starts from
     fits_done, fits_answered = 0, 0          # fits of the whole run; fits called since the run was loaded
+    last_train: Iterable[Any] | None = None  # what the last fit trained on; an open epoch belongs to it
 
     def all_callbacks(self) -> list[Callback]:
         "The trainer's callbacks and those of the running fit, in the order in which they act"
@@ -205,7 +206,10 @@ class Frame(Loop):
             load_callbacks(self.all_callbacks(), loaded["callbacks"])
             if loaded["loader"] is not None and isinstance(plan.train, Loader): plan.train.load_state_dict(loaded["loader"])
         if resume and saved is not None: continue_plan(plan, saved)
-        else: state.stop = state.end_epoch = None
+        else:
+            state.stop = state.end_epoch = None
+            if self.last_train is not None and plan.train is not self.last_train: state.epoch_batch = 0  # other data
+        self.last_train = plan.train
         if loaded is None or not resume:
             self.window_batches, self.stepped = 0, False
             for slot in self.engine.slots.values(): slot.zero()
