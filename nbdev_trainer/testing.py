@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core.errors import Problems, describe
-from .core.nested import tensors
+from .core.errors import Problems
 from .core.seeding import isolated_rng
 from .data.loaders import Loaders
 from .loop.callback import Callback
@@ -30,10 +29,11 @@ from .loop.steps import SupervisedStep
 from .loop.trainer import Trainer
 from .callbacks.recorder import Recorder
 from .metrics.classification import Accuracy
+from .store.files import find_unplain
 
 # %% auto #0
-__all__ = ['REQUESTS', 'tiny_loaders', 'tiny_model', 'tiny_trainer', 'assert_same_weights', 'glimpse', 'Watched', 'find_unplain',
-           'traits', 'same_state', 'StateAt', 'run_with', 'check_callback']
+__all__ = ['REQUESTS', 'tiny_loaders', 'tiny_model', 'tiny_trainer', 'assert_same_weights', 'glimpse', 'Watched', 'traits',
+           'same_state', 'StateAt', 'run_with', 'check_callback']
 
 # %% ../nbs/api/testing.ipynb #fe81739d
 def tiny_loaders(
@@ -57,7 +57,8 @@ def tiny_trainer(
     "A trainer for `tiny_loaders`, with accuracy as its metric"
     model = tiny_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    return Trainer(model, SupervisedStep(nn.CrossEntropyLoss()), optimizer, metrics=[Accuracy()], callbacks=callbacks, **options)
+    step = SupervisedStep(nn.CrossEntropyLoss())
+    return Trainer(model, step, optimizer, metrics=[Accuracy()], callbacks=callbacks, **options)
 
 # %% ../nbs/api/testing.ipynb #824b29f5
 def assert_same_weights(
@@ -83,13 +84,14 @@ def glimpse(state: State) -> dict[str, Any]:
     "What is in the fields of a state now: the objects themselves, and the fields of batch and output"
     seen = {one.name: getattr(state, one.name) for one in fields(state) if one.name not in REQUESTS}
     for name in ("current_batch", "output"):
-        if seen[name] is not None: seen[name] = tuple(id(getattr(seen[name], one.name)) for one in fields(seen[name]))
+        if (held := seen[name]) is not None: seen[name] = [id(getattr(held, one.name)) for one in fields(held)]
     return {**seen, "metrics": dict(state.metrics), "control": list(state.control)}
 
 class Watched(Callback):
     "Stands for a callback and notes what it changes that it may not"
     def __init__(self, callback: Callback, problems: Problems) -> None:
-        self.callback, self.problems, self.seen = callback, problems, set()  # type: ignore[var-annotated]
+        self.callback, self.problems = callback, problems
+        self.seen: set[tuple[Event, str]] = set()
 
     def __str__(self) -> str: return str(self.callback)
 
@@ -104,23 +106,13 @@ class Watched(Callback):
             handler(trainer)
             after = glimpse(trainer.state)
             for name in before:
-                if before[name] != after[name] and name not in event.may_change and (event, name) not in self.seen:
-                    self.seen.add((event, name))
-                    self.problems.add(f"changes state.{name} at {event}; there it may change {list(event.may_change)}")
+                if before[name] == after[name] or name in event.may_change or (event, name) in self.seen: continue
+                self.seen.add((event, name))
+                allowed = " and ".join(event.may_change) or "nothing"
+                self.problems.add(f"changes state.{name} at {event}; there it may change {allowed}")
         return watched
 
 # %% ../nbs/api/testing.ipynb #b808a463
-def find_unplain(value: Any, name: str, problems: Problems) -> None:
-    "Note what a file of tensors and JSON could not hold"
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if not isinstance(key, str): problems.add(f"{name} has the key {key!r}; keys must be texts")
-            find_unplain(part, f"{name}[{key!r}]", problems)
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value): find_unplain(part, f"{name}[{i}]", problems)
-    elif value is not None and not isinstance(value, (bool, int, float, str, Tensor)):
-        problems.add(f"{name} is {describe(value)}; expected numbers, texts, tensors, and lists and dicts of them")
-
 def traits(model: nn.Module) -> dict[str, Any]:
     "What a fit must leave as it was"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -135,7 +127,7 @@ def same_state(
     ignore: Iterable[str] = (),  # keys that may differ, such as a time
 ) -> bool:
     "Whether two states are the same, tensor by tensor and NaN by NaN"
-    if isinstance(one, Tensor): return isinstance(other, Tensor) and one.shape == other.shape and one.equal(other)
+    if isinstance(one, Tensor): return isinstance(other, Tensor) and one.equal(other)
     if isinstance(one, dict) and isinstance(other, dict):
         keys = (one.keys() | other.keys()) - set(ignore)
         return all(key in one and key in other and same_state(one[key], other[key], ignore) for key in keys)
@@ -145,7 +137,9 @@ def same_state(
 
 class StateAt(Callback):
     "Keeps the state of the run after one batch"
-    def __init__(self, batch: int) -> None: self.batch, self.state = batch, None  # type: ignore[var-annotated]
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.state: dict[str, Any] | None = None
 
     def after_batch(self, trainer: Trainer) -> None:
         if trainer.state.batch == self.batch: self.state = trainer.state_dict()
@@ -182,7 +176,7 @@ def check_callback(
         problems.add("changes the weights; if it means to, pass observes=False")
     stateful = bool(keyed([callback]))
     state = callback.state_dict() if stateful else {}  # type: ignore[attr-defined]
-    find_unplain(state, "its state", problems)
+    find_unplain(state, "its state", problems, also=(Tensor,))
     for batch in (1, 6, 9):
         kept = run_with(make(), batch)[1]
         if kept is None: continue  # it had stopped the fit by then

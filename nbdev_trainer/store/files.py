@@ -26,8 +26,8 @@ from torch import Tensor
 from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['write_bytes', 'write_text', 'write_json', 'existing_file', 'read_json', 'write_tensors', 'read_metadata',
-           'read_tensors', 'append_line']
+__all__ = ['write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'read_json', 'write_tensors',
+           'read_metadata', 'read_tensors', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def _sync(path: Path) -> None:
@@ -75,15 +75,20 @@ def write_text(
     write_bytes(path, text.encode("utf-8"))
 
 # %% ../../nbs/api/store/00_files.ipynb #36d39d0e
-def _find_unplain(value: Any, name: str, problems: Problems) -> None:
+def find_unplain(
+    value: Any,  # anything
+    name: str,  # what to call it in the problems
+    problems: Problems,  # where they are noted
+    also: tuple[type, ...] = (),  # types besides those of JSON that are welcome, such as Tensor
+) -> None:
     "Note every part of `value` that JSON cannot hold."
     if isinstance(value, Mapping):
         for key, part in value.items():
             if not isinstance(key, str): problems.add(f"a key of {name} is {describe(key)}; expected a text")
-            _find_unplain(part, f"{name}.{key}", problems)
+            find_unplain(part, f"{name}.{key}", problems, also)
     elif isinstance(value, (list, tuple)):
-        for number, part in enumerate(value): _find_unplain(part, f"{name}[{number}]", problems)
-    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        for number, part in enumerate(value): find_unplain(part, f"{name}[{number}]", problems, also)
+    elif value is not None and not isinstance(value, (bool, int, float, str, *also)):
         problems.add(f"{name} is {describe(value)}; expected a number, text, bool, None, list or dict")
 
 
@@ -93,7 +98,7 @@ def write_json(
 ) -> None:
     "Write a JSON file whole or not at all; a value that JSON cannot hold is a TypeError."
     problems = Problems()
-    _find_unplain(value, Path(path).stem, problems)
+    find_unplain(value, Path(path).stem, problems)
     problems.raise_if_any(f"cannot write '{path}'", TypeError)
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
