@@ -154,7 +154,7 @@ class EngineParts:
         strategy: Strategy | None = None,    # None: one process
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate is {accumulate!r}; expected batches per step, a whole number from 1")
+            raise ValueError(f"accumulate is {accumulate!r}; expected the batches of a step, at least 1")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
         self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm
