@@ -68,7 +68,7 @@ class FitPlan:
     validate_every: Duration | None = None                    # None: never
     limit_batches: int | None = None                          # per epoch and per evaluation set, at most
     accumulate: int = 1                                       # batches per optimizer step
-    began: dict[str, int] = field(default_factory=dict)       # counters at the start, in batches, epochs, steps
+    began: dict[str, int] = field(default_factory=dict)       # the counters when it began, by name
     lrs: dict[str, list[Any]] = field(default_factory=dict)   # learning rate of each group of each optimizer
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation
@@ -162,7 +162,7 @@ def check_limit(limit_batches: Any) -> None:
     "Raise `ValueError` for what is neither None nor a number of batches"
     number = isinstance(limit_batches, int) and not isinstance(limit_batches, bool)
     if limit_batches is not None and not (number and limit_batches >= 1):
-        raise ValueError(f"limit_batches is {limit_batches!r}; expected a number of batches, at least 1, or None")
+        raise ValueError(f"limit_batches is {limit_batches!r}; expected None, or batches, at least 1")
 
 def check_data(
     train: Any,                    # yields training batches
@@ -170,17 +170,17 @@ def check_data(
     limit_batches: int | None,     # batches per epoch, at most
     by_epoch: bool,                # whether the fit is measured in epochs
 ) -> None:
-    "Raise `TypeError` for data that cannot be iterated, `ValueError` for an epoch without an end or without a batch"
+    "Raise `TypeError` for data that cannot be iterated, `ValueError` for an epoch without an end or a batch"
     if not isinstance(train, Iterable):
         raise TypeError(f"the training data is {describe(train)}; expected an iterable that yields batches")
     if by_epoch and (length_of(train, limit_batches) is None or isinstance(train, Iterator)):
-        raise ValueError(f"{describe(train)} has no length or can be read only once, so an epoch has no known "
-                         'end. Give the duration in batches: fit("500ba").')
+        raise ValueError(f"{describe(train)} has no length or can be read only once, so an epoch has no "
+                         'known end. Give the duration in batches: fit("500ba").')
     if length_of(train) == 0: raise ValueError("the training loader has no batch; expected at least one")
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
-            raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for each "
-                            "evaluation")
+            raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for "
+                            "each evaluation")
 
 # %% ../../nbs/api/loop/07_plan.ipynb #1b59e9d3
 def plan_state(plan: FitPlan) -> dict[str, Any]:
@@ -196,10 +196,11 @@ def plan_state(plan: FitPlan) -> dict[str, Any]:
 def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
     "Begin where a saved fit began; raises `ValueError` when something else was asked"
     asked, before, now = plan_state(plan)["asked"], saved["asked"], time.monotonic()
-    changed = [f"{name} was {was!r}, now {asked[name]!r}" for name, was in before.items() if asked[name] != was]
+    other = [name for name in before if asked[name] != before[name]]
+    changed = "; ".join(f"{name} was {before[name]!r}, now {asked[name]!r}" for name in other)
     if changed:
-        raise ValueError(f"this fit cannot go on where the saved one stopped: {'; '.join(changed)}. Call fit with "
-                         "the same arguments, or without resume=True to train on from here.")
+        raise ValueError(f"this fit cannot go on where the saved one stopped: {changed}. Call fit with the "
+                         "same arguments, or without resume=True to train on from here.")
     plan.began, plan.lrs = dict(saved["began"]), {name: list(lrs) for name, lrs in saved["lrs"].items()}
     plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
 
