@@ -1,7 +1,7 @@
 """What a run shows while it trains: a bar that moves and a table that stays
 
-Somebody watches. In a terminal and in a notebook a bar shows how far the epoch is and what the loss is; below each
-other, a line for every epoch stays. Where nobody can see a bar move, in a log file or a pipe, there are only the lines.
+Somebody watches. In a terminal and in a notebook a bar shows how far the epoch is and what the loss is, and a table
+with a line for every epoch stays. Where nobody can see a bar move, in a log file or a pipe, there are only the lines.
 Watching must not cost: the loss is read about ten times a second, whatever the number of steps, and on an
 accelerator the value shown is the one asked for at the last look, so nothing waits for it.
 
@@ -19,127 +19,204 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from .recorder import RowWriter, format_line, format_value, shown_columns
+from .recorder import RowWriter, format_line, format_row, shown_columns, table_html
+from ..loop.plan import length_of
 from ..metrics.collection import read_scalars
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Glance', 'kind_of_output', 'open_bar', 'Bar', 'Progress']
+__all__ = ['SHOWN_ROWS', 'Glance', 'Lines', 'TerminalBar', 'Terminal', 'Output', 'Notebook', 'open_display', 'Progress']
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #597e9ea6
 class Glance:
     "The last value of a scalar that is known to the host"
     def __init__(self) -> None:
         self.value: float | None = None
-        self.buffer: Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
+        self.copy: tuple[Tensor, torch.cuda.Event] | None = None  # where a value arrives, and when it has
 
     def look(self, scalar: Tensor) -> float | None:
         "Ask for this scalar, and return the latest value that has arrived"
-        if scalar.device.type != "cuda":
-            self.value = read_scalars({"value": scalar})["value"]
-            return self.value
-        if self.copied is not None and self.copied.query(): self.value = float(self.buffer)  # pragma: gpu
-        if self.copied is None or self.copied.query():  # pragma: gpu
-            self.buffer = torch.empty((), dtype=scalar.dtype, pin_memory=True)
-            self.buffer.copy_(scalar.detach(), non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        return self.value  # pragma: gpu
+        if scalar.device.type == "cuda": self.look_aside(scalar)  # pragma: gpu
+        else: self.value = read_scalars({"value": scalar})["value"]
+        return self.value
 
-# %% ../../nbs/api/callbacks/03_progress.ipynb #d6eaf804
-def kind_of_output(
-    file: TextIO,  # where lines are written
-) -> str:  # "notebook", "terminal" or "plain"
-    "What can be shown: a bar in a notebook, a bar in a terminal, or lines only"
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and hasattr(shell, "kernel"): return "notebook"
-    return "terminal" if file.isatty() else "plain"
+    def look_aside(self, scalar: Tensor) -> None:  # pragma: gpu
+        "Take the value that was asked for, if it is there, and ask for the next"
+        if self.copy is not None:
+            buffer, arrived = self.copy
+            if not arrived.query(): return
+            self.value = float(buffer)
+        else: buffer, arrived = torch.empty((), dtype=scalar.dtype, pin_memory=True), torch.cuda.Event()
+        buffer.copy_(scalar.detach(), non_blocking=True)
+        arrived.record()
+        self.copy = buffer, arrived
 
-def open_bar(kind: str, **options: Any) -> Any:
-    "A tqdm bar for a notebook, where ipywidgets is installed, or for a terminal"
-    if kind == "notebook":
-        try:
-            import ipywidgets  # noqa: F401  tqdm's notebook bar is made of it
-            from tqdm.notebook import tqdm as notebook_bar
-            return notebook_bar(**options)
-        except ImportError: pass  # the bar for terminals works there too
-    from tqdm import tqdm
-    return tqdm(**options)
+# %% ../../nbs/api/callbacks/03_progress.ipynb #c5df1c2a
+class Lines:
+    "Shows a table line by line, and no bar"
+    has_bar = False
 
-# %% ../../nbs/api/callbacks/03_progress.ipynb #343a8360
-class Bar:
-    "The bar of one epoch: opened at the first look, closed at the end"
-    def __init__(self, kind: str, file: TextIO | None, interval: float) -> None:
-        self.kind, self.file, self.interval = kind, file, interval
-        self.bar: Any = None
-        self.glance, self.next_look = Glance(), time.monotonic() + interval
-
-    def is_due(self) -> bool:
-        "Whether it is time for another look"
-        now = time.monotonic()
-        if now < self.next_look: return False
-        self.next_look = now + self.interval
-        return self.kind != "plain"
-
-    def show(self, trainer: Trainer) -> None:
-        "Move the bar to the batch of the epoch, with the mean loss so far"
-        state, loss = trainer.state, self.glance.look(trainer.train_metrics.metrics[0].mean.compute())
-        if self.bar is None:
-            self.bar = open_bar(self.kind, total=trainer.plan.length, leave=False, file=self.file, unit="batch",
-                                initial=state.epoch_batch, desc=f"epoch {state.epoch + 1}", dynamic_ncols=True)
-        if loss is not None: self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self.bar.update(state.epoch_batch - self.bar.n)
+    def __init__(self,
+        file: TextIO | None = None,  # None: standard output
+    ) -> None:
+        self.file = file
+        self.columns: list[str] = []
 
     def say(self, text: str) -> None:
-        "A word beside the bar"
-        if self.bar is not None: self.bar.set_postfix_str(text)
+        "Write one line"
+        print(text, file=self.file or sys.stdout, flush=True)
 
-    def close(self) -> None:
-        "Take the bar away"
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        "Write one line of the table, and its header when that is new"
+        columns = shown_columns([*self.columns, *row])
+        if columns != self.columns: self.say(format_line(columns, columns))
+        self.columns = columns
+        self.say(format_row(row, columns))
+
+    def show_bar(self, done: int, total: int | None, title: str, text: str) -> None:
+        "Nothing: nobody would see it move"
+
+    def clear_bar(self) -> None:
+        "Nothing: there is none"
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #f6d0560b
+class TerminalBar(tqdm):
+    "A bar that stays only while it moves"
+    monitor_interval = 0  # seconds between visits of tqdm's thread; 0: no thread
+
+class Terminal(Lines):
+    "Shows the table line by line, and below it a bar"
+    has_bar = True
+    bar: Any = None
+
+    def say(self, text: str) -> None:
+        "Write one line where the bar was"
+        self.clear_bar()
+        super().say(text)
+
+    def show_bar(self,
+        done: int,         # batches
+        total: int | None, # batches; None: not known
+        title: str,        # before the bar
+        text: str,         # behind it
+    ) -> None:
+        "Draw the bar, or redraw it"
+        if self.bar is not None and (self.bar.desc, self.bar.total) != (f"{title}: ", total): self.clear_bar()
+        if self.bar is None:
+            self.bar = TerminalBar(desc=title, total=total, initial=done, unit="batch", leave=False,
+                                   file=self.file or sys.stdout, dynamic_ncols=True)
+        self.bar.n = done
+        self.bar.set_postfix_str(text)
+
+    def clear_bar(self) -> None:
+        "Wipe the bar out"
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-# %% ../../nbs/api/callbacks/03_progress.ipynb #f6d0560b
+# %% ../../nbs/api/callbacks/03_progress.ipynb #ba8f8c23
+SHOWN_ROWS = 200  # of the table in a notebook, the last ones
+
+class Output:
+    "An output of a notebook cell whose content can be replaced"
+    handle: Any = None
+
+    def show(self,
+        html: str,
+        text: str,  # for viewers without HTML
+    ) -> None:
+        "Show this from now on"
+        from IPython.display import display
+        data = {"text/html": html, "text/plain": text}
+        if self.handle is None: self.handle = display(data, raw=True, display_id=True)
+        else: self.handle.update(data, raw=True)
+
+class Notebook(Lines):
+    "Shows the table as HTML, and below it a bar"
+    has_bar = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Mapping[str, Any]] = []
+        self.table, self.bar = Output(), Output()
+        self.title, self.began = "", time.monotonic()
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        "Show the table with one row more"
+        self.clear_bar()
+        self.rows = [*self.rows, row][-SHOWN_ROWS:]
+        self.columns = shown_columns([*self.columns, *row])
+        self.table.show(table_html(self.rows, self.columns), f"table of {len(self.rows)} rows")
+
+    def show_bar(self, done: int, total: int | None, title: str, text: str) -> None:
+        "Show the bar as it is now"
+        if self.table.handle is None: self.table.show("", "")  # so that the bar comes below
+        if title != self.title: self.title, self.began = title, time.monotonic()
+        elapsed = time.monotonic() - self.began
+        bar = tqdm.format_meter(done, total, elapsed, ncols=100, prefix=title, unit="batch", postfix=text)
+        self.bar.show(f"<pre>{bar}</pre>", bar)
+
+    def clear_bar(self) -> None:
+        "Show no bar"
+        if self.bar.handle is not None: self.bar.show("", "")
+        self.title = ""
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #10dbca55
+def open_display(
+    file: TextIO | None = None,  # None: standard output
+) -> Lines:
+    "What suits the place where a run is watched"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if file is None and hasattr(shell, "kernel"): return Notebook()
+    is_terminal = getattr(file or sys.stdout, "isatty", None)
+    return Terminal(file) if is_terminal is not None and is_terminal() else Lines(file)
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #4b62d8b6
 class Progress(RowWriter):
     "Shows a bar for the epoch and a line for each row of the history"
     def __init__(self,
         interval: float = 0.1,       # seconds between two looks
-        file: TextIO | None = None,  # where to write; None: lines to standard output, bars to standard error
+        file: TextIO | None = None,  # where to write; None: the notebook, or standard output
     ) -> None:
-        if interval < 0: raise ValueError(f"interval is {interval}; expected seconds between two looks, 0 or more")
-        self.interval, self.file, self.evaluated, self.said = interval, file, 0, 0
-        self.columns: list[str] = []
-
-    def print(self, text: str) -> None:
-        "Write one line"
-        print(text, file=self.file or sys.stdout, flush=True)
+        if not interval >= 0: raise ValueError(f"interval is {interval}; expected seconds between looks, 0 or more")
+        self.interval, self.file = interval, file
+        self.display, self.glance = Lines(file), Glance()
+        self.next_look = float("inf")  # by the clock; a bar that does not exist is never due
+        self.evaluated, self.said = 0, 0  # batches of this evaluation; requests that are told already
 
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
-        self.columns, self.said = [], len(trainer.state.control)
-        self.bar = Bar(kind_of_output(self.file or sys.stdout), self.file, self.interval)
+        self.display, self.glance, self.said = open_display(self.file), Glance(), len(trainer.state.control)
+        self.next_look = time.monotonic() + self.interval if self.display.has_bar else float("inf")
 
     def after_batch(self, trainer: Trainer) -> None:
-        if self.bar.is_due(): self.bar.show(trainer)
+        if time.monotonic() < self.next_look: return
+        state, plan, measured = trainer.state, trainer.plan, trainer.train_metrics
+        loss = self.glance.look(measured.metrics[0].mean.compute()) if measured.has_loss else None
+        text = "" if loss is None else f"loss {loss:.4f}"
+        self.show(state.epoch_batch, None if plan is None else plan.length, f"epoch {state.epoch + 1}", text)
 
     def before_evaluate(self, trainer: Trainer) -> None: self.evaluated = 0
 
     def after_evaluate_batch(self, trainer: Trainer) -> None:
         self.evaluated += 1
-        if trainer.plan is not None and self.bar.is_due(): self.bar.say(f"{trainer.state.loader}: {self.evaluated} batches")
+        if trainer.plan is None or time.monotonic() < self.next_look: return
+        name, plan = str(trainer.state.loader), trainer.plan
+        loader = plan.valid_sets.get(name)  # None: a callback evaluates on data of its own
+        total = None if loader is None else length_of(loader, plan.limit_batches)
+        self.show(self.evaluated, total, name, "")
 
-    def write_row(self, row: Mapping[str, Any]) -> None:
-        "Print one line of the table, and the header when it changes"
-        self.bar.close()
-        columns = shown_columns(row)
-        if columns != self.columns: self.print(format_line(columns, columns))
-        self.columns = columns
-        self.print(format_line([format_value(row[name]) for name in columns], columns))
+    def show(self, done: int, total: int | None, title: str, text: str) -> None:
+        "Show the bar, and note when to look again"
+        self.display.show_bar(done, total, title, text)
+        self.next_look = time.monotonic() + self.interval
+
+    def write_row(self, row: Mapping[str, Any]) -> None: self.display.add_row(row)
 
     def after_fit(self, trainer: Trainer) -> None:
         super().after_fit(trainer)
-        self.bar.close()
-        for entry in trainer.state.control[self.said:][-5:]: self.print(f"{entry['what']} after batch {entry['batch']}: {entry['why']}")
+        self.display.clear_bar()
+        for entry in trainer.state.control[self.said:][-5:]:
+            self.display.say(f"{entry['what']} after batch {entry['batch']}: {entry['why']}")

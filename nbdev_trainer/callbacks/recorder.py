@@ -141,8 +141,8 @@ def plot_history(
         size = (4 * len(found), 3)
         axes = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)[1][0]
     if len(axes) != len(found):
-        raise ValueError(f"{len(axes)} axes were given for {len(found)} quantities ({', '.join(found)}); expected "
-                         "one for each")
+        raise ValueError(f"{len(axes)} axes were given for {len(found)} quantities ({', '.join(found)}); "
+                         "expected one for each")
     for ax, (quantity, names) in zip(axes, found.items()):
         for name in names:
             points = [(row["batch"], row[name]) for row in history.rows if row.get(name) is not None]
@@ -192,7 +192,7 @@ class Recording(Callback):
     ) -> None:
         interval = None if every is None else Duration.parse(every)
         if interval and interval.unit != "st":
-            raise ValueError(f"{self}(every={every!r}) counts steps; expected their number, as '10st', or None")
+            raise ValueError(f"{self}(every={every!r}) counts steps; expected a number, as '10st', or None")
         self.history, self.steps = History(), StepRecords(None if interval is None else int(interval.value))
         self.measured: dict[str, int] = {}  # by set: the batch at which its results were made
         self.seconds = 0.0                  # spent in fits that have ended
@@ -252,8 +252,8 @@ class Recorder(Recording):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on with a saved history"
-        lists = {name: [dict(entry) for entry in state[name]] for name in ("rows", "steps", "control", "pending")}
-        self.history.rows, self.history.steps, self.history.control, self.steps.pending = lists.values()
+        lists = ([dict(entry) for entry in state[name]] for name in ("rows", "steps", "control", "pending"))
+        self.history.rows, self.history.steps, self.history.control, self.steps.pending = lists
         self.steps.next_step = state["next_step"]
         self.measured, self.seconds, self.began = dict(state["measured"]), state["seconds"], None
 
@@ -272,8 +272,8 @@ class RowWriter(Callback):
         recorder = recorder_of(trainer)
         if recorder is None:
             others = ", ".join(str(one) for one in trainer.all_callbacks() if one is not self) or "none"
-            raise ValueError(f"{self} takes the rows of a Recorder, and there is none among the callbacks (the "
-                             f"others are: {others}); add Recorder() to them")
+            raise ValueError(f"{self} takes the rows of a Recorder, and there is none among the callbacks "
+                             f"(the others are: {others}); add Recorder() to them")
         self.history = recorder.history
         self.written = len(self.history)
 

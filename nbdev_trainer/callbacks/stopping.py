@@ -13,56 +13,94 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import did_you_mean
 from ..loop.callback import Callback
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['EarlyStopping']
+__all__ = ['is_better', 'Patience', 'EarlyStopping', 'not_measured']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
-class EarlyStopping(Callback):
-    "Stops the fit when a result has not improved for `patience` looks at it"
+def is_better(
+    value: float,            # the new result; may be NaN
+    best: float | None,      # the best so far; None: there is none
+    higher_is_better: bool,
+    min_delta: float = 0.0,  # by how much more than nothing it must differ
+) -> bool:
+    "Whether a result improves on the best so far"
+    if value != value: return False
+    if best is None: return True
+    return value - best > min_delta if higher_is_better else best - value > min_delta
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #62850f3b
+class Patience:
+    "Counts the looks at a result since it was last better"
     def __init__(self,
-        monitor: str = "valid_loss",             # the name of a result
-        *,
-        patience: int = 3,                       # looks without improvement before the fit ends, at least 1
-        min_delta: float = 0.0,                  # what counts as better must be better by more than this
-        higher_is_better: bool | None = None,    # None: as the metric says
+        looks: int,              # without improvement until patience is at its end, at least 1
+        min_delta: float = 0.0,  # what counts as better must be better by more than this
     ) -> None:
-        if patience < 1: raise ValueError(f"patience is {patience}; expected at least 1 look without improvement")
-        if min_delta < 0: raise ValueError(f"min_delta is {min_delta}; expected 0 or more, whichever way is better")
-        self.monitor, self.patience, self.min_delta, self.given = monitor, patience, min_delta, higher_is_better
-        self.higher_is_better = higher_is_better
+        if looks < 1: raise ValueError(f"patience is {looks}; expected at least 1 look without improvement")
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta is {min_delta}; expected 0 or more, whichever way is better")
+        self.looks, self.min_delta = looks, min_delta
         self.best: float | None = None
         self.waited = 0
 
+    def look(self, value: float, higher_is_better: bool) -> bool:
+        "Take in a result; whether patience is at its end"
+        if is_better(value, self.best, higher_is_better, self.min_delta): self.best, self.waited = value, 0
+        else: self.waited += 1
+        return self.waited >= self.looks
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #e32175f4
+class EarlyStopping(Callback):
+    "Stops the fit when a result has not improved for `patience` looks at it"
+    def __init__(self,
+        monitor: str = "valid_loss",           # the name of a result
+        *,
+        patience: int = 3,                     # looks without improvement before the fit ends, at least 1
+        min_delta: float = 0.0,                # what counts as better must be better by more than this
+        higher_is_better: bool | None = None,  # None: as the metric says
+    ) -> None:
+        self.monitor, self.patience, self.given = monitor, Patience(patience, min_delta), higher_is_better
+        self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
+
     def before_fit(self, trainer: Trainer) -> None:
-        known = trainer.check_monitor(self.monitor)
-        self.higher_is_better = known if self.given is None else self.given
-        if self.higher_is_better is None:
-            raise ValueError(f"whether a higher {self.monitor!r} is better is not known; pass higher_is_better=True or False")
+        known, plan = trainer.check_monitor(self.monitor), trainer.plan
+        better = known if self.given is None else self.given
+        if better is None:
+            raise ValueError(f"whether a higher {self.monitor!r} is better is unknown: pass higher_is_better")
+        if plan is None: return
+        sets = [name for name in ("train", *plan.valid_sets) if self.monitor.startswith(f"{name}_")]
+        self.watched, self.higher_is_better = max(sets, key=len), better
+        if plan.began["batch"] == trainer.state.batch: self.patience.waited = 0
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is not None and self.monitor.startswith(f"{trainer.state.loader}_"): self.look(trainer)
+        if trainer.plan is not None and trainer.state.loader == self.watched: self.look(trainer)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        if self.monitor.startswith("train_"): self.look(trainer)
+        if self.watched == "train": self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
-        "Compare the result with the best so far"
-        value = trainer.state.metrics[self.monitor]
-        gain = None if self.best is None else value - self.best if self.higher_is_better else self.best - value
-        if value == value and (gain is None or gain > self.min_delta): self.best, self.waited = value, 0
-        else: self.waited += 1
-        if self.waited >= self.patience:
-            best = "never a number" if self.best is None else f"best {self.best:.4g}"
-            trainer.stop(f"{self.monitor} has not improved for {self.waited} looks ({best})")
+        "Look at the new result, and stop the fit when patience is at its end"
+        patience, metrics = self.patience, trainer.state.metrics
+        if self.monitor not in metrics: raise not_measured(self.monitor, metrics)
+        if patience.look(metrics[self.monitor], self.higher_is_better):
+            best = "never a number" if patience.best is None else f"best {patience.best:.4g}"
+            trainer.stop(f"{self.monitor} has not improved for {patience.waited} looks ({best})")
 
     def state_dict(self) -> dict[str, Any]:
-        "The best result and the looks since"
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.patience.best, "waited": self.patience.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on from a saved state"
-        self.best, self.waited = state["best"], state["waited"]
+        self.patience.best, self.patience.waited = state["best"], state["waited"]
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #56c44d61
+def not_measured(
+    monitor: str,                 # the name of a result
+    results: Mapping[str, Any],   # those there are, by name
+) -> ValueError:
+    "The error for a result that never came"
+    return ValueError(f"{monitor!r} is to be monitored and was not measured. "
+                      f"{did_you_mean(monitor, results, what='result')}")
