@@ -1,8 +1,8 @@
 """Calling handlers, asking the loop for something, attaching functions: what callbacks and steps do with a trainer
 
 A callback receives the trainer. What it may do with it, besides reading the state, is here: ask the loop to skip
-something or to end, and record a number. Every request needs a reason,
-and a request that took effect is recorded with it, so the history can tell why a run ended when it did.
+something or to end, and record a number. Every request needs a reason, and a request that took effect is recorded
+with it, so the history can tell why a run ended when it did.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/control.html.md"""
 
@@ -53,16 +53,20 @@ class Requests:
     def took_effect(self, what: str) -> None:
         "Record a request that the loop has followed, and clear it"
         state = self.state
-        state.control.append({"what": what, "why": getattr(state, what), "epoch": state.epoch, "batch": state.batch})
+        entry = {"what": what, "why": getattr(state, what), "epoch": state.epoch, "batch": state.batch}
+        state.control.append(entry)
         setattr(state, what, None)
 
     def log(self, name: str, value: Tensor | float) -> None:
         "Record a scalar: its mean over the epoch becomes `train_<name>`; a tensor stays on its device"
         self.train_metrics.log(name, value)
 
-# %% ../../nbs/api/loop/08_control.ipynb #de1e6f67
-def reason(what: str, why: str) -> str:
-    "The reason, or an error when there is none"
+# %% ../../nbs/api/loop/08_control.ipynb #1a626bc8
+def reason(
+    what: str,  # what is asked for
+    why: str,   # the reason, not empty
+) -> str:
+    "The reason; raises `ValueError` when there is none"
     if isinstance(why, str) and why: return why
     raise ValueError(f'{what} got the reason {why!r}; expected a text such as {what}("the loss is NaN")')
 
@@ -99,21 +103,22 @@ class Control(Calling):
         *,
         every: str | int | None = None,  # such as "100ba"; a number counts epochs
         once: bool = False,              # only the first time
-        after: str | None = None,        # only after this position, such as "500ba"
-        before: str | None = None,       # only until this position
+        after: str | int | None = None,  # only after this position, such as "500ba"
+        before: str | int | None = None, # only until this position
     ) -> None:
-        "Call `fn(trainer)` at an event, in the fits to come"
-        if self.plan is not None: raise RuntimeError("on() was called during a fit; attach functions before it")
+        "Call `fn(trainer)` at an event, in the fits to come; raises `RuntimeError` during a fit"
+        if self.plan is not None:
+            raise RuntimeError("on() was called during a fit; attach functions before it")
         self.callbacks.append(attach(event, fn, every=every, once=once, after=after, before=before))
 
     def describe_callbacks(self) -> str:
         "A line for each event in use: who acts, in which order"
         return describe_plan(in_order(self.callbacks))
 
-# %% ../../nbs/api/loop/08_control.ipynb #92620044
+# %% ../../nbs/api/loop/08_control.ipynb #ec56b68e
 def check_events(callbacks: Iterable[Callback], step: Step) -> None:
     "Raise `ValueError` when a callback waits for an event that the step does not fire"
     for callback in callbacks:
         for event in (STEP_EVENTS - step.fires) & callback.handles().keys():
-            raise ValueError(f"{callback} waits for {event}, but {type(step).__name__} does not fire it. A step that calls "
-                             f"trainer.fire(Event.{event}, output) lists the event in its `fires`.")
+            raise ValueError(f"{callback} waits for {event}, but {type(step).__name__} does not fire it. A "
+                             f"step that calls trainer.fire(Event.{event}, output) lists it in its `fires`.")
