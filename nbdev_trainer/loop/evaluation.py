@@ -33,15 +33,15 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'whereabouts', 'Pass', 'Predictions', 'Evaluation', 'Monitoring']
+__all__ = ['module_modes', 'whereabouts', 'Outputs', 'Pass', 'Predictions', 'Evaluation', 'Monitoring']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
 def module_modes(
-    model: nn.Module,
-    training: bool,  # the mode for the block
+    model: nn.Module,  # with all modules in it
+    training: bool,    # the mode for the block
 ) -> Iterator[None]:
-    "The whole model in one mode; afterwards every module is as before"
+    "The whole model in one mode; afterwards every module is as before, also when the block raises"
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try: yield
@@ -52,12 +52,13 @@ def module_modes(
 def whereabouts(state: State) -> str:
     "Which batch was in hand, for a note on an error"
     batch = state.current_batch
-    held = "before the first batch" if batch is None else f"inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
+    held = "before the first batch"
+    if batch is not None: held = f"inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
     return f"in epoch {state.epoch}, after {state.batch} batches, phase {state.phase}; {held}"
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71
-class Pass(Control):
-    "The frame and the loop of a pass over data"
+class Outputs(Control):
+    "The loop of a pass over data"
     model: nn.Module
     engine: Engine
     as_batch: Callable[[Any], Batch] | None  # the user's translation of what a loader yields
@@ -69,10 +70,10 @@ class Pass(Control):
 
     def outputs(self,
         method: Callable[[Any, Batch], StepOutput],  # of the step: evaluate or predict
-        loader: Iterable[Any],
+        loader: Iterable[Any],                       # yields batches
         limit_batches: int | None = None,            # at most so many
     ) -> Iterator[tuple[Batch, StepOutput]]:
-        "Every batch with what the step answers; used inside `evaluating`"
+        "Every batch with what the step answers; inside `evaluating`; raises `ValueError` when there is none"
         state, on, n = self.state, self.handlers, 0
         for n, raw in enumerate(loader.in_order() if isinstance(loader, Loader) else loader, 1):
             state.current_batch = self.engine.move(self.read(raw, needs_targets=state.phase != "predict"))
@@ -81,14 +82,19 @@ class Pass(Control):
             if on.after_evaluate_batch: self.call("after_evaluate_batch")
             yield state.current_batch, state.output
             if n == limit_batches: break
-        if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected at least one")
+        if n == 0:
+            raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #506c2895
+class Pass(Outputs):
+    "The frame of a pass over data"
     @contextmanager
     def evaluating(self, name: str, phase: str, quiet: bool = False) -> Iterator[None]:
         "Everything a pass changes for itself, and its undoing; a quiet one fires no event"
         state = self.state
         kept = {field: getattr(state, field) for field in ("phase", "loader", "current_batch", "output")}
-        handlers, self.handlers = self.handlers, handler_table([]) if quiet else self.evaluation_handlers
+        handlers = self.handlers
+        self.handlers = handler_table([]) if quiet else self.evaluation_handlers
         state.phase, state.loader = phase, name
         try:
             with isolated_rng(), torch.no_grad(), module_modes(self.model, training=False):
@@ -111,6 +117,7 @@ class Predictions:
     ids: Tensor | None = None    # (n,) positions in the data set; None when the loader does not tell
     losses: Tensor | None = None # (n,) None when the loss function does not give them
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
 class Evaluation(Pass):
     "Validation, test and prediction"
     metrics: Sequence[Metric]
@@ -125,7 +132,8 @@ class Evaluation(Pass):
         "Loss and metrics over a loader"
         results = MetricSet(self.metrics)
         with self.evaluating(name, phase):
-            for batch, output in self.outputs(self.step.evaluate, loader, limit_batches): results.update(output, batch)
+            for batch, output in self.outputs(self.step.evaluate, loader, limit_batches):
+                results.update(output, batch)
             values = results.compute()
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
         return values
@@ -133,18 +141,20 @@ class Evaluation(Pass):
     def predict(self,
         loader: Iterable[Any],  # yields batches, or bare inputs
     ) -> Predictions:
-        "Predictions for every sample of a loader, in its order"
+        "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
         if isinstance(loader, Tensor):
-            raise TypeError(f"predict got {describe(loader)}, and iterating it would give single samples; expected a loader. "
-                            "Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
+            raise TypeError(f"predict got {describe(loader)}, and iterating it would give single samples; "
+                            "expected a loader. Pass [inputs] for one batch, or "
+                            "Loaders.from_arrays(inputs).train")
         parts: list[list[Any]] = []
         with self.evaluating("predict", "predict"):
             for batch, output in self.outputs(self.step.predict, loader):
                 losses = self.step.losses(output, batch)
-                parts.append(to_device(detach([output.predictions, targets_of(output, batch), batch.ids, losses]), "cpu"))
+                part = [output.predictions, targets_of(output, batch), batch.ids, losses]
+                parts.append(to_device(detach(part), "cpu"))
         return Predictions(*(concatenate(list(column)) for column in zip(*parts)))
 
-# %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
+# %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25
 class Monitoring(Evaluation):
     "Which results there will be"
     train_metrics: MetricSet
@@ -157,11 +167,13 @@ class Monitoring(Evaluation):
         sets = ["train", *(plan.valid_sets if plan and plan.validate_every else ())]
         known = {f"{one}_{metric.name}": metric for one in sets for metric in self.train_metrics.metrics}
         found = next((key for key in known if name == key or name.startswith(f"{key}_")), None)
-        if found is None: raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
+        if found is None:
+            raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
         valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None
         if valid is not None and not self.evaluates_loss(valid):
-            raise ValueError(f"there will be no {name!r}: {type(self.step).__name__}.evaluate returns no loss. Monitor "
-                             "another result, or return a loss from evaluate.")
+            step = type(self.step).__name__
+            raise ValueError(f"there will be no {name!r}: {step}.evaluate returns no loss. Monitor another "
+                             "result, or return a loss from evaluate.")
         return known[found].higher_is_better
 
     def evaluates_loss(self, loader: Iterable[Any]) -> bool:
