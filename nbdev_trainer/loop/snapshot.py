@@ -34,25 +34,36 @@ __all__ = ['model_state', 'load_model_state', 'window_state', 'load_window_state
 def model_state(model: nn.Module) -> dict[str, Any]:
     "Parameters and all buffers of a model, those that are not persistent included"
     saved = model.state_dict()
-    return {"state": dict(saved), "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in saved}}
+    others = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    return {"state": dict(saved), "buffers": others}
 
-def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    "Put a model's state back; torch's error names what does not fit"
-    model.load_state_dict(saved["state"])
+def load_model_state(
+    model: nn.Module,          # built like the saved one
+    saved: Mapping[str, Any],  # what `model_state` gave
+) -> None:
+    "Put a model's state back; raises `ValueError` for a missing buffer, else torch's `RuntimeError`"
     buffers = dict(model.named_buffers())
+    if missing := sorted(saved["buffers"].keys() - buffers.keys()):
+        raise ValueError(f"the saved model has the buffers {missing}, which are missing here; build the "
+                         "model as it was")
+    model.load_state_dict(saved["state"])
     for name, buffer in saved["buffers"].items(): buffers[name].copy_(buffer)
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #dc32411d
 def window_state(slots: Mapping[str, OptimizerSlot]) -> dict[str, Any]:
     "The gradients of each optimizer's open window, and the counts behind them"
-    return {name: {"pending": slot.pending, "counts": list(slot.window.counts), "divisor": slot.window.divisor,
-                   "gradients": [p.grad for p in slot.params]} for name, slot in slots.items()}
+    def state_of(slot: OptimizerSlot) -> dict[str, Any]:
+        window, gradients = slot.window, [p.grad for p in slot.params]
+        return {"pending": slot.pending, "counts": list(window.counts), "divisor": window.divisor,
+                "gradients": gradients}
+    return {name: state_of(slot) for name, slot in slots.items()}
 
 def load_window_state(slots: Mapping[str, OptimizerSlot], saved: Mapping[str, Any]) -> None:
     "Go on in the middle of a window"
     for name, slot in slots.items():
-        state = saved[name]
-        slot.pending, slot.window.counts, slot.window.divisor = state["pending"], list(state["counts"]), state["divisor"]
+        state, window = saved[name], slot.window
+        slot.pending, window.divisor = state["pending"], state["divisor"]
+        window.counts = list(state["counts"])
         for p, gradient in zip(slot.params, state["gradients"]):
             p.grad = None if gradient is None else laid_out_like(p, gradient)
 
@@ -66,7 +77,8 @@ def keyed(callbacks: Iterable[Callback]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for callback in callbacks:
         if not hasattr(callback, "state_dict") or not hasattr(callback, "load_state_dict"): continue
-        name, n = type(callback).__name__, sum(key.split("#")[0] == type(callback).__name__ for key in found)
+        name = type(callback).__name__
+        n = sum(key.split("#")[0] == name for key in found)
         found[f"{name}#{n + 1}" if n else name] = callback
     return found
 
@@ -74,39 +86,45 @@ def load_callbacks(callbacks: Iterable[Callback], saved: Mapping[str, Any]) -> N
     "Put the state of callbacks back; raises `ValueError` when a saved one is not there"
     here = keyed(callbacks)
     if missing := sorted(saved.keys() - here.keys()):
-        raise ValueError(f"the saved run has the callbacks {missing}, which are missing here; pass the same callbacks")
+        raise ValueError(f"the saved run has the callbacks {missing}, which are missing here; pass the same "
+                         "callbacks")
     for name, state in saved.items(): here[name].load_state_dict(state)
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #58ac291b
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
     "All state of a run; raises `RuntimeError` during an evaluation, where it would not be whole"
-    if trainer.state.phase not in (None, "train"):
-        raise RuntimeError(f"state_dict() was called in phase {trainer.state.phase!r}, in the middle of a pass; call it at "
+    phase, slots = trainer.state.phase, trainer.engine.slots
+    if phase not in (None, "train"):
+        raise RuntimeError(f"state_dict() was called in phase {phase!r}, in the middle of a pass; call it at "
                            "after_batch or after_epoch, or outside of a fit")
-    slots = trainer.engine.slots
+    callbacks = keyed(trainer.all_callbacks())
     return map_tensors(Tensor.clone, {
         "model": model_state(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
         "windows": window_state(slots), "window_batches": trainer.window_batches, "stepped": trainer.stepped,
         "state": trainer.state.state_dict(), "train_metrics": trainer.train_metrics.state_dict(),
-        "callbacks": {name: callback.state_dict() for name, callback in keyed(trainer.all_callbacks()).items()},
+        "callbacks": {name: callback.state_dict() for name, callback in callbacks.items()},
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "loader": trainer.loader_state(), "fits_done": trainer.fits_done,
         "plan": None if trainer.open_plan is None else plan_state(trainer.open_plan)})
 
+# %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    "Put all state back; callbacks, loader and generators get theirs when the next fit starts"
+    "Put all state back, some of it when the next fit starts; raises `ValueError` for what does not fit"
     saved = map_tensors(Tensor.clone, dict(saved))
+    slots, there = trainer.engine.slots, saved["optimizers"]
+    if slots.keys() != there.keys():
+        raise ValueError(f"the saved run has the optimizers {list(there)}, this trainer {list(slots)}; name "
+                         "them as they were")
     load_model_state(trainer.model, saved["model"])
-    slots = trainer.engine.slots
-    if slots.keys() != saved["optimizers"].keys():
-        raise ValueError(f"the saved run has the optimizers {list(saved['optimizers'])}, this trainer {list(slots)}")
-    for name, slot in slots.items(): load_optimizer_state(slot.optimizer, trainer.model, saved["optimizers"][name])
+    for name, slot in slots.items(): load_optimizer_state(slot.optimizer, trainer.model, there[name])
     load_window_state(slots, saved["windows"])
     trainer.window_batches, trainer.stepped = saved["window_batches"], saved["stepped"]
     trainer.state.load_state_dict(saved["state"])
     trainer.train_metrics.load_state_dict(saved["train_metrics"])
-    if saved["step"] is not None: trainer.step.load_state_dict(saved["step"])  # type: ignore[attr-defined]
-    trainer.at_epoch_start, trainer.fits_done, trainer.fits_answered = saved["at_epoch_start"], saved["fits_done"], 0
+    step: Any = trainer.step
+    if saved["step"] is not None: step.load_state_dict(saved["step"])
+    trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
+    trainer.fits_answered = 0
     trainer.loaded = saved
