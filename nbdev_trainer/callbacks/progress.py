@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .recorder import RowWriter, format_line, format_row, shown_columns, table_html
+from .recorder import RowWriter, format_line, format_row, shown_columns, table_html, table_text
 from ..loop.plan import length_of
 from ..metrics.collection import read_scalars
 
@@ -148,7 +148,7 @@ class Notebook(Lines):
         self.clear_bar()
         self.rows = [*self.rows, row][-SHOWN_ROWS:]
         self.columns = shown_columns([*self.columns, *row])
-        self.table.show(table_html(self.rows, self.columns), f"table of {len(self.rows)} rows")
+        self.table.show(table_html(self.rows, self.columns), table_text(self.rows, self.columns))
 
     def show_bar(self, done: int, total: int | None, title: str, text: str) -> None:
         "Show the bar as it is now"
@@ -180,7 +180,7 @@ class Progress(RowWriter):
         interval: float = 0.1,       # seconds between two looks
         file: TextIO | None = None,  # where to write; None: the notebook, or standard output
     ) -> None:
-        if not interval >= 0: raise ValueError(f"interval is {interval}; expected seconds between looks, 0 or more")
+        if not interval >= 0: raise ValueError(f"interval is {interval}; expected seconds, 0 or more")
         self.interval, self.file = interval, file
         self.display, self.glance = Lines(file), Glance()
         self.next_look = float("inf")  # by the clock; a bar that does not exist is never due

@@ -25,8 +25,9 @@ from ..metrics.collection import read_scalars
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['format_value', 'column_order', 'shown_columns', 'format_line', 'format_row', 'table_html', 'History', 'quantities',
-           'plot_history', 'StepRecords', 'current_lr', 'Recording', 'Recorder', 'recorder_of', 'RowWriter']
+__all__ = ['format_value', 'column_order', 'shown_columns', 'format_line', 'format_cells', 'format_row', 'table_text',
+           'table_html', 'History', 'quantities', 'plot_history', 'StepRecords', 'current_lr', 'Recording', 'Recorder',
+           'recorder_of', 'may_grow', 'RowWriter']
 
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #62584903
 def format_value(
@@ -61,12 +62,27 @@ def format_line(
     "One line of a table, aligned to the right"
     return "  ".join(cell.rjust(max(len(name), 8)) for cell, name in zip(cells, columns)).rstrip()
 
+def format_cells(
+    row: Mapping[str, Any],  # results by name
+    columns: Sequence[str],  # which of them
+) -> list[str]:
+    "One row of results as texts; of a time, hundredths of a second are enough"
+    special = {"seconds": f"{row['seconds']:.2f}"} if "seconds" in row else {}
+    return [special.get(name, format_value(row.get(name))) for name in columns]
+
 def format_row(
     row: Mapping[str, Any],  # results by name
     columns: Sequence[str],  # which of them
 ) -> str:
     "One row of results as a line of a table"
-    return format_line([format_value(row.get(name)) for name in columns], columns)
+    return format_line(format_cells(row, columns), columns)
+
+def table_text(
+    rows: Iterable[Mapping[str, Any]],  # results by name
+    columns: Sequence[str],             # which of them
+) -> str:
+    "Rows as lines under a header"
+    return "\n".join([format_line(columns, columns), *(format_row(row, columns) for row in rows)])
 
 def table_html(
     rows: Iterable[Mapping[str, Any]],  # results by name
@@ -74,7 +90,7 @@ def table_html(
 ) -> str:
     "Rows as a table in HTML"
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = ("".join(f"<td>{escape(format_value(row.get(name)))}</td>" for name in columns) for row in rows)
+    lines = ("".join(f"<td>{escape(text)}</td>" for text in format_cells(row, columns)) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -106,9 +122,7 @@ class History:
         raise KeyError(f"the history has no {name!r}. {did_you_mean(name, columns, what='column')}")
 
     def __repr__(self) -> str:
-        columns = shown_columns(self.columns)
-        lines = [format_line(columns, columns), *(format_row(row, columns) for row in self.rows)]
-        return "\n".join(lines) if self.rows else "no epoch recorded yet"
+        return table_text(self.rows, shown_columns(self.columns)) if self.rows else "no epoch recorded yet"
 
     def _repr_html_(self) -> str:
         return table_html(self.rows, shown_columns(self.columns)) if self.rows else escape(repr(self))
@@ -262,6 +276,12 @@ def recorder_of(trainer: Trainer) -> Recorder | None:
     "The recorder among a trainer's callbacks, if there is one"
     return next((one for one in trainer.all_callbacks() if isinstance(one, Recorder)), None)
 
+def may_grow(trainer: Trainer) -> bool:
+    "Whether the row of an epoch that has just ended may get more results, by the validation that ends a fit"
+    plan, state = trainer.plan, trainer.state
+    if plan is None or plan.validate_every is None or state.evaluated_at == state.batch: return False
+    return bool(plan.valid_sets) and (plan.duration.is_time or plan.is_over(state))
+
 class RowWriter(Callback):
     "Calls `write_row` once for each complete row of the recorder"
     runs_after = (Recorder,)
@@ -289,6 +309,6 @@ class RowWriter(Callback):
     def after_evaluate(self, trainer: Trainer) -> None:
         if trainer.plan is not None and trainer.state.phase == "valid": self.write_rows(len(self.history) - 1)
 
-    def after_epoch(self, trainer: Trainer) -> None: self.write_rows(len(self.history))
+    def after_epoch(self, trainer: Trainer) -> None: self.write_rows(len(self.history) - may_grow(trainer))
 
     def after_fit(self, trainer: Trainer) -> None: self.write_rows(len(self.history))
