@@ -29,8 +29,8 @@ from .control import check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device
 from .evaluation import Monitoring, module_modes, whereabouts
 from .events import EVALUATION_EVENTS, Event
-from .plan import (FitPlan, begin_plan, continue_plan, generators, make_plan, open_epoch, plan_state,
-                                     set_lr, validation_due)
+from .plan import (FitPlan, begin_plan, continue_plan, generators, make_plan, open_epoch,
+                                     plan_state, set_lr, validation_due)
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
@@ -38,7 +38,7 @@ from ..metrics.adapters import as_metrics
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['Parts', 'Loop', 'Frame', 'Trainer', 'check_optimizers', 'check_callbacks']
+__all__ = ['Parts', 'Loop', 'Entry', 'Frame', 'Fitting', 'Trainer', 'check_optimizers', 'check_callbacks']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
 class Parts(Monitoring):
@@ -46,14 +46,16 @@ class Parts(Monitoring):
     at_epoch_start: dict[str, Any] | None = None  # generators when the open epoch began, for a foreign loader
 
     def open_batches(self, plan: FitPlan) -> Iterator[Any]:
-        "The batches of this epoch that are still to do"
+        "The batches of this epoch that are still to do; raises `ValueError` when a new epoch has none"
         state, loader = self.state, plan.train
-        if state.epoch_batch == 0: self.at_epoch_start = None if isinstance(loader, (Loader, Sequence)) else generators(loader)
+        if state.epoch_batch == 0:
+            in_fixed_order = isinstance(loader, (Loader, Sequence))
+            self.at_epoch_start = None if in_fixed_order else generators(loader)
         batches = open_epoch(loader, state.epoch, state.epoch_batch, self.at_epoch_start)
         first = next(batches, None)
         if first is None and state.epoch_batch == 0:
-            raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected at least one. An iterator "
-                             "can be read only once: pass a list or a loader.")
+            raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected some. "
+                             "An iterator can be read only once: pass a list or a loader.")
         if first is not None: yield first
         yield from batches
 
@@ -61,7 +63,8 @@ class Parts(Monitoring):
         "Evaluate on every validation set"
         self.state.evaluated_at = self.state.batch
         self.note_train_metrics()
-        for name, loader in plan.valid_sets.items(): self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
+        for name, loader in plan.valid_sets.items():
+            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
         plan.validated = time.monotonic()
 
     def note_train_metrics(self) -> None:
@@ -71,14 +74,16 @@ class Parts(Monitoring):
     def cannot_optimize(self, loss: Tensor | None, name: str) -> Exception:
         "The error for a loss or an optimizer that is not there"
         if name not in self.engine.slots:
-            return ValueError(f"there is no optimizer {name!r}. {did_you_mean(name, self.engine.slots, what='optimizer')}")
-        return ValueError(f"{type(self.step).__name__}.train returned no loss, so there is nothing to optimize; return "
+            known = did_you_mean(name, self.engine.slots, what="optimizer")
+            return ValueError(f"there is no optimizer {name!r}. {known}")
+        step = type(self.step).__name__
+        return ValueError(f"{step}.train returned no loss, so there is nothing to optimize; return "
                           "StepOutput(loss=...), or derive from ManualStep and call trainer.optimize")
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #b1e5d9e2
 class Loop(Parts):
     "From `fit` to the optimizer step"
-    window_batches, closing, stepped = 0, True, False  # the open window: its batches, whether it closes, who stepped
+    window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -87,23 +92,27 @@ class Loop(Parts):
                 self.train_metrics.reset()
                 self.call("before_epoch")
             if self.run_epoch(plan): self.finish_epoch(plan)
-        if state.stop is None and plan.validate_every and state.evaluated_at != state.batch: self.validate(plan)
+        unseen = state.evaluated_at != state.batch  # by any evaluation
+        if state.stop is None and plan.validate_every and unseen: self.validate(plan)
 
     def run_epoch(self, plan: FitPlan) -> bool:  # whether the epoch is complete
         state, exhausted = self.state, False
         for raw in self.open_batches(plan):
             self.train_batch(raw, plan)
             if validation_due(plan, state, self.window_batches == 0): self.validate(plan)
-            if state.stop or state.end_epoch or state.epoch_batch == plan.limit_batches or plan.is_over(state): break
+            if state.stop or state.end_epoch or plan.is_over(state): break
+            if state.epoch_batch == plan.limit_batches: break
         else: exhausted = True
         self.close_window()
-        return exhausted or state.stop is None and (state.end_epoch is not None or state.epoch_batch == plan.length)
+        ended = state.end_epoch is not None or state.epoch_batch == plan.length
+        return exhausted or state.stop is None and ended
 
     def train_batch(self, raw: Any, plan: FitPlan) -> None:
         state, on, engine = self.state, self.handlers, self.engine
         state.current_batch = engine.move(self.read(raw))
         if on.before_batch: self.call("before_batch")
-        if plan.schedule and not self.window_batches: set_lr(engine.slots, plan.lrs, plan.schedule(plan.progress(state)))
+        if plan.schedule and not self.window_batches:
+            set_lr(engine.slots, plan.lrs, plan.schedule(plan.progress(state)))
         self.window_batches += 1
         self.closing = plan.closes_window(state, self.window_batches)
         if state.skip_batch is None:
@@ -122,13 +131,13 @@ class Loop(Parts):
         loss: Tensor | None,                        # () a mean over `count`
         name: str = "main",                         # of the optimizer
         *,
-        count: int | float | Tensor | None = None,  # what the loss is a mean over; None: the samples of the batch
+        count: int | float | Tensor | None = None,  # what the loss is a mean over; None: the samples
         retain_graph: bool = False,                 # True: another loss needs the graph too
     ) -> None:
         "Add the gradients of a loss and, at the end of a window, step the optimizer"
         slot = self.engine.slots.get(name)
         if loss is None or slot is None: raise self.cannot_optimize(loss, name)
-        if count is None: count = self.state.current_batch.size
+        if count is None: count = self.state.current_batch.size  # type: ignore[union-attr]  # one is in hand
         self.engine.backward(loss, count, slot, not self.step.automatic, retain_graph)
         if self.handlers.after_backward: self.call("after_backward")
         if self.closing: self.step_optimizer(slot)
@@ -146,7 +155,7 @@ class Loop(Parts):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if slot.pending: self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
+            if slot.pending: self.step_optimizer(slot)  # its last batch was skipped, or never came
         self.window_batches, self.stepped = 0, False
 
     def finish_epoch(self, plan: FitPlan) -> None:
@@ -158,8 +167,8 @@ class Loop(Parts):
         self.call("after_epoch")
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
-class Frame(Loop):
-    "What a fit changes for itself, and its undoing"
+class Entry(Loop):
+    "How a fit is entered and left"
     fit_callbacks: Sequence[Callback] = ()   # of the running fit only
     open_plan: FitPlan | None = None         # of a fit that has begun and not come to its end
     loaded: Mapping[str, Any] | None = None  # saved state that the next fit starts from
@@ -170,9 +179,42 @@ class Frame(Loop):
         "The trainer's callbacks and those of the running fit, in the order in which they act"
         return in_order([*self.callbacks, *self.fit_callbacks])
 
+    def enter_plan(self, plan: FitPlan, resume: bool) -> None:
+        "Begin a fit, or go on with one that was saved or interrupted"
+        state, loaded = self.state, self.loaded
+        saved: Mapping[str, Any] | None = None if self.open_plan is None else plan_state(self.open_plan)
+        if loaded is not None:
+            saved = loaded["plan"]
+            load_callbacks(self.all_callbacks(), loaded["callbacks"])
+            if loaded["loader"] is not None and isinstance(plan.train, Loader):
+                plan.train.load_state_dict(loaded["loader"])
+        if resume and saved is not None: continue_plan(plan, saved)
+        else:
+            state.stop = state.end_epoch = None
+            other_data = self.last_train is not None and plan.train is not self.last_train
+            if other_data: state.epoch_batch = 0
+        self.last_train = plan.train
+        if loaded is None or not resume:
+            self.window_batches, self.stepped = 0, False
+            for slot in self.engine.slots.values(): slot.zero()
+        begin_plan(plan, state, self.engine.slots)
+        state.phase, state.ending, self.open_plan = "train", None, plan
+        state.skip_batch = state.skip_step = None
+
+    def leave_fit(self) -> None:
+        "Back to the time between fits"
+        state = self.state
+        state.phase = state.current_batch = state.output = None
+        self.plan, self.fit_callbacks = None, ()
+        self.handlers = handler_table([])
+        self.evaluation_handlers = handler_table(in_order(self.callbacks), EVALUATION_EVENTS)
+
+# %% ../../nbs/api/loop/11_trainer.ipynb #2da2e756
+class Frame(Entry):
+    "What a fit changes for itself, and its undoing"
     @contextmanager
     def fitting(self, plan: FitPlan, callbacks: Sequence[Callback], resume: bool) -> Iterator[None]:
-        "The frame of a fit"
+        "The frame of a fit; an error passes through it with a note of where it was"
         state, slots = self.state, self.engine.slots
         with ExitStack() as undo:
             undo.enter_context(module_modes(self.model, training=True))
@@ -191,85 +233,36 @@ class Frame(Loop):
                 yield
                 state.ending = "finished" if state.stop is None else "stopped"
                 if state.stop is not None: self.took_effect("stop")
-                self.fits_done, self.fits_answered, self.open_plan = self.fits_done + 1, self.fits_answered + 1, None
+                self.fits_done, self.fits_answered = self.fits_done + 1, self.fits_answered + 1
+                self.open_plan = None
             except BaseException as error:
                 state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 error.add_note(whereabouts(state))
                 raise
             finally: self.call("after_fit")
 
-    def enter_plan(self, plan: FitPlan, resume: bool) -> None:
-        "Begin a fit, or go on with one that was saved or interrupted"
-        state, loaded = self.state, self.loaded
-        saved = loaded["plan"] if loaded is not None else self.open_plan and plan_state(self.open_plan)
-        if loaded is not None:
-            load_callbacks(self.all_callbacks(), loaded["callbacks"])
-            if loaded["loader"] is not None and isinstance(plan.train, Loader): plan.train.load_state_dict(loaded["loader"])
-        if resume and saved is not None: continue_plan(plan, saved)
-        else:
-            state.stop = state.end_epoch = None
-            if self.last_train is not None and plan.train is not self.last_train: state.epoch_batch = 0  # other data
-        self.last_train = plan.train
-        if loaded is None or not resume:
-            self.window_batches, self.stepped = 0, False
-            for slot in self.engine.slots.values(): slot.zero()
-        begin_plan(plan, state, self.engine.slots)
-        state.phase, state.ending, self.open_plan = "train", None, plan
-        state.skip_batch = state.skip_step = None
-
-    def leave_fit(self) -> None:
-        "Back to the time between fits"
-        self.state.phase, self.state.current_batch, self.state.output, self.plan = None, None, None, None
-        self.fit_callbacks = ()
-        self.handlers = handler_table([])
-        self.evaluation_handlers = handler_table(in_order(self.callbacks), EVALUATION_EVENTS)
-
-# %% ../../nbs/api/loop/11_trainer.ipynb #a68c8871
-class Trainer(Frame):
-    "Trains a model with a step: the loop alone, without defaults"
-    def __init__(self,
-        model: nn.Module,
-        step: Step,                                                      # what one batch means
-        optimizer: optim.Optimizer | Mapping[str, optim.Optimizer],      # one, or several by name
-        *,
-        metrics: Iterable[Any] = (),                                     # besides the loss
-        callbacks: Iterable[Callback] = (),
-        as_batch: Callable[[Any], Batch] | None = None,                  # what the loaders yield, to a `Batch`
-        device: str | torch.device | None = None,                        # None: where the model is
-        accumulate: int = 1,                                             # batches per optimizer step
-        clip_norm: float | None = None,                                  # largest norm of an optimizer's gradients
-        precision: Precision | None = None,                              # None: dtypes as the user made them
-        strategy: Strategy | None = None,                                # None: one process
-    ) -> None:
-        if not isinstance(step, Step): raise TypeError(f"step is {step!r}; expected an instance of Step, such as SupervisedStep(loss_fn)")
-        optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {"main": optimizer}
-        check_optimizers(optimizers, model)
-        parameter = next(model.parameters(), None)
-        where = find_device(device if device is not None else "cpu" if parameter is None else parameter.device)
-        model.to(where)
-        self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip_norm=clip_norm, precision=precision,
-                             strategy=strategy)
-        self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
-        self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
-        self.state, self.plan, self.train_metrics = State(), None, MetricSet(self.metrics)
-        self.leave_fit()
-
+# %% ../../nbs/api/loop/11_trainer.ipynb #8d3c3411
+class Fitting(Frame):
+    "What is asked of a fit"
     def fit(self,
         train: Iterable[Any],                              # yields training batches
-        valid: Any = None,                                 # yields validation batches; a dict by name for several; or None
-        n: int | str | Duration = 1,                       # how much more: epochs, or a duration such as "500ba"
+        valid: Any = None,                                 # validation batches; a dict of several by name
+        n: int | str | Duration = 1,                       # how much more: epochs, or such as "500ba"
         *,
-        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the learning rates
-        validate_every: int | str | Duration | None = "1ep",
+        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the rates
+        validate_every: int | str | Duration | None = "1ep",  # None: never
         limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
         callbacks: Iterable[Callback] = (),                # for this fit only
         resume: bool = False,                              # go on with the fit that the loaded state was in
     ) -> None:
         "Train `n` more; counters, optimizer state and data order go on from the last fit"
-        if self.plan is not None: raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
-        plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches, self.engine.accumulate)
+        if self.plan is not None:
+            raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
+        plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches,
+                         self.engine.accumulate)
         if plan.valid_sets and not self.step.can_evaluate:
-            raise ValueError(f"{type(self.step).__name__} defines no evaluate(self, trainer, batch), but there is validation "
+            step = type(self.step).__name__
+            raise ValueError(f"{step} defines no evaluate(self, trainer, batch), but there is validation "
                              "data; define it, or pass valid=None")
         if resume and self.fits_answered < self.fits_done:
             self.fits_answered += 1
@@ -281,17 +274,50 @@ class Trainer(Frame):
         loader = self.open_plan.train if self.open_plan else None
         return loader.state_dict() if isinstance(loader, Loader) else None
 
+# %% ../../nbs/api/loop/11_trainer.ipynb #c7170b4e
+class Trainer(Fitting):
+    "Trains a model with a step: the loop alone, without defaults"
+    def __init__(self,
+        model: nn.Module,                                            # moved to the device
+        step: Step,                                                  # what one batch means
+        optimizer: optim.Optimizer | Mapping[str, optim.Optimizer],  # one, or several by name
+        *,
+        metrics: Iterable[Any] = (),                                 # besides the loss
+        callbacks: Iterable[Callback] = (),                          # for all fits
+        as_batch: Callable[[Any], Batch] | None = None,              # what the loaders yield, to a `Batch`
+        device: str | torch.device | None = None,                    # None: where the model is
+        accumulate: int = 1,                                         # batches per optimizer step
+        clip_norm: float | None = None,                              # largest norm of gradients
+        precision: Precision | None = None,                          # None: dtypes as the user made them
+        strategy: Strategy | None = None,                            # None: one process
+    ) -> None:
+        if not isinstance(step, Step):
+            raise TypeError(f"step is {step!r}; expected an instance of Step, such as "
+                            "SupervisedStep(loss_fn)")
+        optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {"main": optimizer}
+        check_optimizers(optimizers, model)
+        parameter = next(model.parameters(), None)
+        if device is None: device = "cpu" if parameter is None else parameter.device
+        where = find_device(device)
+        model.to(where)
+        self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip_norm=clip_norm,
+                             precision=precision, strategy=strategy)
+        self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
+        self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
+        self.state, self.plan, self.train_metrics = State(), None, MetricSet(self.metrics)
+        self.leave_fit()
+
     def state_dict(self) -> dict[str, Any]:
         "All state of the run, as copies; raises `RuntimeError` in the middle of an evaluation"
         return trainer_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Put a run's state back; the next fit goes on from it, with `resume=True` inside the fit it was taken in"
+        "Put a run's state back; the next fit goes on from it, with `resume=True` in the fit it was taken in"
         load_trainer_state(self, state)
 
-# %% ../../nbs/api/loop/11_trainer.ipynb #2da2e756
+# %% ../../nbs/api/loop/11_trainer.ipynb #1e16ea2f
 def check_optimizers(optimizers: Mapping[str, optim.Optimizer], model: nn.Module) -> None:
-    "Raise for what is no optimizer, or for optimizers that have nothing of the model to train"
+    "Raise `TypeError` for what is no optimizer, `ValueError` for one with nothing of the model to train"
     own = set(model.parameters())
     for name, optimizer in optimizers.items():
         if not isinstance(optimizer, optim.Optimizer):
@@ -299,11 +325,13 @@ def check_optimizers(optimizers: Mapping[str, optim.Optimizer], model: nn.Module
                             "torch.optim.SGD(model.parameters(), lr=0.1)")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if own and own.isdisjoint(params):
-            raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to the model, so training "
-                             "would change nothing. Build it from model.parameters() of this very model.")
+            raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to "
+                             "the model, so training would change nothing. Build it from model.parameters() "
+                             "of this very model.")
         if not any(p.requires_grad for p in params):
-            raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen (requires_grad=False), so training "
-                             "would change nothing. Unfreeze some with requires_grad_(True).")
+            raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen "
+                             "(requires_grad=False), so training would change nothing. Unfreeze some with "
+                             "requires_grad_(True).")
 
 def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
     "The callbacks as a list; raises `TypeError` for what is none"
@@ -311,6 +339,8 @@ def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
         raise TypeError(f"callbacks is {callbacks!r}; expected a list of callbacks")
     listed = list(callbacks)
     for one in listed:
-        if isinstance(one, type): raise TypeError(f"callback {one.__name__} is a class; pass an instance: {one.__name__}()")
-        if not isinstance(one, Callback): raise TypeError(f"{one!r} is no Callback; a function is attached with on(event, fn)")
+        if isinstance(one, type):
+            raise TypeError(f"callback {one.__name__} is a class; pass an instance: {one.__name__}()")
+        if not isinstance(one, Callback):
+            raise TypeError(f"{one!r} is no Callback; a function is attached with on(event, fn)")
     return listed
