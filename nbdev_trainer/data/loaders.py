@@ -182,7 +182,7 @@ class Loaders:
         batch_size: int | None = None,  # samples in a batch, over all ranks together; for a `Dataset` only
         seed: int | None = None,        # decides the order of a `Dataset`; None: drawn from torch's generator
     ) -> None:
-        if seed is None: seed = draw_seed() if isinstance(train, Dataset) else 0  # only a training order needs one
+        if seed is None: seed = draw_seed() if isinstance(train, Dataset) else 0  # only its order needs one
         self.train = as_loader(train, "train", batch_size, True, seed)
         self.valid_sets = {name: as_loader(part, name, batch_size, False, seed)
                            for name, part in named_sets(valid).items()}
