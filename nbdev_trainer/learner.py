@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +38,85 @@ from .loop.trainer import Trainer, check_callbacks
 from .store.files import read_tensors, write_tensors
 
 # %% auto #0
-__all__ = ['DEFAULT_LR', 'first_batch', 'infer_loss', 'make_optimizers', 'submodule', 'check_lr', 'spread_lr', 'with_defaults',
-           'load_weights', 'Learner', 'as_loaders', 'make_step', 'describe_optimizer']
+__all__ = ['DEFAULT_LR', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable', 'make_optimizers',
+           'describe_choice', 'spread_lr', 'as_loaders', 'with_defaults', 'load_weights', 'describe_optimizer',
+           'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def first_batch(
-    loader: Iterable[Any],                   # yields batches, and can be read again
+    loader: Iterable[Any],                    # yields batches, and can be read again
     as_batch: Callable[[Any], Batch] | None,  # what it yields, to a `Batch`; None: as `to_batch` reads it
 ) -> Batch:
-    "The first batch of a loader, without consequences"
+    "The first batch of a loader, without consequences; raises `ValueError` when there is none to look at"
     if isinstance(loader, Iterator):
-        raise ValueError("the loss cannot be inferred from an iterator, because looking at a batch would use it up; pass loss_fn=")
-    with isolated_rng(): raw = next(loader.batches(0) if isinstance(loader, Loader) else iter(loader))
+        raise ValueError("the loss cannot be inferred from an iterator, because looking at a batch would "
+                         "use it up; pass loss_fn=")
+    owners = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
+    kept = [(one, one.get_state()) for one in owners if isinstance(one, torch.Generator)]
+    with isolated_rng(): raw = next(loader.batches(0) if isinstance(loader, Loader) else iter(loader), None)
+    for generator, state in kept: generator.set_state(state)
+    if raw is None: raise ValueError(f"{describe(loader)} gave no batch to look at; expected at least one")
     return to_batch(raw if as_batch is None else as_batch(raw))
 
+# %% ../nbs/api/learner.ipynb #29fa101b
 def infer_loss(
     targets: Any,  # of one batch
 ) -> nn.Module:
-    "Cross-entropy for int64 targets of shape (N,), mean squared error for floating point; `ValueError` for all else"
-    if isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.ndim == 1: return nn.CrossEntropyLoss()
-    if isinstance(targets, Tensor) and targets.is_floating_point(): return nn.MSELoss()
-    raise ValueError(f"no loss is obvious for targets {describe(targets)}; pass loss_fn=, a function of (predictions, "
-                     "targets), or step= for a model that is trained differently")
+    "Cross-entropy for int64 targets of shape (N,), mean squared error for floating point, else `ValueError`"
+    if isinstance(targets, Tensor):
+        if targets.dtype == torch.int64 and targets.ndim == 1: return nn.CrossEntropyLoss()
+        if targets.is_floating_point(): return nn.MSELoss()
+    raise ValueError(f"no loss is obvious for targets {describe(targets)}; pass loss_fn=, a function of "
+                     "(predictions, targets), or step= for a model that is trained differently")
 
-# %% ../nbs/api/learner.ipynb #29fa101b
+def make_step(
+    step: Step | None,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    train: Iterable[Any],                     # the training data, for a loss that is not given
+    as_batch: Callable[[Any], Batch] | None,  # what it yields, to a `Batch`
+) -> Step:
+    "The step of a run: the given one, or a supervised one with the given or inferred loss"
+    if step is not None:
+        if loss_fn is None and forward is None: return step
+        raise ValueError("step= says itself how the model is called and what the loss is; leave out "
+                         "loss_fn and forward")
+    if loss_fn is None:
+        targets = first_batch(train, as_batch).targets
+        loss_fn = infer_loss(targets)
+        print(f"loss: {loss_fn} for targets {describe(targets)}")
+    return SupervisedStep(loss_fn, forward)
+
+# %% ../nbs/api/learner.ipynb #bd621edd
 DEFAULT_LR = 1e-3
 
+def check_lr(
+    lr: Any,  # what the user gave
+) -> float:
+    "The learning rate, or an error when it cannot train anything"
+    if isinstance(lr, Real) and not isinstance(lr, bool) and 0 < float(lr) < float("inf"): return float(lr)
+    raise ValueError(f"lr is {lr!r}; expected a number above 0")
+
+def submodule(
+    model: nn.Module,
+    name: str,  # such as "head", or "body.0"
+) -> nn.Module:
+    "The part of a model that an optimizer is named after"
+    try: return model.get_submodule(name)
+    except AttributeError:
+        names = [child for child, _ in model.named_children()]
+        raise ValueError(f"the optimizer {name!r} is to be made for the submodule of that name, which is not "
+                         f"there. {did_you_mean(name, names, what='submodule')}") from None
+
+def trainable(
+    part: nn.Module,
+) -> list[nn.Parameter]:
+    "The parameters that are not frozen; raises `ValueError` when there are none"
+    params = [p for p in part.parameters() if p.requires_grad]
+    if params: return params
+    raise ValueError(f"{type(part).__name__} has no parameter to train: all are frozen, or there are none")
+
+# %% ../nbs/api/learner.ipynb #8bcba8aa
 def make_optimizers(
     given: Any,        # None, an optimizer, a function of (params, lr=...), or a dict of these by name
     model: nn.Module,  # on its device
@@ -70,51 +124,57 @@ def make_optimizers(
 ) -> dict[str, optim.Optimizer]:  # by name; a single one is called "main"
     "The optimizers of a run; raises `ValueError` when a rate is given beside an instance"
     named = given if isinstance(given, Mapping) else {"main": given}
+    if not named: raise ValueError("optimizer is an empty dict; expected at least one optimizer by name")
     made: dict[str, optim.Optimizer] = {}
     for name, one in named.items():
         if isinstance(one, optim.Optimizer):
-            if lr is not None: raise ValueError(f"lr={lr} was given beside the optimizer {type(one).__name__}, which has its own; set it there")
+            if lr is not None:
+                raise ValueError(f"lr={lr} was given beside the optimizer {type(one).__name__}, which has "
+                                 "its own; set it there")
             made[name] = one
-        else:
-            part = model if name == "main" else submodule(model, name)
-            params = [p for p in part.parameters() if p.requires_grad]
-            if not params: raise ValueError(f"{type(part).__name__} has no parameter to train: all are frozen, or there are none")
-            make = default_optimizer if one is None else one
-            if not callable(make): raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function such as torch.optim.SGD")
-            made[name] = make(params, lr=check_lr(DEFAULT_LR if lr is None else lr))
+            continue
+        make = default_optimizer if one is None else one
+        if not callable(make):
+            raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function like optim.SGD")
+        rate = check_lr(DEFAULT_LR if lr is None else lr)
+        made[name] = make(trainable(model if name == "main" else submodule(model, name)), lr=rate)
+        if one is None or lr is None: print(describe_choice(name, made[name], rate, lr is None))
     return made
 
-# %% ../nbs/api/learner.ipynb #1f946869
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    "The part of a model that an optimizer is named after"
-    try: return model.get_submodule(name)
-    except AttributeError:
-        names = [child for child, _ in model.named_children()]
-        raise ValueError(f"the optimizer {name!r} is to be made for the submodule of that name, which is not there. "
-                         f"{did_you_mean(name, names, what='submodule')}") from None
-
-def check_lr(lr: float) -> float:
-    "The learning rate, or an error when it cannot train anything"
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr!r}; expected a number above 0")
-    return lr
+def describe_choice(
+    name: str,             # of the optimizer
+    made: optim.Optimizer,
+    lr: float,
+    lr_is_chosen: bool,    # by us
+) -> str:
+    "What was chosen, in one line"
+    label = "optimizer" if name == "main" else f"optimizer {name}"
+    return f"{label}: {type(made).__name__}, lr {lr:g}" + (" unless fit is given one" if lr_is_chosen else "")
 
 # %% ../nbs/api/learner.ipynb #40ce7620
 def spread_lr(
     lr: float | tuple[float, float],  # one rate, or those of the first and the last group
-    n_groups: int,
+    n_groups: int,                    # parameter groups, at least 1
 ) -> list[float]:
     "A learning rate for each parameter group"
     if not isinstance(lr, (tuple, list)): return [check_lr(lr)] * n_groups
-    if len(lr) != 2: raise ValueError(f"lr is {lr!r}; expected one rate, or a pair for the first and the last group")
-    if n_groups < 2: raise ValueError(f"lr is {lr!r}, but the optimizer has a single parameter group to spread it over")
+    if len(lr) != 2: raise ValueError(f"lr is {lr!r}; expected one rate, or a pair for first and last group")
+    if n_groups < 2: raise ValueError(f"lr is {lr!r}, but the optimizer has a single parameter group")
     low, high = check_lr(lr[0]), check_lr(lr[1])
     return [low * (high / low) ** (i / (n_groups - 1)) for i in range(n_groups)]
 
 # %% ../nbs/api/learner.ipynb #9731c6eb
+def as_loaders(
+    given: Any,  # `Loaders`, or a pair (train, valid)
+) -> Loaders:
+    "The data of a run; raises `TypeError` for anything else"
+    if isinstance(given, Loaders): return given
+    if isinstance(given, (tuple, list)) and len(given) == 2: return Loaders(*given, seed=0)
+    raise TypeError(f"loaders is {describe(given)}; expected Loaders, or a pair (train, valid)")
+
 def with_defaults(
-    callbacks: Iterable[Callback],
-    default_callbacks: bool,
+    callbacks: Iterable[Callback],  # the user's
+    default_callbacks: bool,        # whether there are others
 ) -> list[Callback]:
     "The user's callbacks, and the default ones they do not replace"
     given = check_callbacks(callbacks)
@@ -124,66 +184,87 @@ def with_defaults(
 # %% ../nbs/api/learner.ipynb #0692108a
 def load_weights(
     model: nn.Module,
-    tensors: Mapping[str, Tensor],  # by name
+    tensors: Mapping[str, Tensor],  # by name, on any device
     source: str,                    # for the error
 ) -> None:
-    "Copy tensors into a model; raises `ValueError` naming everything that does not fit, and then changes nothing"
+    "Copy tensors into a model; raises `ValueError` naming everything that does not fit"
     expected, problems = model.state_dict(), Problems()
-    for name in expected.keys() - tensors.keys(): problems.add(f"{name} is missing in the file")
-    for name in tensors.keys() - expected.keys(): problems.add(f"{name} is not in the model")
-    for name in expected.keys() & tensors.keys():
-        if expected[name].shape != tensors[name].shape:
-            problems.add(f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(expected[name].shape)} in the model")
+    for name in expected:
+        if name not in tensors: problems.add(f"{name} is missing in the file")
+        elif expected[name].shape != tensors[name].shape:
+            saved, own = tuple(tensors[name].shape), tuple(expected[name].shape)
+            problems.add(f"{name} is {saved} in the file and {own} in the model")
+    for name in tensors:
+        if name not in expected: problems.add(f"{name} is not in the model")
     problems.raise_if_any(f"the weights in {source} do not fit the model")
     model.load_state_dict(dict(tensors))
+
+# %% ../nbs/api/learner.ipynb #8b8e0f02
+def describe_optimizer(
+    optimizer: optim.Optimizer,
+) -> str:
+    "Its class, groups and learning rates in one line"
+    groups = optimizer.param_groups
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    parts = (f"{n:,} parameters at lr {float(group['lr']):g}" for n, group in zip(sizes, groups))
+    return f"{type(optimizer).__name__}, " + ", ".join(parts)
+
+def only_valid(
+    loaders: Loaders,
+) -> Any:
+    "The validation loader; raises `ValueError` unless there is exactly one"
+    if len(loaders.valid_sets) == 1: return next(iter(loaders.valid_sets.values()))
+    if not loaders.valid_sets: raise ValueError("there is no validation data; pass a loader: predict(loader)")
+    names = list(loaders.valid_sets)
+    raise ValueError(f"there are {len(names)} validation sets, {', '.join(names)}; pass one of them: "
+                     f"predict(loaders.valid[{names[0]!r}])")
 
 # %% ../nbs/api/learner.ipynb #acb3f4fe
 class Learner:
     "Trains, evaluates and uses a model; the `Trainer` with the usual choices made"
     def __init__(self,
-        model: nn.Module,                                       # moved to the device
-        loaders: Loaders | Sequence[Any],                       # `Loaders`, or (train, valid); valid may be None
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,    # (predictions, targets) to a mean; None: inferred
+        model: nn.Module,                                     # moved to the device
+        loaders: Loaders | Sequence[Any],                     # or (train, valid), where valid may be None
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,  # of predictions and targets; None: inferred
         *,
-        step: Step | None = None,                               # instead of a loss: what one batch means
-        forward: Callable[[nn.Module, Any], Any] | None = None, # how to call the model; None: model(inputs)
-        optimizer: Any = None,                                  # an instance, a function of (params, lr=), a dict by name
-        lr: float | None = None,                                # learning rate; None: 1e-3, unless `fit` is given one
-        metrics: Iterable[Any] = (),                            # besides the loss
-        callbacks: Iterable[Callback] = (),                     # besides the default ones
-        default_callbacks: bool = True,                         # record the history and show progress
-        as_batch: Callable[[Any], Batch] | None = None,         # what the loaders yield, to a `Batch`
-        device: str | torch.device = "auto",                    # "auto": CUDA, else MPS, else CPU
-        accumulate: int = 1,                                    # batches per optimizer step
-        clip_norm: float | None = None,                         # largest norm of all gradients
-        seed: int | None = None,                                # seeds python, numpy and torch at the first fit
+        step: Step | None = None,                             # instead of a loss: what one batch means
+        forward: Callable[[nn.Module, Any], Any] | None = None,  # how to call the model; None: model(inputs)
+        optimizer: Any = None,                                # instance, function of (params, lr=), or dict
+        lr: float | None = None,                              # None: 1e-3, unless `fit` is given one
+        metrics: Iterable[Any] = (),                          # besides the loss
+        callbacks: Iterable[Callback] = (),                   # besides the default ones
+        default_callbacks: bool = True,                       # record the history and show progress
+        as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
+        device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
+        accumulate: int = 1,                                  # batches per optimizer step
+        clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
+        seed: int | None = None,                              # for python, numpy and torch, at the first fit
     ) -> None:
-        if not isinstance(model, nn.Module): raise TypeError(f"model is {describe(model)}; expected a torch.nn.Module")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {describe(model)}; expected a torch.nn.Module")
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, find_device(device)
         if str(device) == "auto": print(f"device: {where}")
         step = make_step(step, loss_fn, forward, self.loaders.train, as_batch)
         optimizers = make_optimizers(optimizer, model.to(where), lr)
-        if optimizer is None:
-            print(f"optimizer: {type(optimizers['main']).__name__}, lr {optimizers['main'].param_groups[0]['lr']:g}"
-                  + (" unless fit is given one" if lr is None else ""))
-        self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=with_defaults(callbacks, default_callbacks),
-                               as_batch=as_batch, device=where, accumulate=accumulate, clip_norm=clip_norm)
+        self.trainer = Trainer(model, step, optimizers, metrics=metrics,
+                               callbacks=with_defaults(callbacks, default_callbacks), as_batch=as_batch,
+                               device=where, accumulate=accumulate, clip_norm=clip_norm)
 
     def fit(self,
-        n: int | str | Duration,                            # how much more: epochs, or a duration such as "500ba"
+        n: int | str | Duration,                           # how much more: epochs, or such as "500ba"
         *,
-        lr: float | tuple[float, float] | None = None,      # for this fit; a pair spreads over the parameter groups
-        schedule: Callable[[float], float] | None = None,   # progress in [0, 1] to a factor of the learning rates
+        lr: float | tuple[float, float] | None = None,     # for this fit; a pair: spread over the groups
+        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the rates
         validate_every: int | str | Duration | None = "1ep",
-        limit_batches: int | None = None,                   # batches per epoch and per validation set, at most
-        callbacks: Iterable[Callback] = (),                 # for this fit only
+        limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
+        callbacks: Iterable[Callback] = (),                # for this fit only
     ) -> None:
         "Train `n` more"
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         with self.learning_rates(lr):
-            self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule, callbacks=callbacks,
-                             validate_every=validate_every, limit_batches=limit_batches)
+            self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule,
+                             validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks)
 
     def fit_one_cycle(self,
         n: int | str | Duration,                            # as in `fit`
@@ -194,13 +275,15 @@ class Learner:
         callbacks: Iterable[Callback] = (),
     ) -> None:
         "Train `n` more with one cycle of the learning rate: up for a quarter, then down to almost nothing"
-        self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks)
+        self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches,
+                 callbacks=callbacks)
 
     @contextmanager
     def learning_rates(self, lr: float | tuple[float, float] | None) -> Iterator[None]:
         "The groups at other learning rates; afterwards at their own"
         slots = self.trainer.engine.slots
-        before = {name: [group["lr"] for group in slot.optimizer.param_groups] for name, slot in slots.items()}
+        before = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
+                  for name, slot in slots.items()}  # numbers: a rate in a tensor is changed in place
         if lr is not None: set_lr(slots, {name: spread_lr(lr, len(rates)) for name, rates in before.items()})
         try: yield
         finally: set_lr(slots, before)
@@ -218,15 +301,16 @@ class Learner:
     def predict(self,
         loader: Iterable[Any] | None = None,  # yields batches or bare inputs; None: the validation data
     ) -> Predictions:
-        "Predictions for every sample, in the order of the data set, with targets, ids and losses where there are any"
-        if loader is None and self.loaders.valid is None: raise ValueError("there is no validation data; pass a loader: predict(loader)")
-        return self.trainer.predict(self.loaders.valid if loader is None else loader)
+        "Predictions for every sample, in the order of the data, with targets, ids and losses where known"
+        return self.trainer.predict(only_valid(self.loaders) if loader is None else loader)
 
     @property
     def history(self) -> History:
         "What the run measured; shown by itself it is a table"
         recorder = next((one for one in self.trainer.callbacks if isinstance(one, Recorder)), None)
-        if recorder is None: raise ValueError("nothing was recorded, because there is no Recorder; leave default_callbacks=True, or add one")
+        if recorder is None:
+            raise ValueError("nothing was recorded, because there is no Recorder; add one, or leave "
+                             "default_callbacks=True")
         return recorder.history
 
     def on(self,
@@ -244,7 +328,8 @@ class Learner:
     def plan(self) -> None:
         "Print how the parts are put together, and which callbacks act at which event, in order"
         trainer = self.trainer
-        for slot in trainer.engine.slots.values(): print(f"{slot.name} optimizer: {describe_optimizer(slot.optimizer)}")
+        for slot in trainer.engine.slots.values():
+            print(f"{slot.name} optimizer: {describe_optimizer(slot.optimizer)}")
         print(f"step: {trainer.step}\ndevice: {trainer.device}\n{trainer.describe_callbacks()}")
 
     def save(self,
@@ -258,34 +343,3 @@ class Learner:
     ) -> None:
         "Read weights and buffers; raises `ValueError` naming all that does not fit"
         load_weights(self.model, read_tensors(path), str(path))
-
-# %% ../nbs/api/learner.ipynb #a7b0402a
-def as_loaders(given: Any) -> Loaders:
-    "`Loaders`, or a pair (train, valid) as `Loaders`; raises `TypeError` for anything else"
-    if isinstance(given, Loaders): return given
-    if isinstance(given, (tuple, list)) and len(given) == 2: return Loaders(*given)
-    raise TypeError(f"loaders is {describe(given)}; expected Loaders, or a pair (train, valid) in which valid may be None")
-
-def make_step(
-    step: Step | None,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    train: Iterable[Any],
-    as_batch: Callable[[Any], Batch] | None,
-) -> Step:
-    "The step of a run: the given one, or a supervised one with the given or inferred loss"
-    if step is not None:
-        if loss_fn is not None or forward is not None:
-            raise ValueError("step= says itself how the model is called and what the loss is; leave out loss_fn and forward")
-        return step
-    if loss_fn is None:
-        targets = first_batch(train, as_batch).targets
-        loss_fn = infer_loss(targets)
-        print(f"loss: {loss_fn} for targets {describe(targets)}")
-    return SupervisedStep(loss_fn, forward)
-
-def describe_optimizer(optimizer: optim.Optimizer) -> str:
-    "Its class, groups and learning rates in one line"
-    groups = optimizer.param_groups
-    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-    return f"{type(optimizer).__name__}, " + ", ".join(f"{n:,} parameters at lr {group['lr']:g}" for n, group in zip(sizes, groups))

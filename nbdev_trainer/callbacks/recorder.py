@@ -138,9 +138,12 @@ def quantities(
 ) -> dict[str, list[str]]:
     "The columns of each measured quantity: `loss` is that of `train_loss` and `valid_loss`"
     counters = ("epoch", "batch", "step", "samples", "lr", "seconds")
+    names = [name for name in history.columns if name not in counters]
+    trained = [name.removeprefix("train_") for name in names if name.startswith("train_")]
     found: dict[str, list[str]] = {}
-    for name in history.columns:
-        if name not in counters: found.setdefault(name.split("_", 1)[-1], []).append(name)
+    for name in names:
+        quantity = max((one for one in trained if name.endswith(f"_{one}")), key=len, default=name)
+        found.setdefault(quantity, []).append(name)
     return found
 
 def plot_history(
@@ -222,10 +225,12 @@ class Recording(Callback):
         return bool(sets) and self.measured[max(sets, key=len)] == batch
 
     def record(self, trainer: Trainer, *sets: str) -> None:
-        "Make or complete the row of this batch; the results of these sets are new"
+        "Make or complete the row of this batch; the results of these sets are new, as are those of training"
         state = trainer.state
-        self.measured |= dict.fromkeys(sets, state.batch)
-        results = {name: value for name, value in state.metrics.items() if self.is_new(name, state.batch)}
+        trainer.note_results()
+        self.measured |= dict.fromkeys(("train", *sets), state.batch)
+        results = {name: value for name, value in state.metrics.items()
+                   if self.is_new(name, state.batch) or name in trainer.logged.logs}
         counters = {name: getattr(state, name) for name in ("epoch", "batch", "step", "samples")}
         effort = {"lr": float(current_lr(trainer)), "seconds": round(self.elapsed(), 2)}
         self.history.put({**counters, **results, **effort})
@@ -244,17 +249,14 @@ class Recorder(Recording):
     def after_batch(self, trainer: Trainer) -> None: self.steps.take(trainer)
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        state = trainer.state
-        if trainer.plan is None or state.phase != "valid": return  # not part of the training
-        with_train = ("train",) if state.evaluated_at == state.batch else ()  # the loop computes these first
-        self.record(trainer, str(state.loader), *with_train)
+        if trainer.plan is None or trainer.state.phase != "valid": return  # not part of the training
+        self.record(trainer, str(trainer.state.loader))
 
-    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer, "train")
+    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer)
 
     def after_fit(self, trainer: Trainer) -> None:
         if trainer.state.epoch_batch and trainer.state.ending in ("finished", "stopped"):
-            trainer.note_train_metrics()
-            self.record(trainer, "train")
+            self.record(trainer)
         self.read_steps(trainer)
         self.seconds, self.began = self.elapsed(), None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import did_you_mean
 from ..loop.callback import Callback
+from ..loop.evaluation import check_monitor
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -67,7 +68,7 @@ class EarlyStopping(Callback):
         self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
 
     def before_fit(self, trainer: Trainer) -> None:
-        known, plan = trainer.check_monitor(self.monitor), trainer.plan
+        known, plan = check_monitor(trainer, self.monitor), trainer.plan
         better = known if self.given is None else self.given
         if better is None:
             raise ValueError(f"whether a higher {self.monitor!r} is better is unknown: pass higher_is_better")

@@ -1,0 +1,131 @@
+"""The programs of the design, word for word; each test only defines the names that its program leaves open."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ARRAYS_IN_MEMORY = '''
+from torch import nn
+from nbdev_trainer import Accuracy, Learner, Loaders, digits
+images, labels = digits()                        # embedded: 1,797 8x8 digits, (1797, 1, 8, 8) float32 in [0,1], int64
+loaders = Loaders.from_arrays(images, labels, valid=0.2, batch_size=64, seed=0)
+model = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 10))
+learner = Learner(model, loaders, loss_fn=nn.CrossEntropyLoss(), metrics=[Accuracy()])
+learner.fit_one_cycle(5, lr=1e-2)
+learner.history                                  # a table: one row per epoch; learner.history["valid_loss"] is a list
+learner.validate()                               # {"loss": ..., "accuracy": ...}; or validate(loader)
+learner.predict(loaders.valid).predictions       # in dataset order, with .targets and .ids
+learner.save("model.safetensors"); learner.load("model.safetensors")
+'''
+
+OWN_LOADERS = '''
+learner = Learner(model, (train_loader, valid_loader), loss_fn=loss_fn, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), metrics=[torchmetrics.F1Score("multiclass", num_classes=10)])
+learner.fit(3)
+'''
+
+OWN_STEP = '''
+class GAN(ManualStep):
+    def train(self, trainer, batch):
+        fake = trainer.model["generator"](torch.randn(batch.size, 64, device=trainer.device))
+        trainer.optimize(critic_loss(trainer.model["critic"], batch.inputs, fake.detach()), "critic")
+        trainer.optimize(-trainer.model["critic"](fake).mean(), "generator")
+        return StepOutput()
+Learner(nn.ModuleDict({"generator": g, "critic": c}), (train_loader, None), step=GAN(), optimizer={"generator": opt_g, "critic": opt_c}).fit("10000ba")
+'''
+
+OWN_LOOP = '''
+trainer = Trainer(model, SupervisedStep(loss_fn), optimizer, callbacks=[...]); trainer.fit(train_loader, valid_loader, n=3)
+'''
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def digit_loaders():
+    from nbdev_trainer import digits
+
+    images, labels = digits()
+    train, valid = TensorDataset(images[:1500], labels[:1500]), TensorDataset(images[1500:], labels[1500:])
+    return DataLoader(train, batch_size=64, shuffle=True), DataLoader(valid, batch_size=100)
+
+
+def digit_model():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_arrays_in_memory():
+    names = {}
+    exec(ARRAYS_IN_MEMORY, names)
+    learner, loaders = names["learner"], names["loaders"]
+    assert learner.history["epoch"] == [1, 2, 3, 4, 5] and len(learner.history["valid_loss"]) == 5
+    assert learner.validate()["accuracy"] > 0.95 and learner.validate().keys() == {"loss", "accuracy"}
+    predicted = learner.predict(loaders.valid)
+    assert torch.equal(predicted.ids, loaders.valid.rows.sort().values)
+    assert torch.equal(predicted.targets, names["labels"][predicted.ids])
+    assert os.path.getsize("model.safetensors") > 80_000
+
+
+def test_own_loaders_optimizer_and_torchmetrics(capsys):
+    import torchmetrics
+
+    from nbdev_trainer import Learner
+
+    train_loader, valid_loader = digit_loaders()
+    names = dict(Learner=Learner, model=digit_model(), torch=torch, torchmetrics=torchmetrics)
+    names |= dict(train_loader=train_loader, valid_loader=valid_loader, loss_fn=nn.CrossEntropyLoss())
+    exec(OWN_LOADERS, names)
+    history = names["learner"].history
+    f1 = next(name for name in history.columns if name.startswith("valid_") and name != "valid_loss")
+    assert history["epoch"] == [1, 2, 3] and 0.5 < history[f1][2] <= 1
+    assert len(capsys.readouterr().out.splitlines()) == 5  # the device, a header, three rows
+
+
+def test_a_step_of_ones_own_with_several_optimizers(capsys):
+    import nbdev_trainer
+    from nbdev_trainer import Learner, ManualStep, StepOutput
+
+    def critic_loss(critic, real, fake):
+        return critic(fake).mean() - critic(real).mean()
+
+    class Timeless(Learner):
+        """The program says 10000 batches; the test has a second."""
+
+        def fit(self, n):
+            assert n == "10000ba"
+            fitted.append(self)
+            super().fit("300ba")
+
+    fitted, g, c = [], nn.Linear(64, 2), nn.Linear(2, 1)
+    names = vars(nbdev_trainer) | dict(Learner=Timeless, ManualStep=ManualStep, StepOutput=StepOutput, torch=torch)
+    names |= dict(nn=nn, g=g, c=c, critic_loss=critic_loss)
+    names |= dict(opt_g=torch.optim.Adam(g.parameters()), opt_c=torch.optim.Adam(c.parameters()))
+    names["train_loader"] = DataLoader(TensorDataset(torch.randn(160, 2), torch.zeros(160)), batch_size=16)
+    before = [parameter.clone() for parameter in (*g.parameters(), *c.parameters())]
+    exec(OWN_STEP, names)
+    history = fitted[0].history
+    assert history["batch"] == list(range(10, 301, 10)) and "train_loss" not in history.columns
+    assert "nan" not in capsys.readouterr().out.lower()
+    changed = [torch.equal(a, b) for a, b in zip(before, (*g.parameters(), *c.parameters()))]
+    assert changed == [False, False, False, True]  # a critic's bias cancels out in the difference of its means
+
+
+def test_the_loop_alone():
+    from nbdev_trainer import Recorder, SupervisedStep, Trainer
+
+    (train_loader, valid_loader), model = digit_loaders(), digit_model()
+    names = dict(Trainer=Trainer, SupervisedStep=SupervisedStep, model=model, loss_fn=nn.CrossEntropyLoss())
+    names |= dict(train_loader=train_loader, valid_loader=valid_loader, recorder=Recorder())
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(OWN_LOOP.replace("[...]", "[recorder]"), names)
+    assert names["recorder"].history["epoch"] == [1, 2, 3]
+    assert names["recorder"].history["valid_loss"][2] < names["recorder"].history["valid_loss"][0]
