@@ -2,10 +2,12 @@
 
 Modules:
 
+- `nbdev_trainer.apps.models`: Small models to begin with, and the scaling of their inputs and outputs
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves and a table that stays
 - `nbdev_trainer.callbacks.recorder`: The history of a run: a row per epoch, a record now and then per step, as plain data
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
+- `nbdev_trainer.cli`: Train a model from the command line
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
 - `nbdev_trainer.core.errors`: Helpers that make an error message say what happened, what was expected, and what to do
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
@@ -33,7 +35,8 @@ Modules:
 - `nbdev_trainer.metrics.classification`: How often the class with the highest score is the right one
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
-- `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own"""
+- `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
+- `nbdev_trainer.use.curves`: A picture of a history as SVG text, made without any package"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress

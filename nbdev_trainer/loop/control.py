@@ -26,13 +26,16 @@ from .steps import Step
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['Requests', 'reason', 'Calling', 'Control', 'check_events']
+__all__ = ['ROW_NAMES', 'Requests', 'reason', 'Control', 'call_each', 'check_events']
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a983107
+ROW_NAMES = ("epoch", "batch", "step", "samples", "lr", "seconds")  # of the history, besides results
+
 class Requests:
     "Asking the loop for something, with a reason"
     state: State
-    train_metrics: MetricSet
+    logged: MetricSet  # what was logged in this epoch
+    result_sets: tuple[str, ...] = ("train_",)  # how the names of results begin
 
     def skip_batch(self, why: str) -> None:
         "Leave out the batch in hand; looked at after before_batch"
@@ -58,8 +61,12 @@ class Requests:
         setattr(state, what, None)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        "Record a scalar: its mean over the epoch becomes `train_<name>`; a tensor stays on its device"
-        self.train_metrics.log(name, value)
+        "Record a scalar: its mean over the epoch stands under this name in the results and the history"
+        if self.state.phase is None or self.state.ending is not None:
+            raise RuntimeError(f"log({name!r}) was called outside of a fit, where nothing records it")
+        if f"{name}_".startswith(self.result_sets) or name in ROW_NAMES:
+            raise ValueError(f"cannot log {name!r}: a result or a counter has that name. Choose another name.")
+        self.logged.log(name, value)
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a626bc8
 def reason(
@@ -71,9 +78,12 @@ def reason(
     raise ValueError(f'{what} got the reason {why!r}; expected a text such as {what}("the loss is NaN")')
 
 # %% ../../nbs/api/loop/08_control.ipynb #55645aee
-class Calling(Requests):
-    "Calling the handlers of events"
+class Control(Requests):
+    "What callbacks, steps and users can do with a trainer, besides training"
     handlers: SimpleNamespace  # what to call at each event, now
+    callbacks: list[Callback]
+    step: Step
+    plan: FitPlan | None       # what the running fit was asked to do; None outside of one
 
     def call(self, event: str) -> None:
         "Call the handlers of an event, in order"
@@ -89,13 +99,6 @@ class Calling(Requests):
         self.state.output = output
         self.call(event)
         return self.state.output or output
-
-# %% ../../nbs/api/loop/08_control.ipynb #9b0eb04d
-class Control(Calling):
-    "What callbacks, steps and users can do with a trainer, besides training"
-    callbacks: list[Callback]
-    step: Step
-    plan: FitPlan | None  # what the running fit was asked to do; None outside of one
 
     def on(self,
         event: str,                      # the name of an event, such as "after_step"
@@ -116,6 +119,16 @@ class Control(Calling):
         return describe_plan(in_order(self.callbacks))
 
 # %% ../../nbs/api/loop/08_control.ipynb #ec56b68e
+def call_each(trainer: Control, event: str) -> None:
+    "Call all handlers of an event, even if one fails; the first error comes out when all have run"
+    errors: list[BaseException] = []
+    for handler in getattr(trainer.handlers, event):
+        try: handler(trainer)
+        except BaseException as error:
+            error.add_note(f"raised by {getattr(handler, '__self__', handler)} at {event}")
+            errors.append(error)
+    if errors: raise errors[0]
+
 def check_events(callbacks: Iterable[Callback], step: Step) -> None:
     "Raise `ValueError` when a callback waits for an event that the step does not fire"
     for callback in callbacks:

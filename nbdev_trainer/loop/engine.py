@@ -92,6 +92,7 @@ class Window:
         loss: Tensor,                 # () that loss, for its device and type
     ) -> Tensor | None:  # None: nothing of this batch counts
         "What to multiply the gradient of one batch with"
+        if isinstance(count, Tensor): count = count.to(torch.promote_types(loss.dtype, torch.float32))
         self.counts.append(count)
         if not isinstance(count, Tensor) and count == 0: return None
         if self.divisor is None:  # a count on the device may be zero, which the host cannot see
@@ -99,9 +100,11 @@ class Window:
             self.divisor = self.size * first
         share = count / self.divisor
         if isinstance(share, Tensor): return share.to(loss.dtype)
-        if share not in self.weights:
-            self.weights[share] = torch.tensor(share, dtype=loss.dtype, device=loss.device)
-        return self.weights[share]
+        key = share, loss.dtype, loss.device
+        if key not in self.weights:
+            if len(self.weights) >= 8: self.weights.clear()  # counts that hardly ever come again
+            self.weights[key] = torch.tensor(share, dtype=loss.dtype, device=loss.device)
+        return self.weights[key]
 
     def correction(self) -> float | Tensor | None:  # None: the gradients are right as they are
         "What to multiply the summed gradients with at the end of the window"

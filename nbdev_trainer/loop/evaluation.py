@@ -33,7 +33,7 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'whereabouts', 'Outputs', 'Pass', 'Predictions', 'Evaluation', 'Monitoring']
+__all__ = ['module_modes', 'whereabouts', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -57,56 +57,50 @@ def whereabouts(state: State) -> str:
     return f"in epoch {state.epoch}, after {state.batch} batches, phase {state.phase}; {held}"
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71
-class Outputs(Control):
-    "The loop of a pass over data"
-    model: nn.Module
-    engine: Engine
-    as_batch: Callable[[Any], Batch] | None  # the user's translation of what a loader yields
-    evaluation_handlers: SimpleNamespace     # what to call at the events of evaluation
-
-    def read(self, raw: Any, needs_targets: bool = True) -> Batch:
-        "What a loader yielded, as a batch"
-        return to_batch(raw if self.as_batch is None else self.as_batch(raw), needs_targets)
-
-    def outputs(self,
-        method: Callable[[Any, Batch], StepOutput],  # of the step: evaluate or predict
-        loader: Iterable[Any],                       # yields batches
-        limit_batches: int | None = None,            # at most so many
-    ) -> Iterator[tuple[Batch, StepOutput]]:
-        "Every batch with what the step answers; inside `evaluating`; raises `ValueError` when there is none"
-        state, on, n = self.state, self.handlers, 0
-        for n, raw in enumerate(loader.in_order() if isinstance(loader, Loader) else loader, 1):
-            state.current_batch = self.engine.move(self.read(raw, needs_targets=state.phase != "predict"))
-            if on.before_evaluate_batch: self.call("before_evaluate_batch")
-            state.output = self.engine.run(method, self, state.current_batch)
-            if on.after_evaluate_batch: self.call("after_evaluate_batch")
-            yield state.current_batch, state.output
-            if n == limit_batches: break
-        if n == 0:
-            raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
+@contextmanager
+def evaluating(
+    trainer: Evaluation,
+    name: str,            # of the set, such as "valid"
+    phase: str,           # "valid", "test" or "predict"
+    quiet: bool = False,  # True: no event fires
+) -> Iterator[None]:
+    "The frame of a pass: everything it changes for itself, and its undoing"
+    state, handlers = trainer.state, trainer.handlers
+    kept = {field: getattr(state, field) for field in ("phase", "loader", "current_batch", "output")}
+    trainer.handlers = handler_table([]) if quiet else trainer.evaluation_handlers
+    state.phase, state.loader = phase, name
+    try:
+        with isolated_rng(), torch.no_grad(), module_modes(trainer.model, training=False):
+            trainer.call("before_evaluate")
+            yield
+            trainer.call("after_evaluate")
+    except BaseException as error:
+        error.add_note(whereabouts(state))
+        raise
+    finally:
+        trainer.handlers = handlers
+        for field, value in kept.items(): setattr(state, field, value)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #506c2895
-class Pass(Outputs):
-    "The frame of a pass over data"
-    @contextmanager
-    def evaluating(self, name: str, phase: str, quiet: bool = False) -> Iterator[None]:
-        "Everything a pass changes for itself, and its undoing; a quiet one fires no event"
-        state = self.state
-        kept = {field: getattr(state, field) for field in ("phase", "loader", "current_batch", "output")}
-        handlers = self.handlers
-        self.handlers = handler_table([]) if quiet else self.evaluation_handlers
-        state.phase, state.loader = phase, name
-        try:
-            with isolated_rng(), torch.no_grad(), module_modes(self.model, training=False):
-                self.call("before_evaluate")
-                yield
-                self.call("after_evaluate")
-        except BaseException as error:
-            error.add_note(whereabouts(state))
-            raise
-        finally:
-            self.handlers = handlers
-            for field, value in kept.items(): setattr(state, field, value)
+def outputs(
+    trainer: Evaluation,
+    method: Callable[[Any, Batch], StepOutput],  # of the step: evaluate or predict
+    loader: Iterable[Any],                       # yields batches
+    limit_batches: int | None = None,            # at most so many
+) -> Iterator[tuple[Batch, StepOutput]]:
+    "Every batch with what the step answers; inside `evaluating`; raises `ValueError` when there is none"
+    state, on, n = trainer.state, trainer.handlers, 0
+    for n, raw in enumerate(loader.in_order() if isinstance(loader, Loader) else loader, 1):
+        batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
+        state.current_batch = batch
+        if on.before_evaluate_batch:
+            trainer.call("before_evaluate_batch")
+            batch = state.current_batch = to_batch(state.current_batch)
+        state.output = trainer.engine.run(method, trainer, batch)
+        if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
+        yield batch, state.output
+        if n == limit_batches: break
+    if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #48e5fa10
 @dataclass
@@ -118,9 +112,18 @@ class Predictions:
     losses: Tensor | None = None # (n,) None when the loss function does not give them
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
-class Evaluation(Pass):
+class Evaluation(Control):
     "Validation, test and prediction"
+    model: nn.Module
+    engine: Engine
     metrics: Sequence[Metric]
+    train_metrics: MetricSet
+    as_batch: Callable[[Any], Batch] | None  # the user's translation of what a loader yields
+    evaluation_handlers: SimpleNamespace     # what to call at the events of evaluation
+
+    def read(self, raw: Any, needs_targets: bool = True) -> Batch:
+        "What a loader yielded, as a batch"
+        return to_batch(raw if self.as_batch is None else self.as_batch(raw), needs_targets)
 
     def evaluate(self,
         loader: Iterable[Any],             # yields batches
@@ -131,8 +134,8 @@ class Evaluation(Pass):
     ) -> dict[str, float]:  # by metric
         "Loss and metrics over a loader"
         results = MetricSet(self.metrics)
-        with self.evaluating(name, phase):
-            for batch, output in self.outputs(self.step.evaluate, loader, limit_batches):
+        with evaluating(self, name, phase):
+            for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
             values = results.compute()
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
@@ -143,40 +146,35 @@ class Evaluation(Pass):
     ) -> Predictions:
         "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
         if isinstance(loader, Tensor):
-            raise TypeError(f"predict got {describe(loader)}, and iterating it would give single samples; "
-                            "expected a loader. Pass [inputs] for one batch, or "
-                            "Loaders.from_arrays(inputs).train")
+            raise TypeError(f"predict got {describe(loader)}, and iterating it would give single samples; expected "
+                            "a loader. Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
         parts: list[list[Any]] = []
-        with self.evaluating("predict", "predict"):
-            for batch, output in self.outputs(self.step.predict, loader):
+        with evaluating(self, "predict", "predict"):
+            for batch, output in outputs(self, self.step.predict, loader):
                 losses = self.step.losses(output, batch)
                 part = [output.predictions, targets_of(output, batch), batch.ids, losses]
                 parts.append(to_device(detach(part), "cpu"))
         return Predictions(*(concatenate(list(column)) for column in zip(*parts)))
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25
-class Monitoring(Evaluation):
-    "Which results there will be"
-    train_metrics: MetricSet
+def evaluates_loss(trainer: Evaluation, loader: Iterable[Any]) -> bool:
+    "Whether the step returns a loss in evaluation, seen on one batch"
+    with evaluating(trainer, "valid", "valid", quiet=True):
+        return next(outputs(trainer, trainer.step.evaluate, loader, 1))[1].loss is not None
 
-    def check_monitor(self,
-        name: str,  # such as "valid_loss"
-    ) -> bool | None:  # whether higher is better; None: not known
-        "For callbacks, at before_fit: that a result of this name will exist; raises `ValueError` when not"
-        plan = self.plan
-        sets = ["train", *(plan.valid_sets if plan and plan.validate_every else ())]
-        known = {f"{one}_{metric.name}": metric for one in sets for metric in self.train_metrics.metrics}
-        found = next((key for key in known if name == key or name.startswith(f"{key}_")), None)
-        if found is None:
-            raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
-        valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None
-        if valid is not None and not self.evaluates_loss(valid):
-            step = type(self.step).__name__
-            raise ValueError(f"there will be no {name!r}: {step}.evaluate returns no loss. Monitor another "
-                             "result, or return a loss from evaluate.")
-        return known[found].higher_is_better
-
-    def evaluates_loss(self, loader: Iterable[Any]) -> bool:
-        "Whether the step returns a loss in evaluation, seen on one batch"
-        with self.evaluating("valid", "valid", quiet=True):
-            return next(self.outputs(self.step.evaluate, loader, 1))[1].loss is not None
+def check_monitor(
+    trainer: Evaluation,
+    name: str,  # of the result to watch, such as "valid_loss"
+) -> bool | None:  # whether higher is better; None: not known
+    "That a result of this name will exist; raises `ValueError` when not"
+    plan = trainer.plan
+    sets = ["train", *(plan.valid_sets if plan and plan.validate_every else ())]
+    known = {f"{one}_{metric.name}": metric for one in sets for metric in trainer.train_metrics.metrics}
+    found = next((key for key in known if name == key or name.startswith(f"{key}_")), None)
+    if found is None:
+        raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
+    valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None
+    if valid is not None and not evaluates_loss(trainer, valid):
+        raise ValueError(f"there will be no {name!r}: {type(trainer.step).__name__}.evaluate returns no loss. "
+                         "Monitor another result, or return a loss from evaluate.")
+    return known[found].higher_is_better

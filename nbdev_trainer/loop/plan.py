@@ -30,7 +30,8 @@ from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'current_lrs', 'begin_plan', 'set_lr', 'validation_due', 'make_plan',
-           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'open_epoch']
+           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
+           'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
@@ -127,7 +128,6 @@ def set_lr(
 def validation_due(
     plan: FitPlan,
     state: State,
-    stepped: bool = True,  # whether a window has just closed; a count of steps only moves then
 ) -> bool:
     "Whether to validate now; asked after each batch and at the end of each epoch"
     every = plan.validate_every
@@ -135,7 +135,7 @@ def validation_due(
     if every.is_time: return time.monotonic() - plan.validated >= every.seconds
     if every.unit == "ep": return state.epoch_batch == 0 and state.epoch % every.value == 0
     if every.unit == "ba": return state.batch % every.value == 0
-    return stepped and state.step % every.value == 0
+    return state.step > state.evaluated_step and state.step % every.value == 0
 
 # %% ../../nbs/api/loop/07_plan.ipynb #15f65fe4
 def make_plan(
@@ -210,6 +210,19 @@ def generators(loader: Iterable[Any]) -> dict[str, Any]:
     own = getattr(loader, "generator", None)
     return {"global": rng_state(), "own": None if own is None else own.get_state()}
 
+def loader_state(loader: Any) -> dict[str, Any]:
+    "What a loader needs to go on in the next epoch: our own state, or that of a generator of its own"
+    own = getattr(loader, "generator", None)
+    return {"loader": loader.state_dict() if isinstance(loader, Loader) else None,
+            "generator": None if own is None else own.get_state()}
+
+def load_loader_state(loader: Any, saved: Mapping[str, Any]) -> None:
+    "Put a loader where a saved one was"
+    if saved["loader"] is not None and isinstance(loader, Loader): loader.load_state_dict(saved["loader"])
+    own = getattr(loader, "generator", None)
+    if own is not None and saved["generator"] is not None: own.set_state(saved["generator"])
+
+# %% ../../nbs/api/loop/07_plan.ipynb #af776f57
 def open_epoch(
     loader: Any,                               # one of ours, or any iterable
     epoch: int,                                # over the whole run, from 0

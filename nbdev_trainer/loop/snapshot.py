@@ -22,7 +22,7 @@ from ..core.seeding import rng_state
 from .callback import Callback
 from .engine import OptimizerSlot
 from .optimizers import load_optimizer_state, optimizer_state
-from .plan import plan_state
+from .plan import loader_state, plan_state
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -106,7 +106,8 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "callbacks": {name: callback.state_dict() for name, callback in callbacks.items()},
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
-        "loader": trainer.loader_state(), "fits_done": trainer.fits_done,
+        "logged": trainer.logged.state_dict(), "loader": loader_state(trainer.last_train),
+        "fits_done": trainer.fits_done,
         "plan": None if trainer.open_plan is None else plan_state(trainer.open_plan)})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
@@ -123,6 +124,7 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     trainer.window_batches, trainer.stepped = saved["window_batches"], saved["stepped"]
     trainer.state.load_state_dict(saved["state"])
     trainer.train_metrics.load_state_dict(saved["train_metrics"])
+    trainer.logged.load_state_dict(saved["logged"])
     step: Any = trainer.step
     if saved["step"] is not None: step.load_state_dict(saved["step"])
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]

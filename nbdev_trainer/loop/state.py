@@ -29,7 +29,8 @@ class State:
     step: int = 0                       # windows in which an optimizer stepped, unit "st"
     samples: int = 0                    # training samples seen
     epoch_batch: int = 0                # training batches done in the epoch that is not done yet
-    evaluated_at: int = -1              # the value of `batch` at the last evaluation
+    evaluated_at: int = -1              # the value of `batch` at the last validation
+    evaluated_step: int = 0             # the value of `step` then
     phase: str | None = None            # "train", "valid", "test" or "predict" while a loop runs
     loader: str | None = None           # name of the evaluated set, such as "valid"
     optimizer: str | None = None        # name of the optimizer at before_step and after_step
@@ -54,4 +55,5 @@ class State:
         self.metrics, self.control = dict(state["metrics"]), [dict(entry) for entry in state["control"]]
 
 # %% ../../nbs/api/loop/01_state.ipynb #996cd667
-SAVED = ("epoch", "batch", "step", "samples", "epoch_batch", "evaluated_at", "end_epoch", "stop")
+SAVED = ("epoch", "batch", "step", "samples", "epoch_batch", "evaluated_at", "evaluated_step",
+         "end_epoch", "stop")

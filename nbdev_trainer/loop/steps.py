@@ -126,7 +126,7 @@ class CountedLoss:
             elements, counts = self.elements(output, batch)
             each = 1.0 if batch.weights is None else batch.weights.view(-1, *[1] * (elements.ndim - 1))
             output.count = (counts * each).sum()
-            output.loss = (elements * each).sum() / output.count
+            output.loss = (elements * each).sum() / torch.where(output.count > 0, output.count, 1)
 
     def elements(self, output: StepOutput, batch: Batch) -> tuple[Tensor, Tensor]:  # both (batch, ...)
         "The loss of each element of the targets, and how much each counts; raises `ValueError` if not known"

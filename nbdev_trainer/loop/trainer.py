@@ -22,15 +22,15 @@ from torch import Tensor, nn, optim
 from ..core.duration import Duration
 from ..core.errors import describe, did_you_mean
 from ..core.seeding import set_rng_state
-from ..data.batch import Batch
+from ..data.batch import Batch, to_batch
 from ..data.loaders import Loader, named_sets
 from .callback import Callback, handler_table, in_order
-from .control import check_events
+from .control import call_each, check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device
-from .evaluation import Monitoring, module_modes, whereabouts
+from .evaluation import Evaluation, module_modes, whereabouts
 from .events import EVALUATION_EVENTS, Event
-from .plan import (FitPlan, begin_plan, continue_plan, generators, make_plan, open_epoch,
-                                     plan_state, set_lr, validation_due)
+from .plan import (FitPlan, begin_plan, continue_plan, generators, load_loader_state, make_plan,
+                                     open_epoch, plan_state, set_lr, validation_due)
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
@@ -38,85 +38,76 @@ from ..metrics.adapters import as_metrics
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['Parts', 'Loop', 'Entry', 'Frame', 'Fitting', 'Trainer', 'check_optimizers', 'check_callbacks']
+__all__ = ['open_batches', 'cannot_optimize', 'Loop', 'enter_plan', 'leave_fit', 'fitting', 'Trainer', 'check_optimizers',
+           'check_callbacks']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
-class Parts(Monitoring):
-    "What the loop calls by name"
-    at_epoch_start: dict[str, Any] | None = None  # generators when the open epoch began, for a foreign loader
+def open_batches(trainer: Trainer, plan: FitPlan) -> Iterator[Any]:
+    "The batches of this epoch that are still to do; raises `ValueError` when a new epoch has none"
+    state, loader = trainer.state, plan.train
+    if state.epoch_batch == 0:
+        in_fixed_order = isinstance(loader, (Loader, Sequence))
+        trainer.at_epoch_start = None if in_fixed_order else generators(loader)
+    batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start)
+    first = next(batches, None)
+    if first is None and state.epoch_batch == 0:
+        raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected at least one. "
+                         "An iterator can be read only once: pass a list or a loader.")
+    if first is not None: yield first
+    for raw in batches: yield raw  # not `yield from`, which would close the user's generator together with ours
 
-    def open_batches(self, plan: FitPlan) -> Iterator[Any]:
-        "The batches of this epoch that are still to do; raises `ValueError` when a new epoch has none"
-        state, loader = self.state, plan.train
-        if state.epoch_batch == 0:
-            in_fixed_order = isinstance(loader, (Loader, Sequence))
-            self.at_epoch_start = None if in_fixed_order else generators(loader)
-        batches = open_epoch(loader, state.epoch, state.epoch_batch, self.at_epoch_start)
-        first = next(batches, None)
-        if first is None and state.epoch_batch == 0:
-            raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected some. "
-                             "An iterator can be read only once: pass a list or a loader.")
-        if first is not None: yield first
-        yield from batches
-
-    def validate(self, plan: FitPlan) -> None:
-        "Evaluate on every validation set"
-        self.state.evaluated_at = self.state.batch
-        self.note_train_metrics()
-        for name, loader in plan.valid_sets.items():
-            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
-        plan.validated = time.monotonic()
-
-    def note_train_metrics(self) -> None:
-        "The results on the training data so far"
-        self.state.metrics |= {f"train_{name}": value for name, value in self.train_metrics.compute().items()}
-
-    def cannot_optimize(self, loss: Tensor | None, name: str) -> Exception:
-        "The error for a loss or an optimizer that is not there"
-        if name not in self.engine.slots:
-            known = did_you_mean(name, self.engine.slots, what="optimizer")
-            return ValueError(f"there is no optimizer {name!r}. {known}")
-        step = type(self.step).__name__
-        return ValueError(f"{step}.train returned no loss, so there is nothing to optimize; return "
-                          "StepOutput(loss=...), or derive from ManualStep and call trainer.optimize")
+def cannot_optimize(trainer: Trainer, loss: Tensor | None, name: str) -> Exception:
+    "The error for a loss or an optimizer that is not there"
+    if name not in trainer.engine.slots:
+        known = did_you_mean(name, trainer.engine.slots, what="optimizer")
+        return ValueError(f"there is no optimizer {name!r}. {known}")
+    return ValueError(f"{type(trainer.step).__name__}.train returned no loss, so there is nothing to optimize; "
+                      "return StepOutput(loss=...), or derive from ManualStep and call trainer.optimize")
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #b1e5d9e2
-class Loop(Parts):
+class Loop(Evaluation):
     "From `fit` to the optimizer step"
     window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
-        while not plan.is_over(state) and state.stop is None:
+        inside = state.epoch_batch > 0 and state.batch > plan.began["batch"]  # goes on after a batch of this fit
+        while inside or state.stop is None and not plan.is_over(state):
             if state.epoch_batch == 0:
                 self.train_metrics.reset()
+                self.logged.reset()
                 self.call("before_epoch")
-            if self.run_epoch(plan): self.finish_epoch(plan)
-        unseen = state.evaluated_at != state.batch  # by any evaluation
-        if state.stop is None and plan.validate_every and unseen: self.validate(plan)
+            if self.run_epoch(plan, inside): self.finish_epoch(plan)
+            inside = False
+        if state.stop is None and plan.validate_every and state.evaluated_at != state.batch: self.validate(plan)
 
-    def run_epoch(self, plan: FitPlan) -> bool:  # whether the epoch is complete
+    def run_epoch(self, plan: FitPlan, inside: bool) -> bool:  # whether the epoch is complete
         state, exhausted = self.state, False
-        for raw in self.open_batches(plan):
-            self.train_batch(raw, plan)
-            if validation_due(plan, state, self.window_batches == 0): self.validate(plan)
-            if state.stop or state.end_epoch or plan.is_over(state): break
-            if state.epoch_batch == plan.limit_batches: break
-        else: exhausted = True
+        if not (inside and self.leaves_epoch(plan)):
+            for raw in open_batches(self, plan):
+                self.train_batch(raw, plan)
+                if self.leaves_epoch(plan): break
+            else: exhausted = True
         self.close_window()
-        ended = state.end_epoch is not None or state.epoch_batch == plan.length
-        return exhausted or state.stop is None and ended
+        return exhausted or state.epoch_batch == plan.length or state.stop is None and state.end_epoch is not None
+
+    def leaves_epoch(self, plan: FitPlan) -> bool:  # what follows each batch
+        state = self.state
+        if validation_due(plan, state): self.validate(plan)
+        if state.epoch_batch == plan.limit_batches: return True
+        return state.stop is not None or state.end_epoch is not None or plan.is_over(state)
 
     def train_batch(self, raw: Any, plan: FitPlan) -> None:
         state, on, engine = self.state, self.handlers, self.engine
-        state.current_batch = engine.move(self.read(raw))
-        if on.before_batch: self.call("before_batch")
+        batch = state.current_batch = engine.move(self.read(raw))
+        if on.before_batch:
+            self.call("before_batch")
+            batch = state.current_batch = to_batch(state.current_batch)  # a handler may have replaced it
         if plan.schedule and not self.window_batches:
             set_lr(engine.slots, plan.lrs, plan.schedule(plan.progress(state)))
         self.window_batches += 1
         self.closing = plan.closes_window(state, self.window_batches)
         if state.skip_batch is None:
-            batch = state.current_batch
             output = state.output = engine.run(self.step.train, self, batch)
             if self.step.automatic: self.optimize(output.loss, count=output.count)
             self.train_metrics.update(output, batch)
@@ -131,16 +122,16 @@ class Loop(Parts):
         loss: Tensor | None,                        # () a mean over `count`
         name: str = "main",                         # of the optimizer
         *,
-        count: int | float | Tensor | None = None,  # what the loss is a mean over; None: the samples
+        count: int | float | Tensor | None = None,  # what the loss is a mean over; None: the samples of the batch
         retain_graph: bool = False,                 # True: another loss needs the graph too
     ) -> None:
         "Add the gradients of a loss and, at the end of a window, step the optimizer"
         slot = self.engine.slots.get(name)
-        if loss is None or slot is None: raise self.cannot_optimize(loss, name)
+        if loss is None or slot is None: raise cannot_optimize(self, loss, name)
         if count is None: count = self.state.current_batch.size  # type: ignore[union-attr]  # one is in hand
         self.engine.backward(loss, count, slot, not self.step.automatic, retain_graph)
         if self.handlers.after_backward: self.call("after_backward")
-        if self.closing: self.step_optimizer(slot)
+        if self.closing and slot.pending: self.step_optimizer(slot)
 
     def step_optimizer(self, slot: OptimizerSlot) -> None:
         state, on = self.state, self.handlers
@@ -155,7 +146,7 @@ class Loop(Parts):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if slot.pending: self.step_optimizer(slot)  # its last batch was skipped, or never came
+            if slot.pending: self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
         self.window_batches, self.stepped = 0, False
 
     def finish_epoch(self, plan: FitPlan) -> None:
@@ -163,120 +154,93 @@ class Loop(Parts):
         if state.end_epoch is not None: self.took_effect("end_epoch")
         state.epoch, state.epoch_batch = state.epoch + 1, 0
         if validation_due(plan, state): self.validate(plan)
-        else: self.note_train_metrics()
+        self.note_results()
         self.call("after_epoch")
+        if self.logged.logs: self.note_results()  # what was logged there belongs to this epoch too
+
+    def validate(self, plan: FitPlan) -> None:
+        self.note_results()
+        for name, loader in plan.valid_sets.items():
+            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
+        self.state.evaluated_at, self.state.evaluated_step = self.state.batch, self.state.step
+        plan.validated = time.monotonic()
+
+    def note_results(self) -> None:
+        "Put what was measured in training so far, and what was logged, into `state.metrics`"
+        results = {f"train_{name}": value for name, value in self.train_metrics.compute().items()}
+        self.state.metrics |= results | self.logged.compute()
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
-class Entry(Loop):
-    "How a fit is entered and left"
-    fit_callbacks: Sequence[Callback] = ()   # of the running fit only
-    open_plan: FitPlan | None = None         # of a fit that has begun and not come to its end
-    loaded: Mapping[str, Any] | None = None  # saved state that the next fit starts from
-    fits_done, fits_answered = 0, 0          # fits of the whole run; fits called since the run was loaded
-    last_train: Iterable[Any] | None = None  # what the last fit trained on; an open epoch belongs to it
+def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
+    "Begin a fit, or go on with one that was saved or interrupted; `ValueError` when something else is asked"
+    state, loaded, slots = trainer.state, trainer.loaded, trainer.engine.slots
+    saved: Mapping[str, Any] | None = None if trainer.open_plan is None else plan_state(trainer.open_plan)
+    if loaded is not None:
+        saved = loaded["plan"]
+        load_callbacks(trainer.all_callbacks(), loaded["callbacks"])
+        load_loader_state(plan.train, loaded["loader"])
+    if resume and saved is not None: continue_plan(plan, saved)
+    else:
+        state.stop = state.end_epoch = None
+        if loaded is not None and saved is not None: set_lr(slots, saved["lrs"])  # its schedule is over
+        if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0
+    if loaded is None or not resume:
+        trainer.window_batches, trainer.stepped = 0, False
+        for slot in slots.values(): slot.zero()
+    begin_plan(plan, state, slots)
+    trainer.last_train, trainer.open_plan = plan.train, plan
+    trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
+    state.phase, state.ending = "train", None
+    state.skip_batch = state.skip_step = None
 
-    def all_callbacks(self) -> list[Callback]:
-        "The trainer's callbacks and those of the running fit, in the order in which they act"
-        return in_order([*self.callbacks, *self.fit_callbacks])
-
-    def enter_plan(self, plan: FitPlan, resume: bool) -> None:
-        "Begin a fit, or go on with one that was saved or interrupted"
-        state, loaded = self.state, self.loaded
-        saved: Mapping[str, Any] | None = None if self.open_plan is None else plan_state(self.open_plan)
-        if loaded is not None:
-            saved = loaded["plan"]
-            load_callbacks(self.all_callbacks(), loaded["callbacks"])
-            if loaded["loader"] is not None and isinstance(plan.train, Loader):
-                plan.train.load_state_dict(loaded["loader"])
-        if resume and saved is not None: continue_plan(plan, saved)
-        else:
-            state.stop = state.end_epoch = None
-            other_data = self.last_train is not None and plan.train is not self.last_train
-            if other_data: state.epoch_batch = 0
-        self.last_train = plan.train
-        if loaded is None or not resume:
-            self.window_batches, self.stepped = 0, False
-            for slot in self.engine.slots.values(): slot.zero()
-        begin_plan(plan, state, self.engine.slots)
-        state.phase, state.ending, self.open_plan = "train", None, plan
-        state.skip_batch = state.skip_step = None
-
-    def leave_fit(self) -> None:
-        "Back to the time between fits"
-        state = self.state
-        state.phase = state.current_batch = state.output = None
-        self.plan, self.fit_callbacks = None, ()
-        self.handlers = handler_table([])
-        self.evaluation_handlers = handler_table(in_order(self.callbacks), EVALUATION_EVENTS)
+def leave_fit(trainer: Trainer) -> None:
+    "Back to the time between fits"
+    state = trainer.state
+    state.phase = state.current_batch = state.output = None
+    trainer.plan, trainer.fit_callbacks = None, ()
+    trainer.handlers = handler_table([])
+    trainer.evaluation_handlers = handler_table(in_order(trainer.callbacks), EVALUATION_EVENTS)
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #2da2e756
-class Frame(Entry):
-    "What a fit changes for itself, and its undoing"
-    @contextmanager
-    def fitting(self, plan: FitPlan, callbacks: Sequence[Callback], resume: bool) -> Iterator[None]:
-        "The frame of a fit; an error passes through it with a note of where it was"
-        state, slots = self.state, self.engine.slots
-        with ExitStack() as undo:
-            undo.enter_context(module_modes(self.model, training=True))
-            undo.callback(self.leave_fit)
-            self.fit_callbacks, self.plan = list(callbacks), plan
-            ordered = self.all_callbacks()
-            check_events(ordered, self.step)
-            self.enter_plan(plan, resume)
-            undo.callback(set_lr, slots, plan.lrs)
-            self.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
-            self.evaluation_handlers = handler_table(ordered, EVALUATION_EVENTS)
-            try:
-                self.call("before_fit")
-                if self.loaded: set_rng_state(self.loaded["rng"])
-                self.loaded = None
-                yield
-                state.ending = "finished" if state.stop is None else "stopped"
-                if state.stop is not None: self.took_effect("stop")
-                self.fits_done, self.fits_answered = self.fits_done + 1, self.fits_answered + 1
-                self.open_plan = None
-            except BaseException as error:
-                state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                error.add_note(whereabouts(state))
-                raise
-            finally: self.call("after_fit")
+@contextmanager
+def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resume: bool) -> Iterator[None]:
+    "The frame of a fit: what it changes for itself, and its undoing; an error gets a note of where it was"
+    state, slots = trainer.state, trainer.engine.slots
+    with ExitStack() as undo:
+        undo.enter_context(module_modes(trainer.model, training=True))
+        undo.callback(leave_fit, trainer)
+        trainer.fit_callbacks, trainer.plan = list(callbacks), plan
+        ordered = trainer.all_callbacks()
+        check_events(ordered, trainer.step)
+        enter_plan(trainer, plan, resume)
+        undo.callback(set_lr, slots, plan.lrs)
+        trainer.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
+        trainer.evaluation_handlers = handler_table(ordered, EVALUATION_EVENTS)
+        try:
+            trainer.call("before_fit")
+            if trainer.loaded: set_rng_state(trainer.loaded["rng"])
+            trainer.loaded = None
+            yield
+            state.ending = "finished" if state.stop is None else "stopped"
+            if state.stop is not None: trainer.took_effect("stop")
+            trainer.fits_done, trainer.fits_answered = trainer.fits_done + 1, trainer.fits_answered + 1
+            trainer.open_plan = None
+        except BaseException as error:
+            state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            error.add_note(whereabouts(state))
+            raise
+        finally: call_each(trainer, "after_fit")
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #8d3c3411
-class Fitting(Frame):
-    "What is asked of a fit"
-    def fit(self,
-        train: Iterable[Any],                              # yields training batches
-        valid: Any = None,                                 # validation batches; a dict of several by name
-        n: int | str | Duration = 1,                       # how much more: epochs, or such as "500ba"
-        *,
-        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the rates
-        validate_every: int | str | Duration | None = "1ep",  # None: never
-        limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
-        callbacks: Iterable[Callback] = (),                # for this fit only
-        resume: bool = False,                              # go on with the fit that the loaded state was in
-    ) -> None:
-        "Train `n` more; counters, optimizer state and data order go on from the last fit"
-        if self.plan is not None:
-            raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
-        plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches,
-                         self.engine.accumulate)
-        if plan.valid_sets and not self.step.can_evaluate:
-            step = type(self.step).__name__
-            raise ValueError(f"{step} defines no evaluate(self, trainer, batch), but there is validation "
-                             "data; define it, or pass valid=None")
-        if resume and self.fits_answered < self.fits_done:
-            self.fits_answered += 1
-            return print(f"fit {self.fits_answered} of this run is finished: nothing to do")
-        with self.fitting(plan, check_callbacks(callbacks), resume): self.run_epochs(plan)
-
-    def loader_state(self) -> dict[str, int] | None:
-        "The state of the training loader, if it is one of ours"
-        loader = self.open_plan.train if self.open_plan else None
-        return loader.state_dict() if isinstance(loader, Loader) else None
-
-# %% ../../nbs/api/loop/11_trainer.ipynb #c7170b4e
-class Trainer(Fitting):
+class Trainer(Loop):
     "Trains a model with a step: the loop alone, without defaults"
+    at_epoch_start: dict[str, Any] | None = None  # generators when the open epoch began, for a foreign loader
+    last_train: Iterable[Any] | None = None       # what the last fit trained on; an open epoch belongs to it
+    fit_callbacks: Sequence[Callback] = ()        # of the running fit only
+    open_plan: FitPlan | None = None              # of a fit that has begun and not come to its end
+    loaded: Mapping[str, Any] | None = None       # saved state that the next fit starts from
+    fits_done, fits_answered = 0, 0               # fits of the whole run; fits called since the run was loaded
+
     def __init__(self,
         model: nn.Module,                                            # moved to the device
         step: Step,                                                  # what one batch means
@@ -304,15 +268,44 @@ class Trainer(Fitting):
                              precision=precision, strategy=strategy)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
-        self.state, self.plan, self.train_metrics = State(), None, MetricSet(self.metrics)
-        self.leave_fit()
+        self.state, self.plan = State(), None
+        self.train_metrics, self.logged = MetricSet(self.metrics), MetricSet([])
+        leave_fit(self)
+
+    def fit(self,
+        train: Iterable[Any],                              # yields training batches
+        valid: Any = None,                                 # yields validation batches; a dict of several by name
+        n: int | str | Duration = 1,                       # how much more: epochs, or a duration such as "500ba"
+        *,
+        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the learning rates
+        validate_every: int | str | Duration | None = "1ep",  # None: never
+        limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
+        callbacks: Iterable[Callback] = (),                # for this fit only
+        resume: bool = False,                              # go on with the fit that the loaded state was in
+    ) -> None:
+        "Train `n` more; counters, optimizer state and data order go on from the last fit"
+        if self.plan is not None:
+            raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
+        plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches,
+                         self.engine.accumulate)
+        if plan.valid_sets and not self.step.can_evaluate:
+            raise ValueError(f"{type(self.step).__name__} defines no evaluate(self, trainer, batch), but there is "
+                             "validation data; define it, or pass valid=None")
+        if resume and self.fits_answered < self.fits_done:
+            self.fits_answered += 1
+            return print(f"fit {self.fits_answered} of this run is finished: nothing to do")
+        with fitting(self, plan, check_callbacks(callbacks), resume): self.run_epochs(plan)
+
+    def all_callbacks(self) -> list[Callback]:
+        "The trainer's callbacks and those of the running fit, in the order in which they act"
+        return in_order([*self.callbacks, *self.fit_callbacks])
 
     def state_dict(self) -> dict[str, Any]:
         "All state of the run, as copies; raises `RuntimeError` in the middle of an evaluation"
         return trainer_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Put a run's state back; the next fit goes on from it, with `resume=True` in the fit it was taken in"
+        "Put a run's state back; the next fit goes on from it, with `resume=True` inside the fit it was taken in"
         load_trainer_state(self, state)
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #1e16ea2f

@@ -1,0 +1,399 @@
+"""A run saved in memory at any batch, and continued in a new trainer, ends as if nothing had happened."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+import torchmetrics
+from helpers import (
+    arrays,
+    conv_net,
+    differences,
+    disturb_generators,
+    foreign_loader,
+    linear_net,
+    own_loader,
+)
+from helpers import one_thread as one_thread
+from torch import nn, optim
+from torch.nn import functional as F
+
+import nbdev_trainer
+from nbdev_trainer.callbacks.recorder import Recorder
+from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.data.batch import Batch, StepOutput
+from nbdev_trainer.data.loaders import Loader
+from nbdev_trainer.loop.callback import AttachedFunction, Callback, attach
+from nbdev_trainer.loop.optimizers import FusedAdamW
+from nbdev_trainer.loop.schedules import linear
+from nbdev_trainer.loop.state import State
+from nbdev_trainer.loop.steps import ManualStep, SupervisedStep
+from nbdev_trainer.loop.trainer import Trainer
+from nbdev_trainer.metrics.adapters import FunctionMetric, TorchMetric, WholeSet
+from nbdev_trainer.metrics.base import Loss, Mean, Metric, RunningMean
+from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.metrics.collection import MetricSet
+
+
+class History(Callback):
+    """Keeps every result, and saves them with the run."""
+
+    def __init__(self):
+        self.rows = []
+
+    def note(self, trainer, event):
+        state = trainer.state
+        self.rows.append([event, state.epoch, state.batch, state.step, state.loader, dict(state.metrics)])
+
+    def before_epoch(self, trainer):
+        self.note(trainer, "epoch begins")
+
+    def after_evaluate(self, trainer):
+        self.note(trainer, "evaluated")
+
+    def after_epoch(self, trainer):
+        self.note(trainer, "epoch ends")
+
+    def state_dict(self):
+        return {"rows": list(self.rows)}
+
+    def load_state_dict(self, state):
+        self.rows = list(state["rows"])
+
+
+class Snapshots(Callback):
+    """Takes the state of the run at each batch and at the end of each epoch, after all others."""
+
+    runs_after = (Callback,)
+
+    def __init__(self):
+        self.taken = {}
+
+    def after_batch(self, trainer):
+        self.taken[f"batch {trainer.state.batch}"] = trainer.state_dict()
+
+    def after_epoch(self, trainer):
+        self.taken[f"epoch {trainer.state.epoch}"] = trainer.state_dict()
+
+
+def spread(predictions, targets):
+    return predictions.std(1)
+
+
+def best_score(predictions, targets):
+    return predictions.max()
+
+
+class Adversaries(ManualStep):
+    """Two optimizers; the second one acts every other batch."""
+
+    def train(self, trainer, batch):
+        body, head = trainer.model[0], trainer.model[1]
+        hidden = F.dropout(body(batch.inputs.flatten(1)), 0.2, self.training_mode(trainer))
+        trainer.optimize(F.cross_entropy(head(hidden), batch.targets), "body", retain_graph=True)
+        loss = F.cross_entropy(head(hidden.detach()), batch.targets)
+        if trainer.state.batch % 2:
+            trainer.optimize(loss, "head")
+        return StepOutput(loss=loss, predictions=head(hidden.detach()), logs={"size": hidden.detach().norm()})
+
+    def evaluate(self, trainer, batch):
+        scores = trainer.model[1](trainer.model[0](batch.inputs.flatten(1)))
+        return StepOutput(loss=F.cross_entropy(scores, batch.targets), predictions=scores)
+
+    def training_mode(self, trainer):
+        return trainer.model.training
+
+
+def two_networks():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(36, 8), nn.Linear(8, 3))
+
+
+def supervised(model, optimizer=None, **options):
+    optimizer = optimizer or FusedAdamW(model.parameters(), lr=0.01)
+    metrics = [Accuracy(), spread, best_score, torchmetrics.F1Score("multiclass", num_classes=3)]
+    return Trainer(model, SupervisedStep(nn.CrossEntropyLoss()), optimizer, metrics=metrics, **options)
+
+
+def adversarial(**options):
+    model = two_networks()
+    optimizers = {
+        "body": FusedAdamW(model[0].parameters()),
+        "head": optim.SGD(model[1].parameters(), 0.1, 0.9),
+    }
+    return Trainer(model, Adversaries(), optimizers, metrics=[Accuracy()], **options)
+
+
+def momentum(model):
+    return optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+RUNS = {  # how to make trainer, training loader and validation loader; what to ask of the fit
+    "dropout and batch norm": (lambda: supervised(conv_net()), own_loader, {}),
+    "accumulation": (lambda: supervised(linear_net(), accumulate=3, clip_norm=0.5), own_loader, {}),
+    "schedule, momentum": (
+        lambda: supervised(net := linear_net(), momentum(net), accumulate=2),
+        own_loader,
+        {"schedule": linear()},
+    ),
+    "validation in the midst": (
+        lambda: supervised(linear_net(), accumulate=3),
+        own_loader,
+        {"validate_every": "3ba", "schedule": linear()},
+    ),
+    "foreign loader": (
+        lambda: supervised(conv_net(), accumulate=3),
+        foreign_loader,
+        {"validate_every": "3ba"},
+    ),
+    "foreign loader of its own generator": (
+        lambda: supervised(linear_net()),
+        lambda: foreign_loader(generator=4),
+        {},
+    ),
+    "two optimizers": (lambda: adversarial(clip_norm=0.5), own_loader, {"schedule": linear()}),
+    "two optimizers, accumulation": (
+        lambda: adversarial(accumulate=3),
+        foreign_loader,
+        {"validate_every": "2ba"},
+    ),
+    "few batches of a longer loader": (
+        lambda: supervised(linear_net(), accumulate=3),
+        own_loader,
+        {"limit_batches": 4},
+    ),
+    "few batches of a foreign loader": (
+        lambda: supervised(linear_net()),
+        foreign_loader,
+        {"limit_batches": 4},
+    ),
+    "a duration in batches": (lambda: supervised(linear_net(), accumulate=3), own_loader, {"n": "10ba"}),
+    "a duration in batches, within an epoch": (
+        lambda: supervised(linear_net(), accumulate=3),
+        own_loader,
+        {"n": "8ba"},
+    ),
+    "a duration in steps": (lambda: supervised(linear_net(), accumulate=3), own_loader, {"n": "4st"}),
+}
+
+
+def end_of(make_trainer, make_loader, fit, snapshot=None, callbacks=lambda: []):
+    """All state after the fit, which may go on from a snapshot, and the snapshots it took."""
+    trainer, loader, valid = make_trainer(), make_loader(), foreign_loader(13)
+    history, snapshots = History(), Snapshots()
+    extra = [history, *callbacks(), snapshots]
+    trainer.callbacks += extra
+    if snapshot is None:
+        torch.manual_seed(7)
+    else:
+        disturb_generators()
+        trainer.load_state_dict(snapshot)
+    trainer.fit(loader, valid, **{"n": 2, **fit}, resume=snapshot is not None)
+    return trainer.state_dict() | {
+        "metrics": dict(trainer.state.metrics),
+        "next": torch.rand(2),
+    }, snapshots.taken
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_at_any_batch_gives_the_same_weights_metrics_and_history(name):
+    expected, taken = end_of(*RUNS[name])
+    assert len(taken) >= 9, "every batch of two epochs"
+    wrong = {}
+    for moment, snapshot in taken.items():
+        got, _ = end_of(*RUNS[name], snapshot=snapshot)
+        if found := differences(got, expected):
+            wrong[moment] = found
+    assert wrong == {}
+
+
+def test_a_snapshot_is_not_changed_by_training_on():
+    expected, taken = end_of(*RUNS["accumulation"])
+    first, [got, _] = taken["batch 2"], end_of(*RUNS["accumulation"], snapshot=taken["batch 2"])
+    again, _ = end_of(*RUNS["accumulation"], snapshot=first)
+    assert differences(got, expected) == [] == differences(again, expected)
+
+
+def test_the_comparison_sees_a_run_that_went_another_way():
+    expected, taken = end_of(*RUNS["accumulation"])
+    taken["batch 2"]["windows"]["main"]["gradients"][0].add_(1e-3)
+    got, _ = end_of(*RUNS["accumulation"], snapshot=taken["batch 2"])
+    assert any(found.startswith(".model") for found in differences(got, expected))
+
+
+def test_an_epoch_that_was_ended_early_stays_ended():
+    def ask(trainer):
+        if trainer.state.batch == 3:
+            trainer.end_epoch("enough")
+
+    run = (*RUNS["accumulation"][:2], {})
+    callbacks = lambda: [attach("after_batch", ask)]  # noqa: E731
+    expected, taken = end_of(*run, callbacks=callbacks)
+    got = {moment: end_of(*run, snapshot=one, callbacks=callbacks)[0] for moment, one in taken.items()}
+    assert {moment: found for moment, one in got.items() if (found := differences(one, expected))} == {}
+
+
+def test_training_on_from_a_state_inside_a_fit_begins_at_the_learning_rate_of_the_user():
+    _, taken = end_of(*RUNS["schedule, momentum"])
+    trainer, lrs = RUNS["schedule, momentum"][0](), []
+    trainer.callbacks += [History()]
+    trainer.load_state_dict(taken["batch 8"])
+    trainer.on(
+        "before_step",
+        lambda trainer: lrs.append(trainer.engine.slots["main"].optimizer.param_groups[0]["lr"]),
+    )
+    trainer.fit(own_loader(), n=1)
+    assert lrs[0] == 0.1
+
+
+def test_a_fit_after_a_loaded_one_goes_on_with_the_order_of_a_foreign_loader():
+    make = RUNS["foreign loader of its own generator"]
+    trainer, loader = make[0](), make[1]()
+    trainer.fit(loader, n=1)
+    saved = trainer.state_dict()
+    orders = []
+    for one, its_loader in ((trainer, loader), (make[0](), make[1]())):
+        seen = []
+        if one is not trainer:
+            one.load_state_dict(saved)
+        one.on("before_batch", lambda trainer: seen.append(trainer.state.current_batch.targets.tolist()))
+        one.fit(its_loader, n=1)
+        orders.append(seen)
+    assert orders[0] == orders[1]
+
+
+# ---- every class of the package that has state
+
+
+def all_classes():
+    """Every class of the package that defines both ways, but protocols and abstract ones."""
+    names = [module.name for module in pkgutil.walk_packages(nbdev_trainer.__path__, "nbdev_trainer.")]
+    members = [m for name in names for m in vars(importlib.import_module(name)).values()]
+    classes = {c for c in members if inspect.isclass(c) and c.__module__.startswith("nbdev_trainer.")}
+    stateful = [
+        c
+        for c in classes
+        if callable(getattr(c, "state_dict", None))
+        and hasattr(c, "load_state_dict")
+        and getattr(c, "state_dict", None) is not torch.nn.Module.state_dict  # a model, whose state is torch's affair
+    ]
+    concrete = [c for c in stateful if not inspect.isabstract(c) and not getattr(c, "_is_protocol", False)]
+    return sorted(concrete, key=lambda c: c.__qualname__)
+
+
+class Plainest(Metric):
+    def update(self, output, batch):
+        self.mean.add(output.loss, batch.size)
+
+
+def mean_of_scores(predictions, targets):
+    return predictions.mean()
+
+
+MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
+    "Accuracy": Accuracy,
+    "AttachedFunction": lambda: attach("after_step", lambda trainer: None, every="2ba"),
+    "EarlyStopping": lambda: EarlyStopping("valid_loss", patience=3, min_delta=10.0),
+    "FunctionMetric": lambda: FunctionMetric(spread),
+    "FusedAdamW": lambda: FusedAdamW(two_networks().parameters()),
+    "Loader": own_loader,
+    "Loss": Loss,
+    "Mean": lambda: Mean(mean_of_scores),
+    "Metric": Plainest,
+    "MetricSet": lambda: MetricSet([Accuracy(), FunctionMetric(best_score)]),
+    "Recorder": lambda: Recorder(every="1st"),
+    "RunningMean": RunningMean,
+    "State": State,
+    "TorchMetric": lambda: TorchMetric(torchmetrics.F1Score("multiclass", num_classes=3)),
+    "Trainer": lambda: supervised(linear_net()),
+    "WholeSet": lambda: WholeSet(best_score),
+}
+CLOCK = {"elapsed", "since_validation", "seconds", "time", "duration"}  # keys that differ from run to run
+
+
+def use(thing, turn):
+    """Let an object do once more what changes its state; `turn` decides what it sees."""
+    generator = torch.Generator().manual_seed(turn)
+    scores, targets = torch.randn(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)
+    if isinstance(thing, Metric | MetricSet):
+        output = StepOutput(
+            loss=F.cross_entropy(scores, targets), predictions=scores, logs={"top": scores.max()}
+        )
+        thing.update(output, Batch(scores, targets, 6))
+    elif isinstance(thing, RunningMean):
+        thing.add(scores.mean(), turn + 1)
+    elif isinstance(thing, Loader):
+        list(thing)
+    elif isinstance(thing, torch.optim.Optimizer):
+        for p in thing.param_groups[0]["params"]:
+            p.grad = torch.randn(p.shape, generator=generator)
+        thing.step()
+    elif isinstance(thing, State):
+        thing.batch, thing.metrics = thing.batch + 1, {"train_loss": float(scores.mean())}
+    elif isinstance(thing, Trainer):
+        thing.fit([Batch(arrays(6)[0] * turn, targets)], n=1)
+    else:
+        raise TypeError(f"say in use() how a {type(thing).__name__} is used")
+
+
+def state_of(thing):
+    """Its state, and what it answers."""
+    answer = thing.compute() if hasattr(thing, "compute") else None
+    return without_clock({"state": thing.state_dict(), "answer": answer})
+
+
+def without_clock(state):
+    if isinstance(state, dict):
+        return {key: without_clock(value) for key, value in state.items() if key not in CLOCK}
+    return [without_clock(one) for one in state] if isinstance(state, (list, tuple)) else state
+
+
+def in_a_fit(make, snapshot=None):
+    """The state of one callback at the end of a small fit, and the snapshots taken on the way."""
+    callback = make()
+    run = (*RUNS["accumulation"][:2], {"validate_every": "2ba"})
+    _, taken = end_of(*run, snapshot=snapshot, callbacks=lambda: [callback])
+    return without_clock(callback.state_dict()), taken
+
+
+@pytest.mark.parametrize("cls", all_classes(), ids=lambda cls: cls.__qualname__)
+def test_whatever_has_state_goes_on_from_it(cls):
+    make = MAKERS.get(cls.__qualname__)
+    assert make, (
+        f"{cls.__qualname__} has state_dict and load_state_dict: add a maker for it to MAKERS in this file"
+    )
+    if issubclass(cls, Callback):
+        expected, taken = in_a_fit(make)
+        ends = {moment: in_a_fit(make, snapshot)[0] for moment, snapshot in taken.items()}
+        assert {moment: found for moment, end in ends.items() if (found := differences(end, expected))} == {}
+        return
+    for n_before in 1, 3, 70:
+        first, second = make(), make()
+        if isinstance(first, torch.optim.Optimizer):  # an optimizer's state does not hold the parameters
+            second.param_groups[0]["params"][:] = first.param_groups[0]["params"]
+        for turn in range(n_before):
+            use(first, turn)
+        saved = first.state_dict()
+        second.load_state_dict(saved)
+        assert differences(state_of(first), state_of(second)) == []
+        for turn in range(n_before, n_before + 2):
+            use(first, turn)
+            first_end = state_of(first)
+        if isinstance(first, torch.optim.Optimizer):
+            continue
+        for turn in range(n_before, n_before + 2):
+            use(second, turn)
+        assert differences(state_of(second), first_end) == []
+        assert differences(without_clock(saved), state_of(first)["state"]) != [], (
+            "it has no state that changes"
+        )
+
+
+def test_there_is_no_maker_for_a_class_that_is_gone():
+    assert MAKERS.keys() - {cls.__qualname__ for cls in all_classes()} == set()
+
+
+def test_attached_functions_are_callbacks_with_state():
+    assert AttachedFunction in all_classes() and issubclass(AttachedFunction, Callback)
