@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
@@ -107,8 +108,9 @@ class Terminal(Lines):
         "Draw the bar, or redraw it"
         if self.bar is not None and (self.bar.desc, self.bar.total) != (f"{title}: ", total): self.clear_bar()
         if self.bar is None:
+            width = min(100, get_terminal_size().columns - 4)
             self.bar = TerminalBar(desc=title, total=total, initial=done, unit="batch", leave=False,
-                                   file=self.file or sys.stdout, dynamic_ncols=True)
+                                   file=self.file or sys.stdout, ncols=width)
         self.bar.n = done
         self.bar.set_postfix_str(text)
 
