@@ -47,8 +47,8 @@ from .use.curves import curves_svg
 # %% auto #0
 __all__ = ['MAX_CLASSES', 'HELP', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits', 'prepare_folder',
            'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings', 'mean_absolute_error',
-           'make_learner', 'plan_lines', 'make_directory', 'versions', 'train', 'result_line', 'fit', 'complain',
-           'parse', 'run_command', 'main']
+           'make_learner', 'n_threads', 'plan_lines', 'make_directory', 'versions', 'train', 'result_line', 'fit',
+           'complain', 'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -162,6 +162,7 @@ class Settings:
     lr: float
     seed: int
     device: str
+    threads: int
 
 def choose_settings(
     prepared: Prepared,
@@ -171,10 +172,11 @@ def choose_settings(
     lr: float | None,
     seed: int,
     device: str,
+    threads: int | None = None,
 ) -> Settings:
     "Every setting, given or chosen; raises `ValueError` for what cannot train"
     n_train = len(prepared.train[0])
-    for name, value in (("epochs", epochs), ("batch-size", batch_size)):
+    for name, value in (("epochs", epochs), ("batch-size", batch_size), ("threads", threads)):
         if value is not None and value < 1: raise ValueError(f"--{name} is {value}; expected at least 1")
     if batch_size is None: batch_size = 128 if n_train > 20_000 else 64 if n_train > 1_000 else 32
     if epochs is None: epochs = min(max(round(800 / math.ceil(n_train / batch_size)), 3), 60)
@@ -182,7 +184,8 @@ def choose_settings(
     where = find_device(device)
     if where.type == "meta":
         raise ValueError("the device 'meta' holds no numbers; expected 'auto', 'cpu' or 'cuda'")
-    return Settings(model or prepared.model, epochs, batch_size, lr, check_seed(seed), str(where))
+    threads = threads or max(1, torch.get_num_threads() // 2)
+    return Settings(model or prepared.model, epochs, batch_size, lr, check_seed(seed), str(where), threads)
 
 # %% ../nbs/api/cli.ipynb #5c91253a
 def mean_absolute_error(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -203,6 +206,14 @@ def make_learner(prepared: Prepared, settings: Settings) -> Learner:
     return Learner(model, loaders, loss_fn, optimizer=default_optimizer, lr=settings.lr, metrics=[metric],
                    device=settings.device, seed=settings.seed)
 
+@contextmanager
+def n_threads(n: int) -> Iterator[None]:
+    "The block computes with `n` threads; afterwards there are as many as before"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def plan_lines(prepared: Prepared, settings: Settings, learner: Learner) -> list[str]:
     "What is about to happen, for people"
     n_train, n_valid = len(prepared.train[0]), len(prepared.valid[0])
@@ -215,7 +226,7 @@ def plan_lines(prepared: Prepared, settings: Settings, learner: Learner) -> list
             f"model: {settings.model}, {n_parameters:,} parameters",
             f"optimizer: {optimizer}, one cycle of lr up to {settings.lr:g}",
             f"epochs: {settings.epochs}, batch size {settings.batch_size}",
-            f"seed: {settings.seed}, device: {settings.device}"]
+            f"seed: {settings.seed}, device: {settings.device}, threads: {settings.threads}"]
 
 # %% ../nbs/api/cli.ipynb #9bb04234
 def make_directory(
@@ -271,6 +282,7 @@ def fit(
     seed: int = 0,                  # decides split, weights and order
     out: str | None = None,         # new directory for the run; runs/NAME-DATE-TIME
     device: str = "auto",           # auto, cpu, cuda, cuda:1, mps
+    threads: int | None = None,     # threads to compute with; half of the cores
     task: str | None = None,        # classification or regression, for a .csv; by the values of the target
     drop: str = "",                 # columns of the .csv to leave out, separated by commas
 ) -> int:  # exit code
@@ -279,7 +291,7 @@ def fit(
         check_seed(seed)
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed)
-        settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device)
+        settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
         learner = make_learner(prepared, settings)
         directory = make_directory(out, prepared.name)
     write_json(directory/"config.json", {
@@ -288,7 +300,7 @@ def fit(
         "n_outputs": prepared.n_outputs, **vars(settings),
         "optimizer": "AdamW", "schedule": "one_cycle", "versions": versions()})
     print(*plan_lines(prepared, settings, learner), sep="\n", flush=True)
-    train(learner, settings, directory)
+    with n_threads(settings.threads): train(learner, settings, directory)
     print(result_line(learner), f"run: {directory}", sep="\n", flush=True)
     if math.isfinite(learner.history["train_loss"][-1]): return 0
     print("the training loss is no finite number any more; try a smaller --lr", file=sys.stderr)

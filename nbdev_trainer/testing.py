@@ -84,7 +84,8 @@ def glimpse(state: State) -> dict[str, Any]:
     "What is in the fields of a state now: the objects themselves, and the fields of batch and output"
     seen = {one.name: getattr(state, one.name) for one in fields(state) if one.name not in REQUESTS}
     for name in ("current_batch", "output"):
-        if (held := seen[name]) is not None: seen[name] = [id(getattr(held, one.name)) for one in fields(held)]
+        held = seen[name]
+        if held is not None: seen[name] = [id(getattr(held, one.name)) for one in fields(held)]
     return {**seen, "metrics": dict(state.metrics), "control": list(state.control)}
 
 class Watched(Callback):
@@ -106,7 +107,8 @@ class Watched(Callback):
             handler(trainer)
             after = glimpse(trainer.state)
             for name in before:
-                if before[name] == after[name] or name in event.may_change or (event, name) in self.seen: continue
+                if before[name] == after[name] or name in event.may_change: continue
+                if (event, name) in self.seen: continue
                 self.seen.add((event, name))
                 allowed = " and ".join(event.may_change) or "nothing"
                 self.problems.add(f"changes state.{name} at {event}; there it may change {allowed}")

@@ -73,11 +73,11 @@ def small_cnn(
     layers: list[nn.Module] = []
     for n_filters in (16, 32, 64):
         layers.append(nn.Conv2d(channels, n_filters, 3, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(n_filters), nn.ReLU()]
         channels = n_filters
         if min(height, width) >= 8:
             layers.append(nn.MaxPool2d(2))
             height, width = height // 2, width // 2
+        layers += [nn.BatchNorm2d(n_filters), nn.ReLU()]
     if max(height, width) > 7:
         height, width = min(height, 7), min(width, 7)
         layers.append(nn.AdaptiveAvgPool2d((height, width)))

@@ -122,7 +122,8 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    rows, lines = [], []
+    rows: list[list[str]] = []
+    lines: list[int] = []
     try:
         for row in reader:
             if not row: continue                      # an empty line

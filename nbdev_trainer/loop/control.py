@@ -65,7 +65,7 @@ class Requests:
         if self.state.phase is None or self.state.ending is not None:
             raise RuntimeError(f"log({name!r}) was called outside of a fit, where nothing records it")
         if f"{name}_".startswith(self.result_sets) or name in ROW_NAMES:
-            raise ValueError(f"cannot log {name!r}: a result or a counter has that name. Choose another name.")
+            raise ValueError(f"cannot log {name!r}: a result or a counter has that name. Choose another.")
         self.logged.log(name, value)
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a626bc8

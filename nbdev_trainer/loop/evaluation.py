@@ -146,8 +146,8 @@ class Evaluation(Control):
     ) -> Predictions:
         "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
         if isinstance(loader, Tensor):
-            raise TypeError(f"predict got {describe(loader)}, and iterating it would give single samples; expected "
-                            "a loader. Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
+            raise TypeError(f"predict got {describe(loader)}, which yields single samples; expected a loader. "
+                            "Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
         parts: list[list[Any]] = []
         with evaluating(self, "predict", "predict"):
             for batch, output in outputs(self, self.step.predict, loader):
@@ -175,6 +175,7 @@ def check_monitor(
         raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
     valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None
     if valid is not None and not evaluates_loss(trainer, valid):
-        raise ValueError(f"there will be no {name!r}: {type(trainer.step).__name__}.evaluate returns no loss. "
-                         "Monitor another result, or return a loss from evaluate.")
+        step = type(trainer.step).__name__
+        raise ValueError(f"there will be no {name!r}: {step}.evaluate returns no loss. Monitor another "
+                         "result, or return a loss from evaluate.")
     return known[found].higher_is_better

@@ -42,7 +42,7 @@ __all__ = ['open_batches', 'cannot_optimize', 'Loop', 'enter_plan', 'leave_fit',
            'check_callbacks']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
-def open_batches(trainer: Trainer, plan: FitPlan) -> Iterator[Any]:
+def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     "The batches of this epoch that are still to do; raises `ValueError` when a new epoch has none"
     state, loader = trainer.state, plan.train
     if state.epoch_batch == 0:
@@ -56,7 +56,7 @@ def open_batches(trainer: Trainer, plan: FitPlan) -> Iterator[Any]:
     if first is not None: yield first
     for raw in batches: yield raw  # not `yield from`, which would close the user's generator together with ours
 
-def cannot_optimize(trainer: Trainer, loss: Tensor | None, name: str) -> Exception:
+def cannot_optimize(trainer: Loop, loss: Tensor | None, name: str) -> Exception:
     "The error for a loss or an optimizer that is not there"
     if name not in trainer.engine.slots:
         known = did_you_mean(name, trainer.engine.slots, what="optimizer")
@@ -68,6 +68,7 @@ def cannot_optimize(trainer: Trainer, loss: Tensor | None, name: str) -> Excepti
 class Loop(Evaluation):
     "From `fit` to the optimizer step"
     window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
+    at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -234,7 +235,6 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
 # %% ../../nbs/api/loop/11_trainer.ipynb #8d3c3411
 class Trainer(Loop):
     "Trains a model with a step: the loop alone, without defaults"
-    at_epoch_start: dict[str, Any] | None = None  # generators when the open epoch began, for a foreign loader
     last_train: Iterable[Any] | None = None       # what the last fit trained on; an open epoch belongs to it
     fit_callbacks: Sequence[Callback] = ()        # of the running fit only
     open_plan: FitPlan | None = None              # of a fit that has begun and not come to its end
