@@ -95,7 +95,7 @@ def outputs(
         state.current_batch = batch
         if on.before_evaluate_batch:
             trainer.call("before_evaluate_batch")
-            batch = state.current_batch = to_batch(state.current_batch)
+            if state.current_batch is not batch: batch = state.current_batch = to_batch(state.current_batch)
         state.output = trainer.engine.run(method, trainer, batch)
         if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
         yield batch, state.output
@@ -146,8 +146,8 @@ class Evaluation(Control):
     ) -> Predictions:
         "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
         if isinstance(loader, Tensor):
-            raise TypeError(f"predict got {describe(loader)}, which yields single samples; expected a loader. "
-                            "Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
+            raise TypeError(f"predict got {describe(loader)}, which yields single samples; expected a loader."
+                            " Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
         parts: list[list[Any]] = []
         with evaluating(self, "predict", "predict"):
             for batch, output in outputs(self, self.step.predict, loader):

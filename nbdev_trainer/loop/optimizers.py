@@ -30,7 +30,7 @@ __all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform',
 # %% ../../nbs/api/loop/05_optimizers.ipynb #afb2e0e3
 class CachedGroup:
     "The tensors of one parameter group, as the fused kernel takes them"
-    __slots__ = ("params", "others", "averages", "squares", "steps")
+    __slots__ = ("params", "others", "averages", "squares", "steps", "count")
 
     def __init__(self,
         params: list[Tensor],                 # all parameters of the group
@@ -43,8 +43,11 @@ class CachedGroup:
                 state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                             "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                             "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
-        self.averages, self.squares, self.steps = (
-            [state[p][key] for p in self.params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        self.averages, self.squares = ([state[p][key] for p in self.params] for key in ("exp_avg", "exp_avg_sq"))
+        steps = [state[p]["step"] for p in self.params]
+        self.count = torch.stack(steps) if steps else torch.zeros(0)  # all step counters, raised by one addition
+        self.steps = [self.count[i] for i in range(len(steps))]
+        for p, step in zip(self.params, self.steps): state[p]["step"] = step
 
     def gradients(self, state: dict[Tensor, dict[str, Any]]) -> list[Tensor] | None:
         "The gradients in the order of the parameters; None if the cached lists do not fit any more"
@@ -131,7 +134,7 @@ def make_cache(
 
 def fused_step(group: Mapping[str, Any], cached: CachedGroup, gradients: list[Tensor]) -> None:
     "One step of one group by the kernel that torch uses"
-    torch._foreach_add_(cached.steps, 1)
+    cached.count.add_(1)
     torch._fused_adamw_(cached.params, gradients, cached.averages, cached.squares, [], cached.steps,
                         amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
                         weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"])

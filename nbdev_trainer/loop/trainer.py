@@ -103,7 +103,7 @@ class Loop(Evaluation):
         batch = state.current_batch = engine.move(self.read(raw))
         if on.before_batch:
             self.call("before_batch")
-            batch = state.current_batch = to_batch(state.current_batch)  # a handler may have replaced it
+            if state.current_batch is not batch: batch = state.current_batch = to_batch(state.current_batch)
         if plan.schedule and not self.window_batches:
             set_lr(engine.slots, plan.lrs, plan.schedule(plan.progress(state)))
         self.window_batches += 1
