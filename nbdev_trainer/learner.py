@@ -39,8 +39,8 @@ from .store.files import read_tensors, write_tensors
 
 # %% auto #0
 __all__ = ['DEFAULT_LR', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable', 'make_optimizers',
-           'describe_choice', 'spread_lr', 'as_loaders', 'with_defaults', 'load_weights', 'describe_optimizer',
-           'only_valid', 'Learner']
+           'describe_choice', 'spread_lr', 'as_loaders', 'with_defaults', 'check_replacements', 'load_weights',
+           'describe_optimizer', 'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def first_batch(
@@ -179,7 +179,15 @@ def with_defaults(
     "The user's callbacks, and the default ones they do not replace"
     given = check_callbacks(callbacks)
     defaults = [Recorder(), Progress()] if default_callbacks else []
-    return [*(one for one in defaults if not any(isinstance(other, type(one)) for other in given)), *given]
+    return [*given, *(one for one in defaults if not any(isinstance(other, type(one)) for other in given))]
+
+def check_replacements(callbacks: Iterable[Callback], present: Iterable[Callback]) -> None:
+    "Raise `ValueError` when a callback for one fit would record or show everything a second time"
+    kinds = {type(one) for one in present} & {Recorder, Progress}
+    for one in callbacks:
+        if type(one) in kinds:
+            raise ValueError(f"the learner has a {one} already, so everything would come twice; pass yours to "
+                             "Learner(callbacks=[...]), where it takes the place of the default one")
 
 # %% ../nbs/api/learner.ipynb #0692108a
 def load_weights(
@@ -261,6 +269,7 @@ class Learner:
         callbacks: Iterable[Callback] = (),                # for this fit only
     ) -> None:
         "Train `n` more"
+        check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         with self.learning_rates(lr):
             self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule,
@@ -292,9 +301,10 @@ class Learner:
         loader: Iterable[Any] | None = None,  # None: the validation data
     ) -> dict[str, float]:  # by metric; `<set>_<metric>` when there are several sets
         "Loss and metrics, without training"
-        sets = self.loaders.valid_sets if loader is None else {"valid": loader}
+        phase = "test" if loader is not None and loader is self.loaders.test else "valid"
+        sets = self.loaders.valid_sets if loader is None else {phase: loader}
         if not sets: raise ValueError("there is no validation data; pass a loader: validate(loader)")
-        results = {name: self.trainer.evaluate(one, name=name) for name, one in sets.items()}
+        results = {name: self.trainer.evaluate(one, name=name, phase=phase) for name, one in sets.items()}
         if len(results) == 1: return next(iter(results.values()))
         return {f"{name}_{key}": value for name, values in results.items() for key, value in values.items()}
 

@@ -419,7 +419,7 @@ def test_plan_prints_optimizer_step_device_and_who_acts_when(capsys):
     out = capsys.readouterr().out
     assert "main optimizer: SGD, 323 parameters at lr 0.1" in out and "device: cpu" in out
     line = next(line for line in out.splitlines() if line.startswith("after_epoch"))
-    assert line.split()[1:] == ["Recorder", ">", "Progress", ">", "EarlyStopping"]
+    assert line.split()[1:] == ["EarlyStopping", ">", "Recorder", ">", "Progress"]
 
 
 def test_an_attached_function_is_called(capsys):

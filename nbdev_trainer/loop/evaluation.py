@@ -33,7 +33,8 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'whereabouts', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'whereabouts', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean', 'evaluates_loss',
+           'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -157,6 +158,10 @@ class Evaluation(Control):
         return Predictions(*(concatenate(list(column)) for column in zip(*parts)))
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25
+def is_mean(metric: Metric) -> bool:
+    "Whether a metric is a plain mean, and so has one result"
+    return type(metric).compute is Metric.compute
+
 def evaluates_loss(trainer: Evaluation, loader: Iterable[Any]) -> bool:
     "Whether the step returns a loss in evaluation, seen on one batch"
     with evaluating(trainer, "valid", "valid", quiet=True):
@@ -170,7 +175,8 @@ def check_monitor(
     plan = trainer.plan
     sets = ["train", *(plan.valid_sets if plan and plan.validate_every else ())]
     known = {f"{one}_{metric.name}": metric for one in sets for metric in trainer.train_metrics.metrics}
-    found = next((key for key in known if name == key or name.startswith(f"{key}_")), None)
+    found = next((key for key in known if name == key), None) or next(  # or one of several results of a metric
+        (key for key, metric in known.items() if name.startswith(f"{key}_") and not is_mean(metric)), None)
     if found is None:
         raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
     valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None

@@ -24,7 +24,7 @@ from ..core.nested import map_tensors
 
 # %% auto #0
 __all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'make_cache', 'fused_step',
-           'parameter_names', 'optimizer_state', 'load_optimizer_state', 'restored', 'step_lightly',
+           'parameter_names', 'optimizer_state', 'kind_of', 'load_optimizer_state', 'restored', 'step_lightly',
            'default_optimizer']
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #afb2e0e3
@@ -161,7 +161,11 @@ def optimizer_state(
              for p, name in zip(group["params"], group_names) if p in optimizer.state}
     values = [{**{key: value for key, value in group.items() if key != "params"}, "params": group_names}
               for group, group_names in zip(optimizer.param_groups, names)]
-    return {"state": state, "groups": values}
+    return {"kind": kind_of(optimizer), "state": state, "groups": values}
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    "The name of its class; AdamW is AdamW, whoever steps it"
+    return "AdamW" if isinstance(optimizer, torch.optim.AdamW) else type(optimizer).__name__
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #b6c008b2
 def load_optimizer_state(
@@ -169,8 +173,10 @@ def load_optimizer_state(
     model: nn.Module,                  # gives the parameters their names
     saved: Mapping[str, Any],          # what `optimizer_state` returned
 ) -> None:
-    "Put saved state back, exactly; raises `ValueError` when the parameters differ"
+    "Put saved state back, exactly; raises `ValueError` when the kind or the parameters differ"
     if "own" in saved: return optimizer.load_state_dict(saved["own"])
+    if saved["kind"] != kind_of(optimizer):
+        raise ValueError(f"the saved optimizer is {saved['kind']}, this one {kind_of(optimizer)}; use the same")
     names, saved_names = parameter_names(optimizer, model), [group["params"] for group in saved["groups"]]
     if names != saved_names:
         here, there = {n for g in names for n in g}, {n for g in saved_names for n in g}

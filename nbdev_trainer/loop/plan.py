@@ -83,6 +83,10 @@ class FitPlan:
         if self.duration.unit == "ba": return state.batch >= self.began["batch"] + self.duration.value
         return state.step >= self.began["step"] + self.duration.value
 
+    def epoch_is_full(self, state: State) -> bool:
+        "Whether the open epoch has had all batches that this fit gives it"
+        return self.length is not None and state.epoch_batch >= self.length
+
     def closes_window(self, state: State, in_window: int) -> bool:
         "Whether the batch in hand, the `in_window`-th of its window, is the last before a step"
         if in_window == self.accumulate or state.epoch_batch + 1 == self.length: return True

@@ -78,6 +78,7 @@ def count_targets(
     "What torch's cross-entropy divides by"
     if targets.is_floating_point(): return targets.numel() // targets.shape[1]
     on_host = targets.device.type == "cpu"
+    if on_host and not targets.numel(): return 0  # the part of a batch on a rank that has none of it
     if on_host and weight is None and ignore_index < 0 <= targets.min().item(): return targets.numel()
     if weight is None: counted = (targets != ignore_index).sum()
     else: counted = element_weights(targets, ignore_index, weight).sum()

@@ -72,7 +72,8 @@ class Loop(Evaluation):
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
-        inside = state.epoch_batch > 0 and state.batch > plan.began["batch"]  # goes on after a batch of this fit
+        inside = state.epoch_batch > 0 and state.batch > plan.began["batch"]  # goes on right after a batch
+        inside = inside or plan.epoch_is_full(state)
         while inside or state.stop is None and not plan.is_over(state):
             if state.epoch_batch == 0:
                 self.train_metrics.reset()
@@ -90,12 +91,12 @@ class Loop(Evaluation):
                 if self.leaves_epoch(plan): break
             else: exhausted = True
         self.close_window()
-        return exhausted or state.epoch_batch == plan.length or state.stop is None and state.end_epoch is not None
+        return exhausted or plan.epoch_is_full(state) or state.stop is None and state.end_epoch is not None
 
     def leaves_epoch(self, plan: FitPlan) -> bool:  # what follows each batch
         state = self.state
         if validation_due(plan, state): self.validate(plan)
-        if state.epoch_batch == plan.limit_batches: return True
+        if plan.limit_batches is not None and state.epoch_batch >= plan.limit_batches: return True
         return state.stop is not None or state.end_epoch is not None or plan.is_over(state)
 
     def train_batch(self, raw: Any, plan: FitPlan) -> None:
