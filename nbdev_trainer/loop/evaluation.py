@@ -175,8 +175,8 @@ def check_monitor(
     plan = trainer.plan
     sets = ["train", *(plan.valid_sets if plan and plan.validate_every else ())]
     known = {f"{one}_{metric.name}": metric for one in sets for metric in trainer.train_metrics.metrics}
-    found = next((key for key in known if name == key), None) or next(  # or one of several results of a metric
-        (key for key, metric in known.items() if name.startswith(f"{key}_") and not is_mean(metric)), None)
+    several = [key for key, metric in known.items() if name.startswith(f"{key}_") and not is_mean(metric)]
+    found = name if name in known else several[0] if several else None
     if found is None:
         raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
     valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None

@@ -43,9 +43,10 @@ class CachedGroup:
                 state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                             "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                             "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format)}
-        self.averages, self.squares = ([state[p][key] for p in self.params] for key in ("exp_avg", "exp_avg_sq"))
+        self.averages = [state[p]["exp_avg"] for p in self.params]
+        self.squares = [state[p]["exp_avg_sq"] for p in self.params]
         steps = [state[p]["step"] for p in self.params]
-        self.count = torch.stack(steps) if steps else torch.zeros(0)  # all step counters, raised by one addition
+        self.count = torch.stack(steps) if steps else torch.zeros(0)
         self.steps = [self.count[i] for i in range(len(steps))]
         for p, step in zip(self.params, self.steps): state[p]["step"] = step
 
@@ -176,7 +177,8 @@ def load_optimizer_state(
     "Put saved state back, exactly; raises `ValueError` when the kind or the parameters differ"
     if "own" in saved: return optimizer.load_state_dict(saved["own"])
     if saved["kind"] != kind_of(optimizer):
-        raise ValueError(f"the saved optimizer is {saved['kind']}, this one {kind_of(optimizer)}; use the same")
+        kind = kind_of(optimizer)
+        raise ValueError(f"the saved optimizer is {saved['kind']}, this one {kind}; use the same")
     names, saved_names = parameter_names(optimizer, model), [group["params"] for group in saved["groups"]]
     if names != saved_names:
         here, there = {n for g in names for n in g}, {n for g in saved_names for n in g}

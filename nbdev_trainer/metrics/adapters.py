@@ -115,8 +115,8 @@ class TorchMetric(Metric):
     ) -> None:
         super().__init__(name or snake_case(type(metric).__name__))
         self.metric, self.higher_is_better = copy.deepcopy(metric), metric.higher_is_better
-        for part in self.metric.modules():  # a wrapper has metrics inside; without this state_dict() leaves them out
-            if hasattr(part, "persistent"): part.persistent(True)
+        for part in self.metric.modules():  # a wrapper has metrics inside
+            if hasattr(part, "persistent"): part.persistent(True)  # else state_dict() leaves its state out
         self.device: torch.device | None = None
 
     def update(self, output: StepOutput, batch: Batch) -> None:
