@@ -26,7 +26,7 @@ from .core.duration import Duration
 from .core.errors import Problems, describe, did_you_mean
 from .core.seeding import check_seed, isolated_rng, seed_everything
 from .data.batch import Batch, to_batch
-from .data.loaders import Loader, Loaders
+from .data.loaders import Loader, Loaders, own_generators
 from .loop.callback import Callback
 from .loop.engine import find_device
 from .loop.evaluation import Predictions
@@ -51,8 +51,7 @@ def first_batch(
     if isinstance(loader, Iterator):
         raise ValueError("the loss cannot be inferred from an iterator, because looking at a batch would "
                          "use it up; pass loss_fn=")
-    owners = (getattr(one, "generator", None) for one in (loader, getattr(loader, "sampler", None)))
-    kept = [(one, one.get_state()) for one in owners if isinstance(one, torch.Generator)]
+    kept = [(one, one.get_state()) for one in own_generators(loader)]
     with isolated_rng(): raw = next(loader.batches(0) if isinstance(loader, Loader) else iter(loader), None)
     for generator, state in kept: generator.set_state(state)
     if raw is None: raise ValueError(f"{describe(loader)} gave no batch to look at; expected at least one")
@@ -133,9 +132,12 @@ def make_optimizers(
                                  "its own; set it there")
             made[name] = one
             continue
-        make = default_optimizer if one is None else one
+        make: Any = default_optimizer if one is None else one
         if not callable(make):
             raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function like optim.SGD")
+        if lr is None and "lr" in getattr(make, "keywords", {}):  # functools.partial(SGD, lr=...): theirs
+            made[name] = make(trainable(model if name == "main" else submodule(model, name)))
+            continue
         rate = check_lr(DEFAULT_LR if lr is None else lr)
         made[name] = make(trainable(model if name == "main" else submodule(model, name)), lr=rate)
         if one is None or lr is None: print(describe_choice(name, made[name], rate, lr is None))
@@ -254,6 +256,8 @@ class Learner:
         self.model, where = model, find_device(device)
         if str(device) == "auto": print(f"device: {where}")
         step = make_step(step, loss_fn, forward, self.loaders.train, as_batch)
+        if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
+            step.loss.loss_fn.to(where)  # class weights, for example
         optimizers = make_optimizers(optimizer, model.to(where), lr)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics,
                                callbacks=with_defaults(callbacks, default_callbacks), as_batch=as_batch,
@@ -267,13 +271,15 @@ class Learner:
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
         callbacks: Iterable[Callback] = (),                # for this fit only
+        resume: bool = False,                              # go on with the fit that was interrupted
     ) -> None:
-        "Train `n` more"
+        "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         with self.learning_rates(lr):
             self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule,
-                             validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks)
+                             validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks,
+                             resume=resume)
 
     def fit_one_cycle(self,
         n: int | str | Duration,                            # as in `fit`
@@ -282,10 +288,11 @@ class Learner:
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,
         callbacks: Iterable[Callback] = (),
+        resume: bool = False,                              # go on with the cycle that was interrupted
     ) -> None:
         "Train `n` more with one cycle of the learning rate: up for a quarter, then down to almost nothing"
         self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches,
-                 callbacks=callbacks)
+                 callbacks=callbacks, resume=resume)
 
     @contextmanager
     def learning_rates(self, lr: float | tuple[float, float] | None) -> Iterator[None]:
@@ -295,7 +302,8 @@ class Learner:
                   for name, slot in slots.items()}  # numbers: a rate in a tensor is changed in place
         if lr is not None: set_lr(slots, {name: spread_lr(lr, len(rates)) for name, rates in before.items()})
         try: yield
-        finally: set_lr(slots, before)
+        finally:
+            if lr is not None: set_lr(slots, before)
 
     def validate(self,
         loader: Iterable[Any] | None = None,  # None: the validation data

@@ -87,10 +87,15 @@ def test_an_optimizer_factory_gets_the_parameters_and_the_rate():
     assert rates(learner(optimizer=factory, lr=0.5)) == [0.05, 0.5]
 
 
+class Manual(ManualStep):
+    def train(self, trainer, batch):
+        return StepOutput()
+
+
 def test_optimizers_go_by_name():
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     head = torch.optim.SGD(model["head"].parameters(), lr=0.3)
-    one = learner(model, optimizer={"body": torch.optim.SGD, "head": head}, lr=None, step=Step(), loss_fn=None)
+    one = learner(model, optimizer={"body": torch.optim.SGD, "head": head}, lr=None, step=Manual(), loss_fn=None)
     assert list(one.trainer.engine.slots) == ["body", "head"] and rates(one) == [1e-3, 0.3]
 
 

@@ -142,7 +142,7 @@ class RelativeSquaredError(nn.Module):
         if predictions.shape != targets.shape:
             raise ValueError(f"predictions are {describe(predictions)} and targets {describe(targets)}; "
                              "expected the same shape, (batch, outputs)")
-        return (F.mse_loss(predictions, targets, reduction="none") / self.variance.to(targets.device)).mean()
+        return (F.mse_loss(predictions, targets, reduction="none") / self.variance).mean()
 
 # %% ../../nbs/api/apps/00_models.ipynb #9aaaf43c
 MODELS = ("small_cnn", "multilayer_perceptron", "linear_model")

@@ -127,6 +127,12 @@ class History:
     def _repr_html_(self) -> str:
         return table_html(self.rows, shown_columns(self.columns)) if self.rows else escape(repr(self))
 
+    def plot(self,
+        axes: Any = None,  # as `plot_history` takes them
+    ) -> Any:  # the axes
+        "Loss and metrics over the batches, one small picture for each (needs matplotlib)"
+        return plot_history(self, axes)
+
     def to_pandas(self) -> Any:
         "The rows as a data frame (needs pandas)"
         pandas = require("pandas", extra="plot", why="History.to_pandas")

@@ -68,13 +68,13 @@ class EarlyStopping(Callback):
         self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
 
     def before_fit(self, trainer: Trainer) -> None:
-        known, plan = check_monitor(trainer, self.monitor), trainer.plan
+        known, plan = check_monitor(trainer, self.monitor, self.given is not None), trainer.plan
         better = known if self.given is None else self.given
         if better is None:
             raise ValueError(f"whether a higher {self.monitor!r} is better is unknown: pass higher_is_better")
         if plan is None: return
         sets = [name for name in ("train", *plan.valid_sets) if self.monitor.startswith(f"{name}_")]
-        self.watched, self.higher_is_better = max(sets, key=len), better
+        self.watched, self.higher_is_better = max(sets, key=len, default="train"), better
         if plan.began["batch"] == trainer.state.batch: self.patience.waited = 0
 
     def after_evaluate(self, trainer: Trainer) -> None:

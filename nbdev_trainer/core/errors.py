@@ -76,7 +76,8 @@ def did_you_mean(
     close = [lower[match] for match in matches]
     listed = [*close, *(choice for choice in known if choice not in close)]
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}es" if what.endswith("s") else f"{what}s"
+    if what.endswith("y") and not what.endswith("ey"): plural = f"{what[:-1]}ies"
+    else: plural = f"{what}es" if what.endswith("s") else f"{what}s"
     suggestion = f"Did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}Known {plural}: {', '.join(map(repr, listed[:12]))}{more}."
 

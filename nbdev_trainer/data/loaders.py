@@ -12,7 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/loaders.html.md"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,15 +26,15 @@ from .batch import Batch, count_samples, to_batch
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'as_loader', 'named_sets', 'draw_seed', 'array_loader',
-           'Loaders']
+__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'as_loader', 'named_sets', 'draw_seed',
+           'array_loader', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 @dataclass(eq=False)
 class Loader:
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
-    fetch: Callable[[Tensor], Batch]  # positions, (n,) int64, to the batch of these samples
-    rows: Tensor                      # (n_samples,) int64, the positions this loader may use
+    fetch: Callable[[Tensor], Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these samples
+    rows: Tensor = field(repr=False)  # (n_samples,) int64, the positions this loader may use
     _: KW_ONLY
     batch_size: int = 64              # samples in a batch, over all ranks together
     shuffle: bool = False             # a new order each epoch
@@ -73,7 +73,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         "What decides the order; the position in an epoch is counted by whoever iterates"
-        return {"seed": self.seed, "epoch": self.epoch}
+        return dict(seed=self.seed, epoch=self.epoch)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         "Go on with the order of a saved loader"
@@ -118,10 +118,21 @@ def fetch_samples(
     def fetch(ids: Tensor) -> Batch:
         many = getattr(dataset, "__getitems__", None)
         samples = many(ids.tolist()) if many else [read(i) for i in ids.tolist()]
-        batch = to_batch(collate_fn(samples))
+        collated = collate_fn(samples)
+        is_pair = isinstance(collated, (tuple, list)) and len(collated) == 2
+        if not is_pair and not isinstance(collated, Batch): return collated  # for the user's as_batch to read
+        batch = to_batch(collated)
         batch.ids = ids
         return batch
     return fetch
+
+# %% ../../nbs/api/data/01_loaders.ipynb #3980322d
+def own_generators(loader: Any) -> list[torch.Generator]:
+    "The generators that a loader and its samplers hold, each once"
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 # %% ../../nbs/api/data/01_loaders.ipynb #99ab9861
 def as_loader(

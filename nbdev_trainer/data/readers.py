@@ -140,7 +140,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
 # %% ../../nbs/api/data/04_readers.ipynb #3f9dfe86
 def _is_number(text: str) -> bool:
     "Whether a text is a number that float32 can hold; infinite ones are not."
-    try: return abs(float(text)) <= torch.finfo(torch.float32).max
+    try: return "_" not in text and abs(float(text)) <= torch.finfo(torch.float32).max
     except ValueError: return False
 
 

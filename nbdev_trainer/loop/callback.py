@@ -52,7 +52,9 @@ class Callback:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name, member in vars(cls).items(): check_method(cls.__name__, name, member)
+        for base in cls.__mro__:  # a mixin that is no callback itself has not been looked at yet
+            if base is cls or not (base is object or issubclass(base, Callback)):
+                for name, member in vars(base).items(): check_method(base.__name__, name, member)
 
     def __str__(self) -> str: return type(self).__name__
 
@@ -75,6 +77,8 @@ def check_method(
             raise TypeError(f"{owner}.{name} is not an event. {did_you_mean(name, events, what='event')} "
                             "A helper of your own: start its name with an underscore.")
         return
+    if inspect.iscoroutinefunction(member):
+        raise TypeError(f"{owner}.{name} is async, and nothing would await it; expected a plain method")
     try: inspect.signature(member).bind(None, None)
     except TypeError:
         raise TypeError(f"{owner}.{name}{inspect.signature(member)} cannot be called with the trainer; "
@@ -172,6 +176,12 @@ class AttachedFunction(Occasions):
     def handles(self) -> dict[Event, Callable[[Trainer], None]]:
         "The one event it was attached to"
         return {self.event: self.call}
+
+    def begin_at(self, state: Any) -> None:
+        "Count from here: multiples that were passed before it was attached do not make it due"
+        if self.every and not self.every.is_time:
+            done = {"ep": state.epoch, "ba": state.batch, "st": state.step}[self.every.unit]
+            self.turn = int(done // self.every.value)
 
     def call(self, trainer: Trainer) -> None:
         "Call the function if it is due"

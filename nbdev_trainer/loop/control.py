@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ..data.batch import StepOutput
-from .callback import Callback, attach, describe_plan, in_order
-from .events import STEP_EVENTS, Event
+from .callback import Callback, attach, describe_plan, handler_table, in_order
+from .events import EVALUATION_EVENTS, STEP_EVENTS, Event
 from .plan import FitPlan
 from .state import State
 from .steps import Step
@@ -29,29 +29,36 @@ from ..metrics.collection import MetricSet
 __all__ = ['ROW_NAMES', 'Requests', 'reason', 'Control', 'call_each', 'check_events']
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a983107
-ROW_NAMES = ("epoch", "batch", "step", "samples", "lr", "seconds")  # of the history, besides results
-
 class Requests:
     "Asking the loop for something, with a reason"
     state: State
     logged: MetricSet  # what was logged in this epoch
+    measuring: MetricSet | None = None          # of the pass that is going on, if it measures
     result_sets: tuple[str, ...] = ("train_",)  # how the names of results begin
+    past_skip, past_step = True, True           # too late for `skip_batch`, for `skip_step`
 
     def skip_batch(self, why: str) -> None:
-        "Leave out the batch in hand; looked at after before_batch"
-        self.state.skip_batch = reason("skip_batch", why)
+        "Leave out the batch in hand; until its loss is there, later it raises `RuntimeError`"
+        text = reason("skip_batch", why)
+        if self.past_skip or self.state.phase != "train":
+            raise RuntimeError("skip_batch comes too late here; call it at before_batch, after_predict or "
+                               "after_loss")
+        self.state.skip_batch = text
 
     def skip_step(self, why: str) -> None:
-        "Drop the gradients of the window instead of stepping; looked at after before_step"
-        self.state.skip_step = reason("skip_step", why)
+        "Drop the gradients of the window instead of stepping; until before_step, later `RuntimeError`"
+        text = reason("skip_step", why)
+        if self.past_step or self.state.phase != "train":
+            raise RuntimeError("skip_step comes too late here; call it from before_batch to before_step")
+        self.state.skip_step = text
 
     def end_epoch(self, why: str) -> None:
         "End the epoch after this batch; it is evaluated as usual"
-        self.state.end_epoch = reason("end_epoch", why)
+        self.state.end_epoch = reason("end_epoch", why, self.state)
 
     def stop(self, why: str) -> None:
         "End the fit after this batch or epoch; an epoch that is not done stays open for the next fit"
-        self.state.stop = reason("stop", why)
+        self.state.stop = reason("stop", why, self.state)
 
     def took_effect(self, what: str) -> None:
         "Record a request that the loop has followed, and clear it"
@@ -61,7 +68,8 @@ class Requests:
         setattr(state, what, None)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        "Record a scalar: its mean over the epoch stands under this name in the results and the history"
+        "Record a scalar: its mean over the epoch, under this name; in a pass over `valid`, as `valid_<name>`"
+        if self.measuring is not None: return self.measuring.log(name, value)
         if self.state.phase is None or self.state.ending is not None:
             raise RuntimeError(f"log({name!r}) was called outside of a fit, where nothing records it")
         if f"{name}_".startswith(self.result_sets) or name in ROW_NAMES:
@@ -69,13 +77,19 @@ class Requests:
         self.logged.log(name, value)
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a626bc8
+ROW_NAMES = ("epoch", "batch", "step", "samples", "lr", "seconds")  # of the history, besides results
+
 def reason(
     what: str,  # what is asked for
     why: str,   # the reason, not empty
+    state: State | None = None,  # where it must be inside of a fit
 ) -> str:
-    "The reason; raises `ValueError` when there is none"
-    if isinstance(why, str) and why: return why
-    raise ValueError(f'{what} got the reason {why!r}; expected a text such as {what}("the loss is NaN")')
+    "The reason; raises `ValueError` when there is none, `RuntimeError` when nothing would follow the request"
+    if not isinstance(why, str) or not why:
+        raise ValueError(f'{what} got the reason {why!r}; expected a text such as {what}("the loss is NaN")')
+    if state is not None and state.phase is None:
+        raise RuntimeError(f"{what} was called outside of a fit, where nothing follows it")
+    return why
 
 # %% ../../nbs/api/loop/08_control.ipynb #55645aee
 class Control(Requests):
@@ -84,6 +98,7 @@ class Control(Requests):
     callbacks: list[Callback]
     step: Step
     plan: FitPlan | None       # what the running fit was asked to do; None outside of one
+    evaluation_handlers: SimpleNamespace  # what to call at the events of evaluation
 
     def call(self, event: str) -> None:
         "Call the handlers of an event, in order"
@@ -112,22 +127,25 @@ class Control(Requests):
         "Call `fn(trainer)` at an event, in the fits to come; raises `RuntimeError` during a fit"
         if self.plan is not None:
             raise RuntimeError("on() was called during a fit; attach functions before it")
-        self.callbacks.append(attach(event, fn, every=every, once=once, after=after, before=before))
+        attached = attach(event, fn, every=every, once=once, after=after, before=before)
+        attached.begin_at(self.state)
+        self.callbacks.append(attached)
+        self.evaluation_handlers = handler_table(in_order(self.callbacks), EVALUATION_EVENTS)
 
     def describe_callbacks(self) -> str:
         "A line for each event in use: who acts, in which order"
         return describe_plan(in_order(self.callbacks))
 
 # %% ../../nbs/api/loop/08_control.ipynb #ec56b68e
-def call_each(trainer: Control, event: str) -> None:
-    "Call all handlers of an event, even if one fails; the first error comes out when all have run"
+def call_each(trainer: Control, event: str) -> list[BaseException]:
+    "Call all handlers of an event, even if one fails; the errors of those that did"
     errors: list[BaseException] = []
     for handler in getattr(trainer.handlers, event):
         try: handler(trainer)
         except BaseException as error:
             error.add_note(f"raised by {getattr(handler, '__self__', handler)} at {event}")
             errors.append(error)
-    if errors: raise errors[0]
+    return errors
 
 def check_events(callbacks: Iterable[Callback], step: Step) -> None:
     "Raise `ValueError` when a callback waits for an event that the step does not fire"

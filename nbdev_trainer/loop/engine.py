@@ -121,7 +121,7 @@ class Window:
 # %% ../../nbs/api/loop/06_engine.ipynb #e0301968
 class OptimizerSlot:
     "An optimizer with its name, its parameters and its open window"
-    __slots__ = ("name", "optimizer", "window", "pending")
+    __slots__ = ("name", "optimizer", "window", "pending", "batch")
 
     def __init__(self,
         name: str,                         # what a step and the callbacks call it
@@ -130,6 +130,7 @@ class OptimizerSlot:
     ) -> None:
         self.name, self.optimizer, self.window = name, optimizer, Window(accumulate)
         self.pending = False  # whether there are gradients that no step has used yet
+        self.batch = -1       # the count of batches when gradients were last added
 
     @property
     def params(self) -> list[Tensor]:

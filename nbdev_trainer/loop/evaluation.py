@@ -12,19 +12,18 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/evaluation.html.md"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import concatenate, detach, to_device
+from ..core.nested import concatenate, detach, tensors, to_device
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
-from ..data.loaders import Loader
+from ..data.loaders import Loader, own_generators
 from .callback import handler_table
 from .control import Control
 from .engine import Engine
@@ -33,8 +32,8 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'whereabouts', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean', 'evaluates_loss',
-           'check_monitor']
+__all__ = ['module_modes', 'whereabouts', 'advice', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean',
+           'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -57,6 +56,25 @@ def whereabouts(state: State) -> str:
     if batch is not None: held = f"inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
     return f"in epoch {state.epoch}, after {state.batch} batches, phase {state.phase}; {held}"
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #b557480c
+def advice(trainer: Any, error: BaseException) -> str | None:
+    "What to do about the mistakes that torch's own messages explain least; None when none of them is seen"
+    batch = trainer.state.current_batch
+    if batch is None or not isinstance(error, (RuntimeError, IndexError, TypeError, ValueError)): return None
+    inputs, targets = next(tensors(batch.inputs), None), batch.targets
+    dtype = next((p.dtype for p in trainer.model.parameters()), None)
+    if inputs is not None and inputs.is_floating_point() and dtype not in (None, inputs.dtype):
+        return f"the inputs are {inputs.dtype} and the model is {dtype}: convert one, with inputs.to({dtype})"
+    if targets is None: return "the batch has no targets; a loss needs them"
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel(): return None
+    if targets.dtype != torch.int64: return "class numbers must be int64 for torch's losses: targets.long()"
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        return "class numbers must be (batch,), not (batch, 1): targets.squeeze(1)"
+    if isinstance(error, IndexError) and targets.device.type == "cpu":
+        span = f"targets run from {targets.min()} to {targets.max()}"
+        return f"{span}; a model with n outputs knows the classes 0 to n - 1"
+    return None
+
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71
 @contextmanager
 def evaluating(
@@ -76,7 +94,8 @@ def evaluating(
             yield
             trainer.call("after_evaluate")
     except BaseException as error:
-        error.add_note(whereabouts(state))
+        for note in (whereabouts(state), advice(trainer, error)):
+            if note: error.add_note(note)
         raise
     finally:
         trainer.handlers = handlers
@@ -91,16 +110,21 @@ def outputs(
 ) -> Iterator[tuple[Batch, StepOutput]]:
     "Every batch with what the step answers; inside `evaluating`; raises `ValueError` when there is none"
     state, on, n = trainer.state, trainer.handlers, 0
-    for n, raw in enumerate(loader.in_order() if isinstance(loader, Loader) else loader, 1):
-        batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
-        state.current_batch = batch
-        if on.before_evaluate_batch:
-            trainer.call("before_evaluate_batch")
-            if state.current_batch is not batch: batch = state.current_batch = to_batch(state.current_batch)
-        state.output = trainer.engine.run(method, trainer, batch)
-        if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
-        yield batch, state.output
-        if n == limit_batches: break
+    kept = [(one, one.get_state()) for one in own_generators(loader)]
+    try:
+        for n, raw in enumerate(loader.in_order() if isinstance(loader, Loader) else loader, 1):
+            batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
+            state.current_batch = batch
+            if on.before_evaluate_batch:
+                trainer.call("before_evaluate_batch")
+                if state.current_batch is not batch:
+                    batch = state.current_batch = to_batch(state.current_batch)
+            state.output = trainer.engine.run(method, trainer, batch)
+            if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
+            yield batch, state.output
+            if n == limit_batches: break
+    finally:
+        for one, before in kept: one.set_state(before)
     if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #48e5fa10
@@ -120,7 +144,6 @@ class Evaluation(Control):
     metrics: Sequence[Metric]
     train_metrics: MetricSet
     as_batch: Callable[[Any], Batch] | None  # the user's translation of what a loader yields
-    evaluation_handlers: SimpleNamespace     # what to call at the events of evaluation
 
     def read(self, raw: Any, needs_targets: bool = True) -> Batch:
         "What a loader yielded, as a batch"
@@ -134,11 +157,13 @@ class Evaluation(Control):
         limit_batches: int | None = None,  # at most so many
     ) -> dict[str, float]:  # by metric
         "Loss and metrics over a loader"
-        results = MetricSet(self.metrics)
-        with evaluating(self, name, phase):
+        results = self.measuring = MetricSet(self.metrics)
+        with ExitStack() as undo:
+            undo.callback(setattr, self, "measuring", None)
+            undo.enter_context(evaluating(self, name, phase))
             for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
-            values = results.compute()
+            values, self.measuring = results.compute(), None  # what is logged now is not of this pass
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
         return values
 
@@ -146,9 +171,8 @@ class Evaluation(Control):
         loader: Iterable[Any],  # yields batches, or bare inputs
     ) -> Predictions:
         "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
-        if isinstance(loader, Tensor):
-            raise TypeError(f"predict got {describe(loader)}, which yields single samples; expected a loader."
-                            " Pass [inputs] for one batch, or Loaders.from_arrays(inputs).train")
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+            raise TypeError(f"predict got {describe(loader)}; expected a loader, or [inputs] for one batch")
         parts: list[list[Any]] = []
         with evaluating(self, "predict", "predict"):
             for batch, output in outputs(self, self.step.predict, loader):
@@ -164,12 +188,16 @@ def is_mean(metric: Metric) -> bool:
 
 def evaluates_loss(trainer: Evaluation, loader: Iterable[Any]) -> bool:
     "Whether the step returns a loss in evaluation, seen on one batch"
-    with evaluating(trainer, "valid", "valid", quiet=True):
-        return next(outputs(trainer, trainer.step.evaluate, loader, 1))[1].loss is not None
+    trainer.measuring = MetricSet([])  # what the step logs now is not wanted
+    try:
+        with evaluating(trainer, "valid", "valid", quiet=True):
+            return next(outputs(trainer, trainer.step.evaluate, loader, 1))[1].loss is not None
+    finally: trainer.measuring = None
 
 def check_monitor(
     trainer: Evaluation,
-    name: str,  # of the result to watch, such as "valid_loss"
+    name: str,                   # of the result to watch, such as "valid_loss"
+    may_be_logged: bool = False, # True: a name that no metric has may come from what a step or callback logs
 ) -> bool | None:  # whether higher is better; None: not known
     "That a result of this name will exist; raises `ValueError` when not"
     plan = trainer.plan
@@ -177,6 +205,7 @@ def check_monitor(
     known = {f"{one}_{metric.name}": metric for one in sets for metric in trainer.train_metrics.metrics}
     several = [key for key, metric in known.items() if name.startswith(f"{key}_") and not is_mean(metric)]
     found = name if name in known else several[0] if several else None
+    if found is None and may_be_logged: return None
     if found is None:
         raise ValueError(f"there will be no result {name!r}. {did_you_mean(name, known, what='result')}")
     valid = plan.valid_sets.get(name.removesuffix("_loss")) if plan and name.endswith("_loss") else None

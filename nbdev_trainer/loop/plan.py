@@ -23,7 +23,7 @@ from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.nested import map_tensors
 from ..core.seeding import rng_state, set_rng_state
-from ..data.loaders import Loader
+from ..data.loaders import Loader, own_generators
 from .engine import OptimizerSlot
 from .schedules import progress_of
 from .state import State
@@ -211,20 +211,17 @@ def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
 # %% ../../nbs/api/loop/07_plan.ipynb #6e4648eb
 def generators(loader: Iterable[Any]) -> dict[str, Any]:
     "The state of all generators that may decide a foreign loader's order"
-    own = getattr(loader, "generator", None)
-    return {"global": rng_state(), "own": None if own is None else own.get_state()}
+    return {"global": rng_state(), "own": [one.get_state() for one in own_generators(loader)]}
 
 def loader_state(loader: Any) -> dict[str, Any]:
     "What a loader needs to go on in the next epoch: our own state, or that of a generator of its own"
-    own = getattr(loader, "generator", None)
     return {"loader": loader.state_dict() if isinstance(loader, Loader) else None,
-            "generator": None if own is None else own.get_state()}
+            "own": [one.get_state() for one in own_generators(loader)]}
 
 def load_loader_state(loader: Any, saved: Mapping[str, Any]) -> None:
     "Put a loader where a saved one was"
     if saved["loader"] is not None and isinstance(loader, Loader): loader.load_state_dict(saved["loader"])
-    own = getattr(loader, "generator", None)
-    if own is not None and saved["generator"] is not None: own.set_state(saved["generator"])
+    for one, state in zip(own_generators(loader), saved["own"]): one.set_state(state)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #af776f57
 def open_epoch(
@@ -239,7 +236,7 @@ def open_epoch(
     now = rng_state()
     if at_epoch_start is not None:
         set_rng_state(at_epoch_start["global"])
-        if at_epoch_start["own"] is not None: loader.generator.set_state(at_epoch_start["own"])
+        for one, state in zip(own_generators(loader), at_epoch_start["own"]): one.set_state(state)
     batches = iter(loader)
     for _ in islice(batches, start): pass
     set_rng_state(now)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.nested import map_tensors
-from ..core.seeding import rng_state
+from ..core.seeding import rng_state, set_rng_state
 from .callback import Callback
 from .engine import OptimizerSlot
 from .optimizers import load_optimizer_state, optimizer_state
-from .plan import loader_state, plan_state
+from .plan import loader_state, plan_state, set_lr
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -97,18 +97,21 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
     if phase not in (None, "train"):
         raise RuntimeError(f"state_dict() was called in phase {phase!r}, in the middle of a pass; call it at "
                            "after_batch or after_epoch, or outside of a fit")
-    callbacks = keyed(trainer.all_callbacks())
+    loaded = trainer.loaded or {}  # loaded, and no fit since
+    callbacks = {name: one.state_dict() for name, one in keyed(trainer.all_callbacks()).items()}
+    plan = loaded.get("plan") if trainer.open_plan is None else plan_state(trainer.open_plan)
+    loader = loaded["loader"] if loaded else loader_state(trainer.last_train)
     return map_tensors(Tensor.clone, {
         "model": model_state(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
         "windows": window_state(slots), "window_batches": trainer.window_batches, "stepped": trainer.stepped,
         "state": trainer.state.state_dict(), "train_metrics": trainer.train_metrics.state_dict(),
-        "callbacks": {name: callback.state_dict() for name, callback in callbacks.items()},
+        "callbacks": loaded.get("callbacks", {}) | callbacks,
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
-        "logged": trainer.logged.state_dict(), "loader": loader_state(trainer.last_train),
+        "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done,
-        "plan": None if trainer.open_plan is None else plan_state(trainer.open_plan)})
+        "plan": plan})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
@@ -128,5 +131,10 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     step: Any = trainer.step
     if saved["step"] is not None: step.load_state_dict(saved["step"])
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
-    trainer.fits_answered = 0
+    trainer.fits_answered, trainer.noted, trainer.whole, trainer.open_plan = 0, (-1, {}), True, None
+    here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
+    present = {name: state for name, state in saved["callbacks"].items() if name in here}
+    load_callbacks(trainer.callbacks, present)
+    if saved["plan"] is not None: set_lr(slots, saved["plan"]["lrs"])  # not where its schedule had got to
+    set_rng_state(saved["rng"])
     trainer.loaded = saved

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 from .events import STEP_EVENTS, Event
 from ..metrics.base import targets_of
@@ -26,13 +27,19 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Step', 'element_weights', 'count_targets', 'unreduced', 'CountedLoss', 'check_loss', 'SupervisedStep', 'ManualStep']
+__all__ = ['ELEMENTWISE', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'CountedLoss', 'check_loss',
+           'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
     "What one batch means; define `train`, and `evaluate` or `predict` where they differ"
     fires: ClassVar[frozenset[Event]] = frozenset()  # the events of `STEP_EVENTS` that `train` fires
     automatic: ClassVar[bool] = True                 # the loop optimizes the loss that `train` returns
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "train" in own and "fires" not in own: cls.fires = frozenset()  # another train may fire nothing
 
     def train(self, trainer: Trainer, batch: Batch) -> StepOutput:
         "Predictions and loss of a training batch; raises `NotImplementedError` unless a class defines it"
@@ -102,23 +109,38 @@ def unreduced(
     return each
 
 # %% ../../nbs/api/loop/03_steps.ipynb #458b273b
+ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
+def no_match(loss_fn: Callable[..., Any], output: StepOutput, targets: Any) -> ValueError:
+    "The error for predictions and targets that a loss would broadcast"
+    shapes = f"predictions are {describe(output.predictions)} and targets {describe(targets)}"
+    return ValueError(f"{shapes}: {loss_fn} would broadcast them. Make the shapes equal, with "
+                      "targets[:, None] or predictions.squeeze(1).")
+
+# %% ../../nbs/api/loop/03_steps.ipynb #fb28a8fc
 class CountedLoss:
     "A loss function and what it is a mean over"
     def __init__(self,
         loss_fn: Callable[[Any, Any], Tensor],                    # (predictions, targets) to a scalar, a mean
         count: Callable[[StepOutput, Batch], Any] | None = None,  # what over; None: known for torch's losses
     ) -> None:
-        check_loss(loss_fn)
-        self.loss_fn, self.count, self.each = loss_fn, count, unreduced(loss_fn)
+        self.loss_fn, self.count, self.each = check_loss(loss_fn), count, unreduced(loss_fn)
         functional = loss_fn in (F.cross_entropy, F.nll_loss)
         self.ignore_index: int | None = -100 if functional else getattr(loss_fn, "ignore_index", None)
-        self.weight = None if self.ignore_index is None else getattr(loss_fn, "weight", None)
+        self.elementwise = isinstance(loss_fn, ELEMENTWISE) or loss_fn in (F.mse_loss, F.l1_loss)
         self.reduces = getattr(loss_fn, "reduction", "mean") != "none"
+
+    @property
+    def weight(self) -> Tensor | None:
+        "The class weights, wherever the loss has been moved by now"
+        return None if self.ignore_index is None else getattr(self.loss_fn, "weight", None)
 
     def __call__(self, output: StepOutput, batch: Batch) -> None:
         "Set loss and count of `output`"
         if batch.weights is None and self.reduces:
             targets = targets_of(output, batch)
+            if self.elementwise and output.predictions.shape != targets.shape:
+                raise no_match(self.loss_fn, output, targets)
             output.loss = self.loss_fn(output.predictions, targets)
             if self.count is not None: output.count = self.count(output, batch)
             elif self.ignore_index is not None:
@@ -141,12 +163,13 @@ class CountedLoss:
         return elements, counts if counts.shape == elements.shape else torch.ones_like(elements)
 
 # %% ../../nbs/api/loop/03_steps.ipynb #b517fd82
-def check_loss(loss_fn: Any) -> None:
-    "Raise `TypeError` for what is no loss function"
+def check_loss(loss_fn: Any) -> Any:
+    "The loss function; raises `TypeError` for what is none"
     if isinstance(loss_fn, type):
         raise TypeError(f"loss_fn is the class {loss_fn.__name__}; pass {loss_fn.__name__}()")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {loss_fn!r}; expected a function of (predictions, targets)")
+    return loss_fn
 
 # %% ../../nbs/api/loop/03_steps.ipynb #1fda71b7
 class SupervisedStep(Step):
@@ -159,6 +182,8 @@ class SupervisedStep(Step):
         count: Callable[[StepOutput, Batch], Any] | None = None,  # what over; None: the samples
     ) -> None:
         self.loss, self.forward = CountedLoss(loss_fn, count), forward
+
+    def __repr__(self) -> str: return f"SupervisedStep({self.loss.loss_fn})"
 
     def predict(self, trainer: Trainer, batch: Batch) -> StepOutput:
         "Predictions alone"

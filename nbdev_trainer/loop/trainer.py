@@ -22,12 +22,12 @@ from torch import Tensor, nn, optim
 from ..core.duration import Duration
 from ..core.errors import describe, did_you_mean
 from ..core.seeding import set_rng_state
-from ..data.batch import Batch, to_batch
+from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, named_sets
 from .callback import Callback, handler_table, in_order
 from .control import call_each, check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device
-from .evaluation import Evaluation, module_modes, whereabouts
+from .evaluation import Evaluation, advice, module_modes, whereabouts
 from .events import EVALUATION_EVENTS, Event
 from .plan import (FitPlan, begin_plan, continue_plan, generators, load_loader_state, make_plan,
                                      open_epoch, plan_state, set_lr, validation_due)
@@ -38,8 +38,8 @@ from ..metrics.adapters import as_metrics
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['open_batches', 'cannot_optimize', 'Loop', 'enter_plan', 'leave_fit', 'fitting', 'Trainer', 'check_optimizers',
-           'check_callbacks']
+__all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'cannot_optimize', 'Loop', 'enter_plan', 'leave_fit', 'fitting',
+           'Trainer', 'check_optimizers', 'check_callbacks']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
 def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
@@ -56,6 +56,16 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     if first is not None: yield first
     for raw in batches: yield raw  # not `yield from`, which would close the user's generator together with ours
 
+def no_output(step: Step, method: str, returned: Any) -> TypeError:
+    "The error for a step that returned something else than a `StepOutput`"
+    return TypeError(f"{type(step).__name__}.{method} returned {describe(returned)}; expected "
+                     "StepOutput(loss=..., predictions=...)")
+
+def twice_in_a_window(name: str) -> RuntimeError:
+    "The error for a second call of `optimize` where it would count as a second batch"
+    return RuntimeError(f"optimize was called twice for {name!r} in one batch, with accumulate above 1: the second "
+                        "loss would count as another batch. Add the losses, or use accumulate=1.")
+
 def cannot_optimize(trainer: Loop, loss: Tensor | None, name: str) -> Exception:
     "The error for a loss or an optimizer that is not there"
     if name not in trainer.engine.slots:
@@ -69,6 +79,8 @@ class Loop(Evaluation):
     "From `fit` to the optimizer step"
     window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
     at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
+    whole = True                                       # no batch is half done
+    noted: tuple[int, dict[str, float]] = -1, {}       # training results, and the batch they were computed at
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -78,6 +90,7 @@ class Loop(Evaluation):
             if state.epoch_batch == 0:
                 self.train_metrics.reset()
                 self.logged.reset()
+                self.noted = -1, {}
                 self.call("before_epoch")
             if self.run_epoch(plan, inside): self.finish_epoch(plan)
             inside = False
@@ -101,6 +114,7 @@ class Loop(Evaluation):
 
     def train_batch(self, raw: Any, plan: FitPlan) -> None:
         state, on, engine = self.state, self.handlers, self.engine
+        self.whole = self.past_skip = self.past_step = False
         batch = state.current_batch = engine.move(self.read(raw))
         if on.before_batch:
             self.call("before_batch")
@@ -111,6 +125,8 @@ class Loop(Evaluation):
         self.closing = plan.closes_window(state, self.window_batches)
         if state.skip_batch is None:
             output = state.output = engine.run(self.step.train, self, batch)
+            if type(output) is not StepOutput: raise no_output(self.step, "train", output)
+        if state.skip_batch is None:
             if self.step.automatic: self.optimize(output.loss, count=output.count)
             self.train_metrics.update(output, batch)
             state.samples += batch.size
@@ -118,6 +134,7 @@ class Loop(Evaluation):
         if self.closing: self.close_window()
         state.batch += 1
         state.epoch_batch += 1
+        self.whole = self.past_skip = True
         if on.after_batch: self.call("after_batch")
 
     def optimize(self,
@@ -130,6 +147,8 @@ class Loop(Evaluation):
         "Add the gradients of a loss and, at the end of a window, step the optimizer"
         slot = self.engine.slots.get(name)
         if loss is None or slot is None: raise cannot_optimize(self, loss, name)
+        if self.engine.accumulate > 1 and slot.batch == self.state.batch: raise twice_in_a_window(name)
+        self.past_skip, slot.batch = True, self.state.batch
         if count is None: count = self.state.current_batch.size  # type: ignore[union-attr]  # one is in hand
         self.engine.backward(loss, count, slot, not self.step.automatic, retain_graph)
         if self.handlers.after_backward: self.call("after_backward")
@@ -138,8 +157,9 @@ class Loop(Evaluation):
     def step_optimizer(self, slot: OptimizerSlot) -> None:
         state, on = self.state, self.handlers
         self.engine.finish(slot)
-        state.optimizer = slot.name
+        state.optimizer, self.past_step = slot.name, False
         if on.before_step: self.call("before_step")
+        self.past_step = True
         if state.skip_step is not None: self.took_effect("skip_step")
         elif self.engine.step(slot):
             if not self.stepped: state.step, self.stepped = state.step + 1, True
@@ -169,7 +189,8 @@ class Loop(Evaluation):
 
     def note_results(self) -> None:
         "Put what was measured in training so far, and what was logged, into `state.metrics`"
-        results = {f"train_{name}": value for name, value in self.train_metrics.compute().items()}
+        if self.noted[0] != self.state.batch: self.noted = self.state.batch, self.train_metrics.compute()
+        results = {f"train_{name}": value for name, value in self.noted[1].items()}
         self.state.metrics |= results | self.logged.compute()
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
@@ -184,12 +205,15 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     if resume and saved is not None: continue_plan(plan, saved)
     else:
         state.stop = state.end_epoch = None
-        if loaded is not None and saved is not None: set_lr(slots, saved["lrs"])  # its schedule is over
         if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0
-    if loaded is None or not resume:
+    goes_on = resume and saved is not None and trainer.whole  # a batch that was cut off spoils its window
+    if not goes_on:
         trainer.window_batches, trainer.stepped = 0, False
         for slot in slots.values(): slot.zero()
+    trainer.whole = True
     begin_plan(plan, state, slots)
+    if goes_on and plan.schedule and trainer.window_batches:  # the rate that the open window began with
+        set_lr(slots, plan.lrs, plan.schedule(plan.progress(state)))
     trainer.last_train, trainer.open_plan = plan.train, plan
     trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
     state.phase, state.ending = "train", None
@@ -199,6 +223,8 @@ def leave_fit(trainer: Trainer) -> None:
     "Back to the time between fits"
     state = trainer.state
     state.phase = state.current_batch = state.output = None
+    trainer.past_skip = trainer.past_step = True
+    if state.epoch_batch == 0 and trainer.plan is not None: trainer.train_metrics.reset()  # may hold whole outputs
     trainer.plan, trainer.fit_callbacks = None, ()
     trainer.handlers = handler_table([])
     trainer.evaluation_handlers = handler_table(in_order(trainer.callbacks), EVALUATION_EVENTS)
@@ -215,7 +241,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         ordered = trainer.all_callbacks()
         check_events(ordered, trainer.step)
         enter_plan(trainer, plan, resume)
-        undo.callback(set_lr, slots, plan.lrs)
+        if plan.schedule: undo.callback(set_lr, slots, plan.lrs)
         trainer.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
         trainer.evaluation_handlers = handler_table(ordered, EVALUATION_EVENTS)
         try:
@@ -229,9 +255,11 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
             trainer.open_plan = None
         except BaseException as error:
             state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            error.add_note(whereabouts(state))
+            for note in (whereabouts(state), advice(trainer, error)):
+                if note: error.add_note(note)
+            for other in call_each(trainer, "after_fit"): error.add_note(f"after_fit failed too: {other!r}")
             raise
-        finally: call_each(trainer, "after_fit")
+        if errors := call_each(trainer, "after_fit"): raise errors[0]
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #8d3c3411
 class Trainer(Loop):
@@ -261,6 +289,9 @@ class Trainer(Loop):
                             "SupervisedStep(loss_fn)")
         optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {"main": optimizer}
         check_optimizers(optimizers, model)
+        if step.automatic and list(optimizers) != ["main"]:
+            raise ValueError(f"{type(step).__name__} steps one optimizer, and {list(optimizers)} were given by "
+                             "name; pass a single one, use parameter groups, or derive from ManualStep")
         parameter = next(model.parameters(), None)
         if device is None: device = "cpu" if parameter is None else parameter.device
         where = find_device(device)
@@ -322,6 +353,8 @@ def check_optimizers(optimizers: Mapping[str, optim.Optimizer], model: nn.Module
             raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to "
                              "the model, so training would change nothing. Build it from model.parameters() "
                              "of this very model.")
+        if isinstance(optimizer, optim.LBFGS):
+            raise TypeError("LBFGS calls the loss again within a step, which this loop does not do; use another")
         if not any(p.requires_grad for p in params):
             raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen "
                              "(requires_grad=False), so training would change nothing. Unfreeze some with "

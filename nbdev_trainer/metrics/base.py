@@ -159,7 +159,12 @@ class Mean(Metric):
 
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch"
-        self.mean.add(torch.as_tensor(self.fn(output.predictions, targets_of(output, batch))), batch.size)
+        value = torch.as_tensor(self.fn(output.predictions, targets_of(output, batch)))
+        if value.ndim:
+            shape = tuple(value.shape)
+            raise ValueError(f"metric {self.name!r} returned shape {shape} for a batch; expected a scalar. "
+                             "Return .mean(), or pass the plain function as the metric.")
+        self.mean.add(value, batch.size)
 
 # %% ../../nbs/api/metrics/00_base.ipynb #9e380888
 def function_name(fn: Callable[..., Any]) -> str:
