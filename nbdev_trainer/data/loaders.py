@@ -33,7 +33,7 @@ __all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generat
 @dataclass(eq=False)
 class Loader:
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
-    fetch: Callable[[Tensor], Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these samples
+    fetch: Callable[[Tensor], Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these
     rows: Tensor = field(repr=False)  # (n_samples,) int64, the positions this loader may use
     _: KW_ONLY
     batch_size: int = 64              # samples in a batch, over all ranks together
