@@ -139,6 +139,7 @@ def prepare(
     if task not in (None, "classification", "regression"):
         known = ["classification", "regression"]
         raise ValueError(f"--task is {task!r}. {did_you_mean(task, known, what='task')}")
+    if data == "digits" and not Path(data).exists(): data = None  # the word for what comes without one
     path = Path(data or ".")
     if not path.exists(): raise ValueError(f"there is no file or folder {data!r}")
     if data is not None and path.is_file():
