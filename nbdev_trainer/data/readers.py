@@ -202,7 +202,7 @@ def read_numeric_csv(
     numbers = {name: _numbers(name, texts[name], lines, problems) for name in (*columns, target)}
     unusable = [name for name in columns if not len(numbers[name])]
     advice = f"clean it up, or drop the columns {', '.join(unusable)}" if unusable else "clean it up"
-    if not len(numbers[target]): advice = f"the target {target!r} must be numbers: number its classes 0, 1, ..."
+    if not len(numbers[target]): advice = f"the target {target!r} must hold numbers, such as 0, 1, ..."
     problems.raise_if_any(f"'{path}' is not a table of numbers ({advice})")
     whole = all(re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", text) for text in texts[target])
     targets = np.array(texts[target]).astype(np.int64) if whole else numbers[target].astype(np.float32)
