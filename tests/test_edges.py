@@ -257,6 +257,22 @@ def test_an_interrupted_cycle_goes_on():
     assert_same_weights(whole.model, cut.model)
 
 
+def test_after_an_interrupt_inside_a_window_training_goes_on():
+    class Once(Callback):
+        done = False
+
+        def after_backward(self, trainer):
+            if trainer.state.batch == 1 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+    trainer, loaders = make(callbacks=[Once()], accumulate=3), tiny_loaders()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(loaders.train)
+    trainer.fit(loaders.train, resume=True)
+    assert (trainer.state.epoch, trainer.state.batch) == (1, 6)
+
+
 def test_what_a_step_logs_can_be_monitored_when_the_direction_is_given():
     class Logs(SupervisedStep):
         def train(self, trainer, batch):

@@ -38,8 +38,8 @@ from ..metrics.adapters import as_metrics
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'cannot_optimize', 'Loop', 'enter_plan', 'leave_fit', 'fitting',
-           'Trainer', 'check_optimizers', 'check_callbacks']
+__all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'cannot_optimize', 'Results', 'Loop', 'enter_plan', 'leave_fit',
+           'fitting', 'Trainer', 'check_optimizers', 'check_callbacks']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
 def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
@@ -75,12 +75,40 @@ def cannot_optimize(trainer: Loop, loss: Tensor | None, name: str) -> Exception:
                       "return StepOutput(loss=...), or derive from ManualStep and call trainer.optimize")
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #b1e5d9e2
-class Loop(Evaluation):
+class Results(Evaluation):
+    "Results of the training so far, validation, and the end of an epoch"
+    noted: tuple[int, dict[str, float]] = -1, {}  # training results, and the batch they were computed at
+
+    def finish_epoch(self, plan: FitPlan) -> None:
+        "Count the epoch, validate if it is time, and let callbacks have their say"
+        state = self.state
+        if state.end_epoch is not None: self.took_effect("end_epoch")
+        state.epoch, state.epoch_batch = state.epoch + 1, 0
+        if validation_due(plan, state): self.validate(plan)
+        self.note_results()
+        self.call("after_epoch")
+        if self.logged.logs: self.note_results()  # what was logged there belongs to this epoch too
+
+    def validate(self, plan: FitPlan) -> None:
+        "Evaluate on every validation set"
+        self.note_results()
+        for name, loader in plan.valid_sets.items():
+            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
+        self.state.evaluated_at, self.state.evaluated_step = self.state.batch, self.state.step
+        plan.validated = time.monotonic()
+
+    def note_results(self) -> None:
+        "Put what was measured in training so far, and what was logged, into `state.metrics`"
+        if self.noted[0] != self.state.batch: self.noted = self.state.batch, self.train_metrics.compute()
+        results = {f"train_{name}": value for name, value in self.noted[1].items()}
+        self.state.metrics |= results | self.logged.compute()
+
+# %% ../../nbs/api/loop/11_trainer.ipynb #92e9c36f
+class Loop(Results):
     "From `fit` to the optimizer step"
     window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
     at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
     whole = True                                       # no batch is half done
-    noted: tuple[int, dict[str, float]] = -1, {}       # training results, and the batch they were computed at
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -171,28 +199,6 @@ class Loop(Evaluation):
             if slot.pending: self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
         self.window_batches, self.stepped = 0, False
 
-    def finish_epoch(self, plan: FitPlan) -> None:
-        state = self.state
-        if state.end_epoch is not None: self.took_effect("end_epoch")
-        state.epoch, state.epoch_batch = state.epoch + 1, 0
-        if validation_due(plan, state): self.validate(plan)
-        self.note_results()
-        self.call("after_epoch")
-        if self.logged.logs: self.note_results()  # what was logged there belongs to this epoch too
-
-    def validate(self, plan: FitPlan) -> None:
-        self.note_results()
-        for name, loader in plan.valid_sets.items():
-            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
-        self.state.evaluated_at, self.state.evaluated_step = self.state.batch, self.state.step
-        plan.validated = time.monotonic()
-
-    def note_results(self) -> None:
-        "Put what was measured in training so far, and what was logged, into `state.metrics`"
-        if self.noted[0] != self.state.batch: self.noted = self.state.batch, self.train_metrics.compute()
-        results = {f"train_{name}": value for name, value in self.noted[1].items()}
-        self.state.metrics |= results | self.logged.compute()
-
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
 def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     "Begin a fit, or go on with one that was saved or interrupted; `ValueError` when something else is asked"
@@ -211,6 +217,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         trainer.window_batches, trainer.stepped = 0, False
         for slot in slots.values(): slot.zero()
     trainer.whole = True
+    for slot in slots.values(): slot.batch = -1
     begin_plan(plan, state, slots)
     if goes_on and plan.schedule and trainer.window_batches:  # the rate that the open window began with
         set_lr(slots, plan.lrs, plan.schedule(plan.progress(state)))
