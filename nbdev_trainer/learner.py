@@ -27,14 +27,14 @@ from .core.errors import Problems, describe, did_you_mean
 from .core.seeding import check_seed, isolated_rng, seed_everything
 from .data.batch import Batch, to_batch
 from .data.loaders import Loader, Loaders, own_generators
-from .loop.callback import Callback
+from .loop.callback import Callback, check_callbacks
 from .loop.engine import find_device
 from .loop.evaluation import Predictions
 from .loop.optimizers import default_optimizer
 from .loop.plan import set_lr
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
-from .loop.trainer import Trainer, check_callbacks
+from .loop.trainer import Trainer
 from .store.files import read_tensors, write_tensors
 
 # %% auto #0

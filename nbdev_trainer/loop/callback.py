@@ -25,8 +25,8 @@ from .events import Event
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['IN_HAND', 'Callback', 'check_method', 'in_order', 'handler_table', 'describe_plan', 'position', 'Occasions',
-           'AttachedFunction', 'attach']
+__all__ = ['EMPTY_BODIES', 'IN_HAND', 'Callback', 'has_empty_body', 'check_method', 'in_order', 'check_callbacks',
+           'handler_table', 'describe_plan', 'position', 'Occasions', 'AttachedFunction', 'attach']
 
 # %% ../../nbs/api/loop/02_callback.ipynb #d00ad67f
 class Callback:
@@ -60,8 +60,17 @@ class Callback:
 
     def handles(self) -> dict[Event, Callable[[Trainer], None]]:
         "The events this callback acts at, and what to call"
-        own = [event for event in Event if getattr(type(self), event) is not getattr(Callback, event)]
+        own = [event for event in Event if not has_empty_body(getattr(type(self), event))]
         return {event: getattr(self, event) for event in own}
+
+def has_empty_body(
+    method: Callable[..., Any],
+) -> bool:
+    "Whether a method only has `...`, `pass`, `return` or a docstring; what cannot be looked into has more"
+    code = getattr(method, "__code__", None)
+    return code is not None and code.co_code in EMPTY_BODIES
+
+EMPTY_BODIES = frozenset(body.__code__.co_code for body in (lambda: None, Callback.before_fit))
 
 # %% ../../nbs/api/loop/02_callback.ipynb #4fec28f0
 def check_method(
@@ -103,6 +112,19 @@ def in_order(
         left.remove(ready)
         ordered.append(ready)
     return ordered
+
+# %% ../../nbs/api/loop/02_callback.ipynb #5c15cf09
+def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
+    "The callbacks as a list; raises `TypeError` for what is none"
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise TypeError(f"callbacks is {callbacks!r}; expected a list of callbacks")
+    listed = list(callbacks)
+    for one in listed:
+        if isinstance(one, type):
+            raise TypeError(f"callback {one.__name__} is a class; pass an instance: {one.__name__}()")
+        if not isinstance(one, Callback):
+            raise TypeError(f"{one!r} is no Callback; a function is attached with on(event, fn)")
+    return listed
 
 # %% ../../nbs/api/loop/02_callback.ipynb #820409da
 def handler_table(

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from ..core.errors import describe
 from ..core.nested import map_tensors
 
 # %% auto #0
 __all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'make_cache', 'fused_step',
            'parameter_names', 'optimizer_state', 'kind_of', 'load_optimizer_state', 'restored', 'step_lightly',
-           'default_optimizer']
+           'default_optimizer', 'check_optimizers']
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #afb2e0e3
 class CachedGroup:
@@ -227,3 +228,24 @@ def default_optimizer(
     params = list(params)
     fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
     return FusedAdamW(params, lr=lr) if fusable else torch.optim.AdamW(params, lr=lr)
+
+# %% ../../nbs/api/loop/05_optimizers.ipynb #0c7bd3ed
+def check_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> None:
+    "Raise `TypeError` for what is no optimizer, `ValueError` for one with nothing of the model to train"
+    own = set(model.parameters())
+    for name, optimizer in optimizers.items():
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer {name!r} is {describe(optimizer)}; expected an instance such as "
+                            "torch.optim.SGD(model.parameters(), lr=0.1)")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if own and own.isdisjoint(params):
+            raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to "
+                             "the model, so training would change nothing. Build it from model.parameters() "
+                             "of this very model.")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS calls the loss again within a step, which this loop does not do; use "
+                            "another optimizer, such as torch.optim.Adam")
+        if not any(p.requires_grad for p in params):
+            raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen "
+                             "(requires_grad=False), so training would change nothing. Unfreeze some with "
+                             "requires_grad_(True).")

@@ -24,11 +24,12 @@ from ..core.errors import describe, did_you_mean
 from ..core.seeding import set_rng_state
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, named_sets
-from .callback import Callback, handler_table, in_order
+from .callback import Callback, check_callbacks, handler_table, in_order
 from .control import call_each, check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device
 from .evaluation import Evaluation, advice, module_modes, whereabouts
 from .events import EVALUATION_EVENTS, Event
+from .optimizers import check_optimizers
 from .plan import (FitPlan, begin_plan, continue_plan, generators, load_loader_state, make_plan,
                                      open_epoch, plan_state, set_lr, validation_due)
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
@@ -39,7 +40,7 @@ from ..metrics.collection import MetricSet
 
 # %% auto #0
 __all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'cannot_optimize', 'Results', 'Loop', 'enter_plan', 'leave_fit',
-           'fitting', 'Trainer', 'check_optimizers', 'check_callbacks']
+           'fitting', 'Trainer']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
 def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
@@ -346,35 +347,3 @@ class Trainer(Loop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put a run's state back; the next fit goes on from it, with `resume=True` inside the fit it was taken in"
         load_trainer_state(self, state)
-
-# %% ../../nbs/api/loop/11_trainer.ipynb #1e16ea2f
-def check_optimizers(optimizers: Mapping[str, optim.Optimizer], model: nn.Module) -> None:
-    "Raise `TypeError` for what is no optimizer, `ValueError` for one with nothing of the model to train"
-    own = set(model.parameters())
-    for name, optimizer in optimizers.items():
-        if not isinstance(optimizer, optim.Optimizer):
-            raise TypeError(f"optimizer {name!r} is {describe(optimizer)}; expected an instance such as "
-                            "torch.optim.SGD(model.parameters(), lr=0.1)")
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if own and own.isdisjoint(params):
-            raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to "
-                             "the model, so training would change nothing. Build it from model.parameters() "
-                             "of this very model.")
-        if isinstance(optimizer, optim.LBFGS):
-            raise TypeError("LBFGS calls the loss again within a step, which this loop does not do; use another")
-        if not any(p.requires_grad for p in params):
-            raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen "
-                             "(requires_grad=False), so training would change nothing. Unfreeze some with "
-                             "requires_grad_(True).")
-
-def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
-    "The callbacks as a list; raises `TypeError` for what is none"
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
-        raise TypeError(f"callbacks is {callbacks!r}; expected a list of callbacks")
-    listed = list(callbacks)
-    for one in listed:
-        if isinstance(one, type):
-            raise TypeError(f"callback {one.__name__} is a class; pass an instance: {one.__name__}()")
-        if not isinstance(one, Callback):
-            raise TypeError(f"{one!r} is no Callback; a function is attached with on(event, fn)")
-    return listed
