@@ -144,6 +144,11 @@ loops = {
     "**ours, default optimizer**": ours,
     "ours, the user's own fused Adam": lambda batches: ours(batches, fused_adam),
     "ours, the user's own unfused Adam": lambda batches: ours(batches, torch.optim.Adam),
+}
+
+callbacks = {
+    "bare": bare,
+    "ours": ours,
     "ours, ten callbacks with seven empty methods": lambda batches: ours(batches, ten=Empty),
     "ours, ten callbacks that count batches": lambda batches: ours(batches, ten=CountsBatches),
     "ours, ten callbacks that count at all seven events": lambda batches: ours(batches, ten=CountsEvents),
@@ -151,7 +156,7 @@ loops = {
 }
 
 
-def measure(steps: int, rounds: int) -> dict[str, list[float]]:
+def measure(loops: dict[str, Callable], steps: int, rounds: int) -> dict[str, list[float]]:
     "Microseconds a step, for each loop in each round"
     batches = make_batches(steps)
     for loop in loops.values():
@@ -163,13 +168,24 @@ def measure(steps: int, rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def print_callbacks(steps: int, rounds: int) -> None:
+    "What ten callbacks add, as differences within short rounds: a machine drifts less in a short time"
+    times = measure(callbacks, steps, rounds)
+    print(f"\n{rounds} rounds of {steps} steps; differences within a round\n")
+    print("| ten callbacks | added, µs a step | half of the rounds lie between |\n|---|---|---|")
+    for name in list(callbacks)[2:]:
+        without = times[name.split(",")[0]]
+        low, median, high = statistics.quantiles((b - a for a, b in zip(without, times[name])), n=4)
+        print(f"| {name} | {median:.1f} | {low:.1f} and {high:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each loop in a round")
     parser.add_argument("--rounds", type=int, default=15, help="times that all loops take their turn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    times = measure(arguments.steps, arguments.rounds)
+    times = measure(loops, arguments.steps, arguments.rounds)
     medians = {name: statistics.median(rounds) for name, rounds in times.items()}
     by_bare, by_tutorial = list(medians.values())[:2]
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
@@ -177,12 +193,7 @@ def main() -> None:
     print("| loop | µs a step | / bare | / tutorial |\n|---|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median:.0f} | {median / by_bare:.2f} | {median / by_tutorial:.2f} |")
-    rounds = list(times.values())
-    empty, one, seven = (statistics.median(b - a for a, b in zip(rounds[3], rounds[i])) for i in (6, 7, 8))
-    written = statistics.median(b - a for a, b in zip(rounds[0], rounds[9]))
-    print(f"\nTen callbacks cost together, in µs a step (medians of the differences within a round): {empty:.1f} with "
-          f"seven empty methods each, {one:.1f} counting batches, {seven:.1f} counting at all seven events. The same "
-          f"seventy calls written by hand into the bare loop cost {written:.1f}.")
+    print_callbacks(arguments.steps // 5, arguments.rounds * 7)
 
 
 if __name__ == "__main__":
