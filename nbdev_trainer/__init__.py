@@ -5,11 +5,12 @@ Modules:
 - `nbdev_trainer.apps.models`: Small models to begin with, and the scaling of their inputs and outputs
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves and a table that stays
-- `nbdev_trainer.callbacks.recorder`: The history of a run: a row per epoch, a record now and then per step, as plain data
+- `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
 - `nbdev_trainer.cli`: Train a model from the command line
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
 - `nbdev_trainer.core.errors`: Helpers that make an error message say what happened, what was expected, and what to do
+- `nbdev_trainer.core.messages`: What the library says while it works: a line for a person, and the same line for Python's `logging`
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
 - `nbdev_trainer.core.seeding`: Same seed, same numbers: global generators that can be kept and put back, and orders that need no generator
 - `nbdev_trainer.data.batch`: What a loader yields and what a step answers: two small dataclasses and the one rule that turns a loader's output into a `Batch`
@@ -18,6 +19,7 @@ Modules:
 - `nbdev_trainer.data.readers`: Read a folder in the format of MNIST, or a CSV file of numbers, into tensors
 - `nbdev_trainer.data.splits`: Which samples are trained on and which are held out
 - `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root
+- `nbdev_trainer.loop.advice`: Where an error happened, and what to do about the mistakes that torch's own messages explain least
 - `nbdev_trainer.loop.callback`: Code of one's own at the events of the loop: classes with a method per event, checked when they are defined
 - `nbdev_trainer.loop.control`: Calling handlers, asking the loop for something, attaching functions: what callbacks and steps do with a trainer
 - `nbdev_trainer.loop.engine`: Where and how a step runs: the device, the weight of each gradient, and the order in which gradients become a step
@@ -32,15 +34,28 @@ Modules:
 - `nbdev_trainer.loop.trainer`: The loop: what happens from `fit` to the optimizer step, on one screen
 - `nbdev_trainer.metrics.adapters`: Any function, and any metric of torchmetrics, as a metric
 - `nbdev_trainer.metrics.base`: What a metric is, and the running mean on the device that most of them are made of
-- `nbdev_trainer.metrics.classification`: How often the class with the highest score is the right one
+- `nbdev_trainer.metrics.classification`: How often a classifier is right: one class of many, yes or no, several labels, the first k
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
+- `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
+- `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
+- `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
+- `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
-- `nbdev_trainer.use.curves`: A picture of a history as SVG text, made without any package"""
+- `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was
+- `nbdev_trainer.use.choices`: What the learner chooses when it is not told: loss, optimizer, learning rates
+- `nbdev_trainer.use.data_checks`: Mistakes that can be seen in the data: values, scales, labels, order, overlap
+- `nbdev_trainer.use.environment`: Versions, devices and settings, for a bug report
+- `nbdev_trainer.use.evidence`: What one batch, a few steps and a handful of other batches tell about a set-up
+- `nbdev_trainer.use.findings`: What a look at a set-up found: what is wrong, how to mend it, and a short report
+- `nbdev_trainer.use.loss_checks`: Mistakes between predictions, targets and loss
+- `nbdev_trainer.use.model_checks`: Mistakes in model and optimizer: what does not learn, and why
+- `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
+- `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress
-from nbdev_trainer.callbacks.recorder import History, Recorder
+from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.core.duration import Duration
 from nbdev_trainer.core.seeding import seed_everything
@@ -62,6 +77,7 @@ from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.adapters import WholeSet
 from nbdev_trainer.metrics.base import Loss, Mean, Metric
 from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.store.history import History
 
 __version__ = "0.1.0"
 

@@ -41,8 +41,8 @@ from .loop.engine import find_device
 from .loop.optimizers import default_optimizer
 from .metrics.base import Mean
 from .metrics.classification import Accuracy
+from .store.curves import curves_svg
 from .store.files import write_json, write_text
-from .use.curves import curves_svg
 
 # %% auto #0
 __all__ = ['MAX_CLASSES', 'HELP', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits', 'prepare_folder',

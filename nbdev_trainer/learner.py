@@ -13,174 +13,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
 
 from .callbacks.progress import Progress
-from .callbacks.recorder import History, Recorder
+from .callbacks.recorder import Recorder
+from .callbacks.stopping import FiniteLoss
 from .core.duration import Duration
-from .core.errors import Problems, describe, did_you_mean
-from .core.seeding import check_seed, isolated_rng, seed_everything
-from .data.batch import Batch, to_batch
-from .data.loaders import Loader, Loaders, own_generators
+from .core.errors import Problems, checked_keywords, describe
+from .core.messages import tell
+from .core.seeding import check_seed, seed_everything
+from .data.batch import Batch
+from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
-from .loop.engine import find_device
+from .loop.engine import find_device, move_model
 from .loop.evaluation import Predictions
-from .loop.optimizers import default_optimizer
 from .loop.plan import set_lr
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
 from .store.files import read_tensors, write_tensors
+from .store.history import History
+from .use.choices import make_optimizers, make_step, spread_lr
+from .use.summary import ModelSummary, summarize
 
 # %% auto #0
-__all__ = ['DEFAULT_LR', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable', 'make_optimizers',
-           'describe_choice', 'spread_lr', 'as_loaders', 'with_defaults', 'check_replacements', 'load_weights',
-           'describe_optimizer', 'only_valid', 'Learner']
+__all__ = ['as_loaders', 'with_defaults', 'check_replacements', 'load_weights', 'describe_optimizer', 'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
-def first_batch(
-    loader: Iterable[Any],                    # yields batches, and can be read again
-    as_batch: Callable[[Any], Batch] | None,  # what it yields, to a `Batch`; None: as `to_batch` reads it
-) -> Batch:
-    "The first batch of a loader, without consequences; raises `ValueError` when there is none to look at"
-    if isinstance(loader, Iterator):
-        raise ValueError("the loss cannot be inferred from an iterator, because looking at a batch would "
-                         "use it up; pass loss_fn=")
-    kept = [(one, one.get_state()) for one in own_generators(loader)]
-    with isolated_rng(): raw = next(loader.batches(0) if isinstance(loader, Loader) else iter(loader), None)
-    for generator, state in kept: generator.set_state(state)
-    if raw is None: raise ValueError(f"{describe(loader)} gave no batch to look at; expected at least one")
-    return to_batch(raw if as_batch is None else as_batch(raw))
-
-# %% ../nbs/api/learner.ipynb #29fa101b
-def infer_loss(
-    targets: Any,  # of one batch
-) -> nn.Module:
-    "Cross-entropy for int64 targets of shape (N,), mean squared error for floating point, else `ValueError`"
-    if isinstance(targets, Tensor):
-        if targets.dtype == torch.int64 and targets.ndim == 1: return nn.CrossEntropyLoss()
-        if targets.is_floating_point(): return nn.MSELoss()
-    raise ValueError(f"no loss is obvious for targets {describe(targets)}; pass loss_fn=, a function of "
-                     "(predictions, targets), or step= for a model that is trained differently")
-
-def make_step(
-    step: Step | None,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    train: Iterable[Any],                     # the training data, for a loss that is not given
-    as_batch: Callable[[Any], Batch] | None,  # what it yields, to a `Batch`
-) -> Step:
-    "The step of a run: the given one, or a supervised one with the given or inferred loss"
-    if step is not None:
-        if loss_fn is None and forward is None: return step
-        raise ValueError("step= says itself how the model is called and what the loss is; leave out "
-                         "loss_fn and forward")
-    if loss_fn is None:
-        targets = first_batch(train, as_batch).targets
-        loss_fn = infer_loss(targets)
-        print(f"loss: {loss_fn} for targets {describe(targets)}")
-    return SupervisedStep(loss_fn, forward)
-
-# %% ../nbs/api/learner.ipynb #bd621edd
-DEFAULT_LR = 1e-3
-
-def check_lr(
-    lr: Any,  # what the user gave
-) -> float:
-    "The learning rate, or an error when it cannot train anything"
-    if isinstance(lr, Real) and not isinstance(lr, bool) and 0 < float(lr) < float("inf"): return float(lr)
-    raise ValueError(f"lr is {lr!r}; expected a number above 0")
-
-def submodule(
-    model: nn.Module,
-    name: str,  # such as "head", or "body.0"
-) -> nn.Module:
-    "The part of a model that an optimizer is named after"
-    try: return model.get_submodule(name)
-    except AttributeError:
-        names = [child for child, _ in model.named_children()]
-        raise ValueError(f"the optimizer {name!r} is to be made for the submodule of that name, which is not "
-                         f"there. {did_you_mean(name, names, what='submodule')}") from None
-
-def trainable(
-    part: nn.Module,
-) -> list[nn.Parameter]:
-    "The parameters that are not frozen; raises `ValueError` when there are none"
-    params = [p for p in part.parameters() if p.requires_grad]
-    if params: return params
-    raise ValueError(f"{type(part).__name__} has no parameter to train: all are frozen, or there are none")
-
-# %% ../nbs/api/learner.ipynb #8bcba8aa
-def make_optimizers(
-    given: Any,        # None, an optimizer, a function of (params, lr=...), or a dict of these by name
-    model: nn.Module,  # on its device
-    lr: float | None,  # for what is made here
-) -> dict[str, optim.Optimizer]:  # by name; a single one is called "main"
-    "The optimizers of a run; raises `ValueError` when a rate is given beside an instance"
-    named = given if isinstance(given, Mapping) else {"main": given}
-    if not named: raise ValueError("optimizer is an empty dict; expected at least one optimizer by name")
-    made: dict[str, optim.Optimizer] = {}
-    for name, one in named.items():
-        if isinstance(one, optim.Optimizer):
-            if lr is not None:
-                raise ValueError(f"lr={lr} was given beside the optimizer {type(one).__name__}, which has "
-                                 "its own; set it there")
-            made[name] = one
-            continue
-        make: Any = default_optimizer if one is None else one
-        if not callable(make):
-            raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function like optim.SGD")
-        if lr is None and "lr" in getattr(make, "keywords", {}):  # functools.partial(SGD, lr=...): theirs
-            made[name] = make(trainable(model if name == "main" else submodule(model, name)))
-            continue
-        rate = check_lr(DEFAULT_LR if lr is None else lr)
-        made[name] = make(trainable(model if name == "main" else submodule(model, name)), lr=rate)
-        if one is None or lr is None: print(describe_choice(name, made[name], rate, lr is None))
-    return made
-
-def describe_choice(
-    name: str,             # of the optimizer
-    made: optim.Optimizer,
-    lr: float,
-    lr_is_chosen: bool,    # by us
-) -> str:
-    "What was chosen, in one line"
-    label = "optimizer" if name == "main" else f"optimizer {name}"
-    return f"{label}: {type(made).__name__}, lr {lr:g}" + (" unless fit is given one" if lr_is_chosen else "")
-
-# %% ../nbs/api/learner.ipynb #40ce7620
-def spread_lr(
-    lr: float | tuple[float, float],  # one rate, or those of the first and the last group
-    n_groups: int,                    # parameter groups, at least 1
-) -> list[float]:
-    "A learning rate for each parameter group"
-    if not isinstance(lr, (tuple, list)): return [check_lr(lr)] * n_groups
-    if len(lr) != 2: raise ValueError(f"lr is {lr!r}; expected one rate, or a pair for first and last group")
-    if n_groups < 2: raise ValueError(f"lr is {lr!r}, but the optimizer has a single parameter group")
-    low, high = check_lr(lr[0]), check_lr(lr[1])
-    return [low * (high / low) ** (i / (n_groups - 1)) for i in range(n_groups)]
-
-# %% ../nbs/api/learner.ipynb #9731c6eb
 def as_loaders(
     given: Any,  # `Loaders`, or a pair (train, valid)
 ) -> Loaders:
     "The data of a run; raises `TypeError` for anything else"
     if isinstance(given, Loaders): return given
     if isinstance(given, (tuple, list)) and len(given) == 2: return Loaders(*given, seed=0)
-    raise TypeError(f"loaders is {describe(given)}; expected Loaders, or a pair (train, valid)")
+    raise TypeError(f"loaders is {describe(given)}; expected Loaders, or a pair (train, valid); the order is "
+                    "Learner(model, loaders, loss_fn)")
 
 def with_defaults(
     callbacks: Iterable[Callback],  # the user's
     default_callbacks: bool,        # whether there are others
+    shown: bool = True,             # whether progress is shown
 ) -> list[Callback]:
     "The user's callbacks, and the default ones they do not replace"
     given = check_callbacks(callbacks)
-    defaults = [Recorder(), Progress()] if default_callbacks else []
+    defaults: list[Callback] = [Recorder(), FiniteLoss()] if default_callbacks else []
+    if default_callbacks and shown: defaults.append(Progress())
     return [*given, *(one for one in defaults if not any(isinstance(other, type(one)) for other in given))]
 
 def check_replacements(callbacks: Iterable[Callback], present: Iterable[Callback]) -> None:
@@ -232,6 +112,7 @@ def only_valid(
 # %% ../nbs/api/learner.ipynb #acb3f4fe
 class Learner:
     "Trains, evaluates and uses a model; the `Trainer` with the usual choices made"
+    @checked_keywords
     def __init__(self,
         model: nn.Module,                                     # moved to the device
         loaders: Loaders | Sequence[Any],                     # or (train, valid), where valid may be None
@@ -243,26 +124,33 @@ class Learner:
         lr: float | None = None,                              # None: 1e-3, unless `fit` is given one
         metrics: Iterable[Any] = (),                          # besides the loss
         callbacks: Iterable[Callback] = (),                   # besides the default ones
-        default_callbacks: bool = True,                       # record the history and show progress
+        default_callbacks: bool = True,                       # record the history, show progress, end at NaN
         as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
         accumulate: int = 1,                                  # batches per optimizer step
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
+        verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {describe(model)}; expected a torch.nn.Module")
+            raise TypeError(f"model is {describe(model)}; expected an instance of torch.nn.Module, such as "
+                            "nn.Linear(4, 1)")
+        if verbose not in (0, 1, 2): raise ValueError(f"verbose is {verbose!r}; expected 0, 1 or 2")
+        self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, find_device(device)
-        if str(device) == "auto": print(f"device: {where}")
-        step = make_step(step, loss_fn, forward, self.loaders.train, as_batch)
+        move_model(model, where)
+        if str(device) == "auto": tell(f"device: {where}", shown)
+        step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown)
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
             step.loss.loss_fn.to(where)  # class weights, for example
-        optimizers = make_optimizers(optimizer, model.to(where), lr)
+        optimizers = make_optimizers(optimizer, model, lr, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics,
-                               callbacks=with_defaults(callbacks, default_callbacks), as_batch=as_batch,
+                               callbacks=with_defaults(callbacks, default_callbacks, shown), as_batch=as_batch,
                                device=where, accumulate=accumulate, clip_norm=clip_norm)
+        self.trainer.shown = shown
 
+    @checked_keywords
     def fit(self,
         n: int | str | Duration,                           # how much more: epochs, or such as "500ba"
         *,
@@ -276,11 +164,13 @@ class Learner:
         "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
+        tell(self.describe(), self.verbose > 1)
         with self.learning_rates(lr):
             self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule,
                              validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks,
                              resume=resume)
 
+    @checked_keywords
     def fit_one_cycle(self,
         n: int | str | Duration,                            # as in `fit`
         *,
@@ -345,10 +235,23 @@ class Learner:
 
     def plan(self) -> None:
         "Print how the parts are put together, and which callbacks act at which event, in order"
-        trainer = self.trainer
-        for slot in trainer.engine.slots.values():
-            print(f"{slot.name} optimizer: {describe_optimizer(slot.optimizer)}")
-        print(f"step: {trainer.step}\ndevice: {trainer.device}\n{trainer.describe_callbacks()}")
+        print(self.describe())
+
+    def describe(self) -> str:
+        "How the parts are put together, a line for each"
+        trainer, engine = self.trainer, self.trainer.engine
+        lines = [f"{slot.name} optimizer: {describe_optimizer(slot.optimizer)}" for slot in engine.slots.values()]
+        metrics = ", ".join(metric.name for metric in trainer.metrics) or "none besides the loss"
+        return "\n".join([*lines, f"step: {trainer.step}", f"device: {trainer.device}", f"metrics: {metrics}",
+                          f"accumulate: {engine.accumulate}, clip_norm: {engine.clip_norm}",
+                          trainer.describe_callbacks()])
+
+    def summary(self,
+        loader: Iterable[Any] | None = None,  # its first batch is used; None: the training data
+        depth: int = 3,                       # levels of layers that are shown
+    ) -> ModelSummary:
+        "Layers, shapes, parameters, work and memory, for a real batch"
+        return summarize(self.trainer, self.loaders.train if loader is None else loader, depth)
 
     def save(self,
         path: str | Path,  # such as "model.safetensors"

@@ -146,7 +146,7 @@ WRONG = {
     "fit --lr -1": "lr is -1",
     "fit --lr nan": "lr is nan",
     "fit --seed -1": "seed is int -1",
-    "fit --device gpu": "'gpu' names no device",
+    "fit --device gpu": "names no device",
     "fit --device cuda:9": "no device 'cuda:9'",
     "fit --model smal_cnn": "Did you mean 'small_cnn'?",
     "fit --epoch 3": "Did you mean '--epochs'?",

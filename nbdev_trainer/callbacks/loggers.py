@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recorder import RowWriter
 from ..store.files import append_line, write_text
+from ..store.lines import as_json, continue_file
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['check_directory', 'as_json', 'continue_file', 'JSONLines', 'CSVTable']
+__all__ = ['check_directory', 'JSONLines', 'CSVTable']
 
 # %% ../../nbs/api/callbacks/02_loggers.ipynb #08b62cb3
 def check_directory(
@@ -33,30 +32,6 @@ def check_directory(
     "Raise `FileNotFoundError` when there is no directory for a file"
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write '{path}': there is no directory '{path.parent}'; make it")
-
-# %% ../../nbs/api/callbacks/02_loggers.ipynb #59ffadb7
-def as_json(
-    row: Mapping[str, Any],  # of the history
-) -> str:
-    "A row as one line of JSON"
-    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-              for name, value in row.items()}
-    return json.dumps(finite, allow_nan=False)
-
-# %% ../../nbs/api/callbacks/02_loggers.ipynb #49362b9e
-def continue_file(
-    path: Path,                         # of a file with a line per row; it need not exist
-    rows: Sequence[Mapping[str, Any]],  # of the history that goes on
-) -> int:  # how many of the rows are in the file
-    "Cut off what a run wrote after the point that it goes on from"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for n in range(len(rows), 0, -1):
-        line = as_json(rows[n - 1])
-        if line not in lines: continue
-        last = max(i for i, other in enumerate(lines) if other == line)
-        if last + 1 < len(lines): write_text(path, "\n".join(lines[:last + 1]) + "\n")
-        return n
-    return 0
 
 # %% ../../nbs/api/callbacks/02_loggers.ipynb #3b2c6071
 class JSONLines(RowWriter):

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .recorder import RowWriter, format_line, format_row, shown_columns
-from .recorder import table_html, table_text
+from .recorder import RowWriter
 from ..loop.plan import length_of
 from ..metrics.collection import read_scalars
+from ..store.tables import format_line, format_row, shown_columns, table_html, table_text
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 

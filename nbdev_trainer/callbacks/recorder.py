@@ -1,7 +1,8 @@
-"""The history of a run: a row per epoch, a record now and then per step, as plain data
+"""Keeps the history of a run: when a row is made, what is in it, and who else gets it
 
-What a run measured is kept as plain numbers in plain lists, so it can be looked at, compared, saved and plotted
-without the library. The recorder only listens; a run with it ends with the same weights as one without.
+The recorder fills a `History` while a run trains: a row for each epoch, a record of a step now and then. It only
+listens; a run with it ends with the same weights as one without. Tables on the screen and files on the disk get their
+rows from it.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/recorder.html.md"""
 
@@ -11,176 +12,32 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/recorder.html.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..core.duration import Duration
-from ..core.errors import did_you_mean, require
 from ..loop.callback import Callback
 from ..metrics.collection import read_scalars
+from ..store.history import COUNTERS, History
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['format_value', 'column_order', 'shown_columns', 'format_line', 'format_cells', 'format_row', 'table_text',
-           'table_html', 'History', 'quantities', 'plot_history', 'StepRecords', 'current_lr', 'Recording', 'Recorder',
+__all__ = ['StepRecords', 'current_lr', 'is_new', 'make_row', 'inside_fit', 'Recorder', 'recorder_state', 'load_recorder',
            'recorder_of', 'may_grow', 'RowWriter']
-
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #62584903
-def format_value(
-    value: Any,  # a number, a text or None
-) -> str:
-    "A value as it stands in a table"
-    if value is None: return ""
-    if not isinstance(value, float): return str(value)
-    readable = value == 0 or 1e-3 <= abs(value) < 1e5 or value != value
-    return f"{value:.4f}" if readable else f"{value:.3g}"
-
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #1831720a
-def column_order(
-    names: Iterable[str],  # perhaps with repetitions
-) -> list[str]:  # each once
-    "The order of the columns of a table: learning rate and time come last"
-    last = ("lr", "seconds")
-    names = list(dict.fromkeys(names))
-    return [name for name in names if name not in last] + [name for name in last if name in names]
-
-def shown_columns(
-    names: Iterable[str],  # perhaps with repetitions
-) -> list[str]:
-    "The columns of a table that a person reads, in order"
-    return [name for name in column_order(names) if name not in ("step", "samples", "lr")]
-
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #676a6278
-def format_line(
-    cells: Sequence[str],    # texts, one for each column
-    columns: Sequence[str],  # their names decide the widths
-) -> str:
-    "One line of a table, aligned to the right"
-    return "  ".join(cell.rjust(max(len(name), 8)) for cell, name in zip(cells, columns)).rstrip()
-
-def format_cells(
-    row: Mapping[str, Any],  # results by name
-    columns: Sequence[str],  # which of them
-) -> list[str]:
-    "One row of results as texts; of a time, hundredths of a second are enough"
-    special = {"seconds": f"{row['seconds']:.2f}"} if "seconds" in row else {}
-    return [special.get(name, format_value(row.get(name))) for name in columns]
-
-def format_row(
-    row: Mapping[str, Any],  # results by name
-    columns: Sequence[str],  # which of them
-) -> str:
-    "One row of results as a line of a table"
-    return format_line(format_cells(row, columns), columns)
-
-def table_text(
-    rows: Iterable[Mapping[str, Any]],  # results by name
-    columns: Sequence[str],             # which of them
-) -> str:
-    "Rows as lines under a header"
-    return "\n".join([format_line(columns, columns), *(format_row(row, columns) for row in rows)])
-
-def table_html(
-    rows: Iterable[Mapping[str, Any]],  # results by name
-    columns: Sequence[str],             # which of them
-) -> str:
-    "Rows as a table in HTML"
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = ("".join(f"<td>{escape(text)}</td>" for text in format_cells(row, columns)) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #6c117d2e
-class History:
-    "What a run measured, as lists of dicts of numbers"
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.steps: list[dict[str, Any]] = []
-        self.control: list[dict[str, Any]] = []
-
-    @property
-    def columns(self) -> list[str]:
-        "The names in any row"
-        return column_order(name for row in self.rows for name in row)
-
-    def put(self,
-        row: dict[str, Any],  # with its "batch"
-    ) -> None:
-        "Add a row, in place of one of the same batch"
-        if self.rows and self.rows[-1]["batch"] == row["batch"]: self.rows.pop()
-        self.rows.append(row)
-
-    def __len__(self) -> int: return len(self.rows)
-
-    def __getitem__(self, name: str) -> list[Any]:
-        columns = self.columns
-        if name in columns: return [row.get(name) for row in self.rows]
-        raise KeyError(f"the history has no {name!r}. {did_you_mean(name, columns, what='column')}")
-
-    def __repr__(self) -> str:
-        return table_text(self.rows, shown_columns(self.columns)) if self.rows else "no epoch recorded yet"
-
-    def _repr_html_(self) -> str:
-        return table_html(self.rows, shown_columns(self.columns)) if self.rows else escape(repr(self))
-
-    def plot(self,
-        axes: Any = None,  # as `plot_history` takes them
-    ) -> Any:  # the axes
-        "Loss and metrics over the batches, one small picture for each (needs matplotlib)"
-        return plot_history(self, axes)
-
-    def to_pandas(self) -> Any:
-        "The rows as a data frame (needs pandas)"
-        pandas = require("pandas", extra="plot", why="History.to_pandas")
-        return pandas.DataFrame(self.rows, columns=self.columns)
-
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #aca12160
-def quantities(
-    history: History,
-) -> dict[str, list[str]]:
-    "The columns of each measured quantity: `loss` is that of `train_loss` and `valid_loss`"
-    counters = ("epoch", "batch", "step", "samples", "lr", "seconds")
-    names = [name for name in history.columns if name not in counters]
-    trained = [name.removeprefix("train_") for name in names if name.startswith("train_")]
-    found: dict[str, list[str]] = {}
-    for name in names:
-        quantity = max((one for one in trained if name.endswith(f"_{one}")), key=len, default=name)
-        found.setdefault(quantity, []).append(name)
-    return found
-
-def plot_history(
-    history: History,
-    axes: Sequence[Any] | None = None,  # matplotlib axes, as many as there are quantities; None: new ones
-) -> Sequence[Any]:  # the axes, one for each quantity
-    "Loss and metrics over batches, the sets of each in one picture (needs matplotlib)"
-    found = quantities(history)
-    if not found: raise ValueError("the history holds no loss and no metric: nothing to draw; call fit first")
-    if axes is None:
-        plt = require("matplotlib.pyplot", extra="plot", why="plot_history")
-        size = (4 * len(found), 3)
-        axes = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)[1][0]
-    if len(axes) != len(found):
-        raise ValueError(f"{len(axes)} axes were given for {len(found)} quantities ({', '.join(found)}); "
-                         "expected one for each")
-    for ax, (quantity, names) in zip(axes, found.items()):
-        for name in names:
-            points = [(row["batch"], row[name]) for row in history.rows if row.get(name) is not None]
-            ax.plot(*zip(*points), marker="o", markersize=3, label=name)
-        ax.set(title=quantity, xlabel="batch")
-        ax.legend()
-    return axes
 
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #3f0a40fc
 class StepRecords:
     "Loss and learning rate of single steps, read from the device together"
     def __init__(self,
-        every: int | None,  # steps from one record to the next; None: none
+        every: str | None,  # from one record to the next, in steps, such as "10st"; None: none
     ) -> None:
-        self.every, self.next_step = every, 1
+        interval = None if every is None else Duration.parse(every)
+        if interval and interval.unit != "st":
+            raise ValueError(f"every is {every!r}; a recorder counts steps: expected such as '10st', or None")
+        self.every, self.next_step = None if interval is None else int(interval.value), 1
         self.pending: list[dict[str, Any]] = []  # records whose loss may still be a tensor
 
     def take(self, trainer: Trainer) -> None:
@@ -208,38 +65,62 @@ def current_lr(trainer: Trainer) -> Any:  # a number; a copy where torch keeps t
     return lr.clone() if isinstance(lr, Tensor) else lr
 
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #702f01ae
-class Recording(Callback):
-    "The history of a run while it grows, and its state"
+def is_new(
+    name: str,                    # of a result
+    measured: Mapping[str, int],  # by set: the batch at which its results were made
+    batch: int,
+) -> bool:
+    "Whether a result was made at this batch"
+    sets = [one for one in measured if name.startswith(f"{one}_")]
+    return bool(sets) and measured[max(sets, key=len)] == batch
+
+def make_row(
+    trainer: Trainer,
+    measured: Mapping[str, int],
+    seconds: float,  # spent in fits
+) -> dict[str, Any]:
+    "The row of this batch: where the run is, what is new, the learning rate and the time"
+    state = trainer.state
+    row = {name: getattr(state, name) for name in COUNTERS if hasattr(state, name)}
+    row |= {name: value for name, value in state.metrics.items()
+            if is_new(name, measured, state.batch) or name in trainer.logged.logs}
+    return {**row, "lr": float(current_lr(trainer)), "seconds": round(seconds, 2)}
+
+def inside_fit(trainer: Trainer) -> bool:
+    "Whether the evaluation that has just ended is part of the training, and not one by hand"
+    return trainer.plan is not None and trainer.state.phase == "valid"
+
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #b97aee5e
+class Recorder(Callback):
+    "Keeps the history of a run"
+    seconds = 0.0               # spent in fits that have ended
+    began: float | None = None  # when the running fit began, by the clock
+
     def __init__(self,
         every: str | None = "10st",  # how often to record a step, in steps; None: never
     ) -> None:
-        interval = None if every is None else Duration.parse(every)
-        if interval and interval.unit != "st":
-            raise ValueError(f"{self}(every={every!r}) counts steps; expected a number, as '10st', or None")
-        self.history, self.steps = History(), StepRecords(None if interval is None else int(interval.value))
+        self.history, self.steps = History(), StepRecords(every)
         self.measured: dict[str, int] = {}  # by set: the batch at which its results were made
-        self.seconds = 0.0                  # spent in fits that have ended
-        self.began: float | None = None     # when the running fit began, by the clock
 
     def elapsed(self) -> float:
         "Seconds spent in fits so far"
         return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
 
-    def is_new(self, name: str, batch: int) -> bool:
-        "Whether a result was made at this batch"
-        sets = [one for one in self.measured if name.startswith(f"{one}_")]
-        return bool(sets) and self.measured[max(sets, key=len)] == batch
+    def before_fit(self, trainer: Trainer) -> None: self.began = time.monotonic()
+    def after_batch(self, trainer: Trainer) -> None: self.steps.take(trainer)
+    def after_evaluate(self, trainer: Trainer) -> None:
+        if inside_fit(trainer): self.record(trainer, str(trainer.state.loader))
+    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer)
+    def after_fit(self, trainer: Trainer) -> None:
+        if trainer.state.epoch_batch and trainer.state.ending in ("finished", "stopped"): self.record(trainer)
+        self.read_steps(trainer)
+        self.seconds, self.began = self.elapsed(), None
 
     def record(self, trainer: Trainer, *sets: str) -> None:
         "Make or complete the row of this batch; the results of these sets are new, as are those of training"
-        state = trainer.state
         trainer.note_results()
-        self.measured |= dict.fromkeys(("train", *sets), state.batch)
-        results = {name: value for name, value in state.metrics.items()
-                   if self.is_new(name, state.batch) or name in trainer.logged.logs}
-        counters = {name: getattr(state, name) for name in ("epoch", "batch", "step", "samples")}
-        effort = {"lr": float(current_lr(trainer)), "seconds": round(self.elapsed(), 2)}
-        self.history.put({**counters, **results, **effort})
+        self.measured |= dict.fromkeys(("train", *sets), trainer.state.batch)
+        self.history.put(make_row(trainer, self.measured, self.elapsed()))
         self.read_steps(trainer)
 
     def read_steps(self, trainer: Trainer) -> None:
@@ -247,37 +128,23 @@ class Recording(Callback):
         self.history.steps += self.steps.read()
         self.history.control = [dict(entry) for entry in trainer.state.control]
 
-# %% ../../nbs/api/callbacks/00_recorder.ipynb #b97aee5e
-class Recorder(Recording):
-    "Keeps the history of a run"
-    def before_fit(self, trainer: Trainer) -> None: self.began = time.monotonic()
+    def state_dict(self) -> dict[str, Any]: return recorder_state(self)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: load_recorder(self, state)
 
-    def after_batch(self, trainer: Trainer) -> None: self.steps.take(trainer)
+# %% ../../nbs/api/callbacks/00_recorder.ipynb #d79dff3d
+def recorder_state(recorder: Recorder) -> dict[str, Any]:
+    "The state of a recorder, to go on from"
+    kept = {name: list(getattr(recorder.history, name)) for name in ("rows", "steps", "control")}
+    return {**kept, "pending": recorder.steps.pending, "next_step": recorder.steps.next_step,
+            "measured": dict(recorder.measured), "seconds": recorder.elapsed()}
 
-    def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is None or trainer.state.phase != "valid": return  # not part of the training
-        self.record(trainer, str(trainer.state.loader))
-
-    def after_epoch(self, trainer: Trainer) -> None: self.record(trainer)
-
-    def after_fit(self, trainer: Trainer) -> None:
-        if trainer.state.epoch_batch and trainer.state.ending in ("finished", "stopped"):
-            self.record(trainer)
-        self.read_steps(trainer)
-        self.seconds, self.began = self.elapsed(), None
-
-    def state_dict(self) -> dict[str, Any]:
-        "The history so far, and what is not read yet"
-        kept = {name: list(getattr(self.history, name)) for name in ("rows", "steps", "control")}
-        return {**kept, "pending": self.steps.pending, "next_step": self.steps.next_step,
-                "measured": dict(self.measured), "seconds": self.elapsed()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on with a saved history"
-        lists = ([dict(entry) for entry in state[name]] for name in ("rows", "steps", "control", "pending"))
-        self.history.rows, self.history.steps, self.history.control, self.steps.pending = lists
-        self.steps.next_step = state["next_step"]
-        self.measured, self.seconds, self.began = dict(state["measured"]), state["seconds"], None
+def load_recorder(recorder: Recorder, state: Mapping[str, Any]) -> None:
+    "Let a recorder go on with a saved history"
+    lists = ([dict(entry) for entry in state[name]] for name in ("rows", "steps", "control", "pending"))
+    history, steps = recorder.history, recorder.steps
+    history.rows, history.steps, history.control, steps.pending = lists
+    steps.next_step, recorder.measured = state["next_step"], dict(state["measured"])
+    recorder.seconds, recorder.began = state["seconds"], None
 
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #3a4635b5
 def recorder_of(trainer: Trainer) -> Recorder | None:
@@ -315,7 +182,7 @@ class RowWriter(Callback):
         self.written = max(self.written, until)
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is not None and trainer.state.phase == "valid": self.write_rows(len(self.history) - 1)
+        if inside_fit(trainer): self.write_rows(len(self.history) - 1)
 
     def after_epoch(self, trainer: Trainer) -> None: self.write_rows(len(self.history) - may_grow(trainer))
 
