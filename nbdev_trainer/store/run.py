@@ -40,7 +40,7 @@ def check_new_run(
     path = Path(directory)
     if path.is_file(): raise NotADirectoryError(f"'{path}' is a file; expected a directory for the run")
     if holds_run(path):
-        raise FileExistsError(f"'{path}' holds a run already, and two runs in one directory would be neither. "
+        raise FileExistsError(f"'{path}' holds a run already, and two in one directory would be neither. "
                               f"Choose another directory or remove this one; Run.open('{path}') shows it.")
 
 # %% ../../nbs/api/store/05_run.ipynb #92beec3c
@@ -102,7 +102,8 @@ def check_run(path: Path) -> Path:
         if found: advice = f"It holds runs: {', '.join(found[:10])}. Open one, or Run.table('{path}')."
         raise FileNotFoundError(f"'{path}' is not a run: it has neither {CONFIG} nor history.jsonl. {advice}")
     siblings = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
-    raise FileNotFoundError(f"there is no directory '{path}'. {did_you_mean(path.name, siblings, what='name')}")
+    advice = did_you_mean(path.name, siblings, what="name")
+    raise FileNotFoundError(f"there is no directory '{path}'. {advice}")
 
 # %% ../../nbs/api/store/05_run.ipynb #ea99c621
 def best_value(history: History, column: str, higher_is_better: bool | None) -> float | None:
@@ -133,7 +134,7 @@ def in_order(
     descending: bool,  # the largest first
 ) -> list[Run]:
     "The runs by a column; raises `KeyError` when none of them has it"
-    keys = [summary_row(run).get(by) for run in runs]
+    keys: list[Any] = [summary_row(run).get(by) for run in runs]
     columns = list(dict.fromkeys(name for run in runs for name in summary_row(run)))
     if by not in columns:
         raise KeyError(f"the runs have no column {by!r}. {did_you_mean(by, columns, what='column')}")
