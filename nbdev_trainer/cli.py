@@ -36,12 +36,13 @@ from .data.datasets import digits
 from .data.loaders import Loaders
 from .data.readers import read_mnist_folder, read_numeric_csv
 from .data.splits import random_split
-from .learner import Learner, check_lr
+from .learner import Learner
 from .loop.engine import find_device
 from .loop.optimizers import default_optimizer
 from .metrics.base import Mean
 from .metrics.classification import Accuracy
 from .store.curves import curves_svg
+from .use.choices import check_lr
 from .store.files import write_json, write_text
 
 # %% auto #0

@@ -10,9 +10,11 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/stopping.html.
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #9b2d1483
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .recorder import Recorder, current_lr
 from ..core.errors import did_you_mean
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
@@ -20,7 +22,7 @@ from ..loop.evaluation import check_monitor
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'EarlyStopping', 'not_measured']
+__all__ = ['is_better', 'Patience', 'EarlyStopping', 'not_measured', 'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
@@ -105,3 +107,22 @@ def not_measured(
     "The error for a result that never came"
     return ValueError(f"{monitor!r} is to be monitored and was not measured. "
                       f"{did_you_mean(monitor, results, what='result')}")
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #22eec3b1
+class FiniteLoss(Callback):
+    "Ends the fit with `FloatingPointError` when the training loss has become NaN or infinite"
+    runs_after = (Recorder,)
+
+    def after_evaluate(self, trainer: Trainer) -> None:
+        if trainer.plan is not None and trainer.state.phase == "valid": self.look(trainer)
+
+    def after_epoch(self, trainer: Trainer) -> None: self.look(trainer)
+
+    def look(self, trainer: Trainer) -> None:
+        "Raise `FloatingPointError` unless the mean training loss so far is a finite number"
+        loss = trainer.state.metrics.get("train_loss", 0.0)
+        if math.isfinite(loss): return
+        raise FloatingPointError(
+            f"the training loss is {loss} after {trainer.state.batch} batches, so the weights are spoilt. Usual causes: "
+            f"a learning rate that is too high (it is {float(current_lr(trainer)):g}), NaN in the data, or log(0) or "
+            "a division by 0 in the loss. learner.check() looks for them; clip_norm=1.0 keeps gradients in bounds.")

@@ -13,16 +13,18 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/errors.html.md"""
 
 # %% ../../nbs/api/core/00_errors.ipynb #f890d4ea
 from __future__ import annotations
-import difflib, importlib
-from collections.abc import Iterable, Mapping
+import difflib, functools, importlib, inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
+P, R = ParamSpec("P"), TypeVar("R")
+
 # %% auto #0
-__all__ = ['describe', 'did_you_mean', 'Problems', 'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'checked_keywords', 'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -80,6 +82,32 @@ def did_you_mean(
     else: plural = f"{what}es" if what.endswith("s") else f"{what}s"
     suggestion = f"Did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}Known {plural}: {', '.join(map(repr, listed[:12]))}{more}."
+
+# %% ../../nbs/api/core/00_errors.ipynb #0b7c53a1
+SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n", "n_epochs": "n",
+            "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "loss": "loss_fn", "loss_func": "loss_fn",
+            "criterion": "loss_fn", "opt": "optimizer", "opt_func": "optimizer", "optim": "optimizer",
+            "dls": "loaders", "data": "loaders", "dataloaders": "loaders", "cbs": "callbacks",
+            "bs": "batch_size", "val": "valid", "validation_split": "valid", "validation_data": "valid",
+            "test_size": "valid", "random_state": "seed", "accumulate_grad_batches": "accumulate",
+            "gradient_accumulation_steps": "accumulate", "gradient_clip_val": "clip_norm",
+            "max_grad_norm": "clip_norm", "accelerator": "device", "scheduler": "schedule",
+            "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir"}
+
+def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
+    "The function; a keyword that it does not have is answered with the one that was meant"
+    known = [name for name in inspect.signature(fn).parameters if name != "self"]
+
+    @functools.wraps(fn)
+    def call(*values: P.args, **options: P.kwargs) -> R:
+        for name in options:
+            if name in known: continue
+            here = SYNONYMS.get(name)
+            meant = f"Here it is called {here!r}. " if here in known else ""
+            raise TypeError(f"{fn.__qualname__}() has no argument {name!r}. {meant}"
+                            f"{did_you_mean(name, known, what='argument')}")
+        return fn(*values, **options)
+    return call
 
 # %% ../../nbs/api/core/00_errors.ipynb #dc393cf7
 class Problems:

@@ -23,7 +23,8 @@ from ..data.batch import Batch
 from .optimizers import step_lightly
 
 # %% auto #0
-__all__ = ['available_devices', 'find_device', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
+__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'EngineParts',
+           'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -40,13 +41,25 @@ def find_device(
     if str(device) == "auto": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"{device!r} names no device; this machine has {available}, and 'auto' takes the "
+        if str(device).lower() == "gpu": device = "gpu', in torch's terms 'cuda"
+        raise ValueError(f"'{device}' names no device; this machine has {available}, and 'auto' takes the "
                          "first") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
     raise ValueError(f"this machine has no device {name!r}; it has {available}. Pass one of them, or "
                      "device='auto'.")
+
+def move_model(
+    model: nn.Module,
+    device: torch.device,
+) -> None:
+    "The model to its device; raises `ValueError` for parameters that hold no numbers yet"
+    empty = [name for name, p in model.named_parameters() if p.device.type == "meta" != device.type]
+    if empty:
+        raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which holds no "
+                         f"numbers. Make room with model.to_empty(device={str(device)!r}), then initialise them.")
+    model.to(device)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3
 class Precision:

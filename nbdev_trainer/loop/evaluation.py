@@ -24,6 +24,7 @@ from ..core.nested import concatenate, detach, tensors, to_device
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, own_generators
+from .advice import advice, whereabouts
 from .callback import handler_table
 from .control import Control
 from .engine import Engine
@@ -32,8 +33,7 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'whereabouts', 'advice', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean',
-           'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -47,33 +47,6 @@ def module_modes(
     try: yield
     finally:
         for module, mode in before: module.training = mode
-
-# %% ../../nbs/api/loop/09_evaluation.ipynb #198ebf55
-def whereabouts(state: State) -> str:
-    "Which batch was in hand, for a note on an error"
-    batch = state.current_batch
-    held = "before the first batch"
-    if batch is not None: held = f"inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
-    return f"in epoch {state.epoch}, after {state.batch} batches, phase {state.phase}; {held}"
-
-# %% ../../nbs/api/loop/09_evaluation.ipynb #b557480c
-def advice(trainer: Any, error: BaseException) -> str | None:
-    "What to do about the mistakes that torch's own messages explain least; None when none of them is seen"
-    batch = trainer.state.current_batch
-    if batch is None or not isinstance(error, (RuntimeError, IndexError, TypeError, ValueError)): return None
-    inputs, targets = next(tensors(batch.inputs), None), batch.targets
-    dtype = next((p.dtype for p in trainer.model.parameters()), None)
-    if inputs is not None and inputs.is_floating_point() and dtype not in (None, inputs.dtype):
-        return f"the inputs are {inputs.dtype} and the model is {dtype}: convert one, with inputs.to({dtype})"
-    if targets is None: return "the batch has no targets; a loss needs them"
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel(): return None
-    if targets.dtype != torch.int64: return "class numbers must be int64 for torch's losses: targets.long()"
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        return "class numbers must be (batch,), not (batch, 1): targets.squeeze(1)"
-    if isinstance(error, IndexError) and targets.device.type == "cpu":
-        span = f"targets run from {targets.min()} to {targets.max()}"
-        return f"{span}; a model with n outputs knows the classes 0 to n - 1"
-    return None
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71
 @contextmanager

@@ -10,6 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/plan.html.md"""
 # %% ../../nbs/api/loop/07_plan.ipynb #7511ad00
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'current_lrs', 'begin_plan', 'set_lr', 'validation_due', 'make_plan',
-           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
+           'check_schedule', 'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
            'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
@@ -155,11 +156,21 @@ def make_plan(
     duration = Duration.parse(n)
     every = None if validate_every is None else Duration.parse(validate_every)
     check_limit(limit_batches)
-    if schedule is not None and not callable(schedule):
-        raise TypeError(f"schedule is {schedule!r}; expected a function of progress, such as cosine() or "
-                        "one_cycle()")
+    if schedule is not None: check_schedule(schedule)
     check_data(train, valid_sets, limit_batches, by_epoch=duration.unit == "ep")
     return FitPlan(train, valid_sets, duration, schedule, every, limit_batches, accumulate)
+
+# %% ../../nbs/api/loop/07_plan.ipynb #4539fb2e
+def check_schedule(schedule: Any) -> None:
+    "Raise `TypeError` for what is no function, `ValueError` for one whose values cannot be factors"
+    if not callable(schedule):
+        raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as cosine() or "
+                        "one_cycle()")
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        factor = schedule(progress)
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ValueError(f"the schedule gave {factor!r} at progress {progress}; expected a factor of the "
+                             "learning rate, a number of at least 0, where progress runs from 0 to 1")
 
 # %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
 def check_limit(limit_batches: Any) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['ELEMENTWISE', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'CountedLoss', 'check_loss',
-           'SupervisedStep', 'ManualStep']
+           'what_it_was_given', 'function_text', 'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -171,6 +171,26 @@ def check_loss(loss_fn: Any) -> Any:
         raise TypeError(f"loss_fn is {loss_fn!r}; expected a function of (predictions, targets)")
     return loss_fn
 
+# %% ../../nbs/api/loop/03_steps.ipynb #4cf3946a
+def what_it_was_given(
+    loss_fn: Any,
+    output: StepOutput,
+    targets: Any,
+) -> str:
+    "A note for an error that a loss function raised"
+    predictions = output.predictions
+    note = f"{function_text(loss_fn)} was given predictions {describe(predictions)} and targets {describe(targets)}"
+    if isinstance(predictions, (tuple, list)):
+        return f"{note}; say which part it takes, with forward=lambda model, inputs: model(inputs)[0]"
+    if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note
+    if targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
+        return f"{note}; class numbers are whole numbers: targets.long(). For numbers to approach: nn.MSELoss()"
+    return note
+
+def function_text(fn: Any) -> str:
+    "A function or module as a user wrote it"
+    return repr(fn) if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
+
 # %% ../../nbs/api/loop/03_steps.ipynb #1fda71b7
 class SupervisedStep(Step):
     "Run the model on the inputs and compare with the targets"
@@ -194,7 +214,10 @@ class SupervisedStep(Step):
         "Predictions and the mean loss"
         output = self.predict(trainer, batch)
         if trainer.handlers.after_predict: output = trainer.fire(Event.after_predict, output)
-        self.loss(output, batch)
+        try: self.loss(output, batch)
+        except Exception as error:
+            error.add_note(what_it_was_given(self.loss.loss_fn, output, targets_of(output, batch)))
+            raise
         if trainer.handlers.after_loss: output = trainer.fire(Event.after_loss, output)
         return output
 

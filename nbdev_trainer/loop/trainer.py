@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn, optim
 
 from ..core.duration import Duration
-from ..core.errors import describe, did_you_mean
+from ..core.errors import checked_keywords, describe, did_you_mean
+from ..core.messages import tell
 from ..core.seeding import set_rng_state
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, named_sets
+from .advice import advice, whereabouts
 from .callback import Callback, check_callbacks, handler_table, in_order
 from .control import call_each, check_events
-from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device
-from .evaluation import Evaluation, advice, module_modes, whereabouts
+from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device, move_model
+from .evaluation import Evaluation, module_modes
 from .events import EVALUATION_EVENTS, Event
 from .optimizers import check_optimizers
 from .plan import (FitPlan, begin_plan, continue_plan, generators, load_loader_state, make_plan,
@@ -276,8 +278,10 @@ class Trainer(Loop):
     fit_callbacks: Sequence[Callback] = ()        # of the running fit only
     open_plan: FitPlan | None = None              # of a fit that has begun and not come to its end
     loaded: Mapping[str, Any] | None = None       # saved state that the next fit starts from
+    shown = True                                  # what it says is printed, not only logged
     fits_done, fits_answered = 0, 0               # fits of the whole run; fits called since the run was loaded
 
+    @checked_keywords
     def __init__(self,
         model: nn.Module,                                            # moved to the device
         step: Step,                                                  # what one batch means
@@ -293,7 +297,7 @@ class Trainer(Loop):
         strategy: Strategy | None = None,                            # None: one process
     ) -> None:
         if not isinstance(step, Step):
-            raise TypeError(f"step is {step!r}; expected an instance of Step, such as "
+            raise TypeError(f"step is {describe(step)}; expected an instance of Step, such as "
                             "SupervisedStep(loss_fn)")
         optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {"main": optimizer}
         check_optimizers(optimizers, model)
@@ -303,7 +307,7 @@ class Trainer(Loop):
         parameter = next(model.parameters(), None)
         if device is None: device = "cpu" if parameter is None else parameter.device
         where = find_device(device)
-        model.to(where)
+        move_model(model, where)
         self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip_norm=clip_norm,
                              precision=precision, strategy=strategy)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
@@ -312,6 +316,7 @@ class Trainer(Loop):
         self.train_metrics, self.logged = MetricSet(self.metrics), MetricSet([])
         leave_fit(self)
 
+    @checked_keywords
     def fit(self,
         train: Iterable[Any],                              # yields training batches
         valid: Any = None,                                 # yields validation batches; a dict of several by name
@@ -333,7 +338,7 @@ class Trainer(Loop):
                              "validation data; define it, or pass valid=None")
         if resume and self.fits_answered < self.fits_done:
             self.fits_answered += 1
-            return print(f"fit {self.fits_answered} of this run is finished: nothing to do")
+            return tell(f"fit {self.fits_answered} of this run is finished: nothing to do", self.shown)
         with fitting(self, plan, check_callbacks(callbacks), resume): self.run_epochs(plan)
 
     def all_callbacks(self) -> list[Callback]:
