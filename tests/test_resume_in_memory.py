@@ -33,8 +33,29 @@ from nbdev_trainer.loop.steps import ManualStep, SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.adapters import FunctionMetric, TorchMetric, WholeSet
 from nbdev_trainer.metrics.base import Loss, Mean, Metric, RunningMean
-from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.metrics.classification import Accuracy, BinaryAccuracy, MultilabelAccuracy, TopKAccuracy
 from nbdev_trainer.metrics.collection import MetricSet
+from nbdev_trainer.metrics.confusion import (
+    CohenKappa,
+    ConfusionMatrix,
+    Dice,
+    F1Score,
+    FBetaScore,
+    IoU,
+    MatthewsCorrelation,
+    PrecisionScore,
+    RecallScore,
+)
+from nbdev_trainer.metrics.regression import (
+    R2,
+    ExplainedVariance,
+    MeanAbsoluteError,
+    MeanAbsolutePercentageError,
+    MeanSquaredError,
+    PearsonCorrelation,
+    RootMeanSquaredError,
+    SpearmanCorrelation,
+)
 
 
 class History(Callback):
@@ -292,20 +313,73 @@ def mean_of_scores(predictions, targets):
     return predictions.mean()
 
 
+def shown(metric, predictions, targets=lambda targets: targets):
+    """A metric that is shown other predictions and targets, made of scores (6, 3) and class numbers (6,)."""
+    update = metric.update
+
+    def convert(output, batch):
+        seen = StepOutput(predictions=predictions(output.predictions))
+        update(seen, Batch(None, targets(batch.targets), batch.size))
+
+    metric.update = convert
+    return metric
+
+
+def first_scores(scores):
+    return scores[:, 0]
+
+
+def is_one(targets):
+    return (targets == 1).float()
+
+
+def one_hot(targets):
+    return F.one_hot(targets, 3)
+
+
+def as_float(targets):
+    return targets.float()
+
+
 MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
     "Accuracy": Accuracy,
+    "Additive": lambda: F1Score("multiclass", 3),
     "AttachedFunction": lambda: attach("after_step", lambda trainer: None, every="2ba"),
+    "BinaryAccuracy": lambda: shown(BinaryAccuracy(), first_scores, is_one),
+    "ClassCounts": lambda: F1Score("multiclass", 3),
+    "ClassScore": lambda: F1Score("multiclass", 3, average="per_class"),
+    "CohenKappa": lambda: CohenKappa("multiclass", 3, distance="linear"),
+    "ConfusionMatrix": lambda: ConfusionMatrix("multiclass", 3),
+    "Dice": lambda: Dice("multiclass", 3),
     "EarlyStopping": lambda: EarlyStopping("valid_loss", patience=3, min_delta=10.0),
+    "ExplainedVariance": lambda: shown(ExplainedVariance(), first_scores, as_float),
+    "F1Score": lambda: shown(F1Score("binary"), first_scores, is_one),
+    "FBetaScore": lambda: FBetaScore("multiclass", 3, beta=2),
     "FunctionMetric": lambda: FunctionMetric(spread),
     "FusedAdamW": lambda: FusedAdamW(two_networks().parameters()),
+    "IoU": lambda: IoU("multiclass", 3),
+    "Kept": lambda: WholeSet(best_score),
     "Loader": own_loader,
     "Loss": Loss,
+    "MatthewsCorrelation": lambda: MatthewsCorrelation("multiclass", 3),
     "Mean": lambda: Mean(mean_of_scores),
+    "MeanAbsoluteError": lambda: shown(MeanAbsoluteError(), first_scores, as_float),
+    "MeanAbsolutePercentageError": lambda: shown(MeanAbsolutePercentageError(), first_scores, as_float),
+    "MeanSquaredError": lambda: shown(MeanSquaredError(), first_scores, as_float),
     "Metric": Plainest,
     "MetricSet": lambda: MetricSet([Accuracy(), FunctionMetric(best_score)]),
+    "Moments": lambda: shown(R2(), first_scores, as_float),
+    "MultilabelAccuracy": lambda: shown(MultilabelAccuracy(), lambda scores: scores, one_hot),
+    "PearsonCorrelation": lambda: shown(PearsonCorrelation(), first_scores, as_float),
+    "PrecisionScore": lambda: PrecisionScore("multiclass", 3),
+    "R2": lambda: shown(R2(), first_scores, as_float),
+    "RecallScore": lambda: RecallScore("multiclass", 3),
     "Recorder": lambda: Recorder(every="1st"),
+    "RootMeanSquaredError": lambda: shown(RootMeanSquaredError(), first_scores, as_float),
     "RunningMean": RunningMean,
+    "SpearmanCorrelation": lambda: shown(SpearmanCorrelation(), first_scores, as_float),
     "State": State,
+    "TopKAccuracy": lambda: TopKAccuracy(2),
     "TorchMetric": lambda: TorchMetric(torchmetrics.F1Score("multiclass", num_classes=3)),
     "Trainer": lambda: supervised(linear_net()),
     "WholeSet": lambda: WholeSet(best_score),

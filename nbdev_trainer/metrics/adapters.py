@@ -22,13 +22,13 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import concatenate, detach
 from ..data.batch import Batch, StepOutput
-from .base import Metric, function_name, snake_case, targets_of
+from .base import Kept, Metric, function_name, snake_case, targets_of
 
 # %% auto #0
 __all__ = ['WholeSet', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
-class WholeSet(Metric):
+class WholeSet(Kept):
     "`fn(predictions, targets)` called once, on everything since the last reset"
     def __init__(self,
         fn: Callable[[Any, Any], Any],  # (predictions, targets) of the whole set to a number
@@ -37,7 +37,6 @@ class WholeSet(Metric):
     ) -> None:
         super().__init__(name or function_name(fn))
         self.fn, self.higher_is_better = fn, higher_is_better
-        self.reset()
 
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Keep the predictions and targets of one batch, on their device"
@@ -47,18 +46,6 @@ class WholeSet(Metric):
         "The function's answer for the whole set; NaN when there was no batch"
         if not self.kept: return float("nan")
         return self.fn(*(concatenate(list(parts)) for parts in zip(*self.kept)))
-
-    def reset(self) -> None:
-        "Forget all batches"
-        self.kept: list[Any] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        "All outputs kept so far"
-        return {"kept": list(self.kept)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Go on from a saved state"
-        self.kept = list(state["kept"])
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
 class FunctionMetric(Metric):

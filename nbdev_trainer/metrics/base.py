@@ -22,7 +22,8 @@ from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 
 # %% auto #0
-__all__ = ['FOLD', 'weighted_sum', 'RunningMean', 'Metric', 'snake_case', 'targets_of', 'Loss', 'Mean', 'function_name']
+__all__ = ['FOLD', 'weighted_sum', 'RunningMean', 'Metric', 'added', 'snake_case', 'precise', 'zeros', 'Additive', 'Kept',
+           'raise_if_counted', 'targets_of', 'Loss', 'Mean', 'function_name']
 
 # %% ../../nbs/api/metrics/00_base.ipynb #fcd5540e
 FOLD = 64  # scalars kept before they are added up
@@ -124,12 +125,128 @@ class Metric:
         "Go on from a saved state"
         self.mean.load_state_dict(state)
 
+    def sums(self) -> dict[str, Tensor] | None:  # None: the state does not add up
+        "The whole state as tensors that add up over batches, shards and processes"
+        if type(self).state_dict is not Metric.state_dict: return None  # a state of its own
+        total, weight = self.mean.sums()
+        return {"total": torch.zeros(()) if total is None else total,
+                "weight": torch.zeros(()) if weight is None else weight}
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        "Go on from sums as `sums` gives them, added up over any number of shards"
+        self.mean.load_state_dict({**sums, "values": [], "weights": []})
+
+    def merge(self, other: Metric) -> None:
+        "Take in all that a metric of the same kind has seen; raises `TypeError` where that cannot be"
+        merged = None if type(other) is not type(self) else added(self.sums(), other.sums())
+        if merged is None:
+            raise TypeError(f"metric {self.name!r} cannot take in {describe(other)}; expected a "
+                            f"{type(self).__name__} with the same settings. A metric whose state is not sums "
+                            "defines merge(self, other).")
+        self.load_sums(merged)
+
+# %% ../../nbs/api/metrics/00_base.ipynb #637a2c29
+def added(
+    sums: Mapping[str, Tensor] | None,    # by name
+    others: Mapping[str, Tensor] | None,  # the same names and shapes
+) -> dict[str, Tensor] | None:  # None: they do not fit together
+    "Sums of two shards as the sums of both"
+    if sums is None or others is None: return None
+    shapes, other_shapes = ({name: one.shape for name, one in each.items()} for each in (sums, others))
+    if shapes != other_shapes: return None
+    def add(one: Tensor, other: Tensor) -> Tensor:
+        return one.to(other.device) + other if one.device.type == "cpu" else one + other.to(one.device)
+    return {name: add(one, others[name]) for name, one in sums.items()}
+
 # %% ../../nbs/api/metrics/00_base.ipynb #04fb1ebe
 def snake_case(
     name: str,  # of a class or function
 ) -> str:
     "`MeanAbsoluteError` as `mean_absolute_error`"
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+# %% ../../nbs/api/metrics/00_base.ipynb #44984f4c
+def precise(device: torch.device | str) -> torch.dtype:
+    "Double precision, or single where the device has no other"
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+def zeros(shapes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
+    "Sums of nothing"
+    return {key: torch.zeros(shape, dtype=precise(device), device=device) for key, shape in shapes.items()}
+
+class Additive(Metric):
+    "A metric whose state is tensors that add up; subclasses define `update` and `compute`"
+    def __init__(self,
+        name: str | None,                       # None: the class name in snake case
+        shapes: Mapping[str, tuple[int, ...]],  # of each sum, by name
+    ) -> None:
+        super().__init__(name)
+        self.shapes, self.state = dict(shapes), dict[str, Tensor]()
+
+    def sums_on(self, device: torch.device) -> dict[str, Tensor]:
+        "The sums on this device, zeros before the first batch; `update` adds to them in place"
+        if not self.state:
+            self.state = zeros(self.shapes, device)
+        elif next(iter(self.state.values())).device != device:
+            self.state = {key: one.to(device) for key, one in self.state.items()}
+        return self.state
+
+    def sums(self) -> dict[str, Tensor]:
+        "All sums so far, zeros before the first batch"
+        return self.state or zeros(self.shapes, "cpu")
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        "Go on from sums, which are copied"
+        self.state = {key: one.clone() for key, one in sums.items()}
+
+    def reset(self) -> None:
+        "Forget all batches"
+        self.state = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        "A copy of the sums"
+        return {key: one.clone() for key, one in self.state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from a saved state"
+        self.load_sums(state)
+
+# %% ../../nbs/api/metrics/00_base.ipynb #a7496748
+class Kept(Metric):
+    "A metric that keeps its batches; subclasses define `update`, which appends to `kept`, and `compute`"
+    def __init__(self,
+        name: str | None = None,  # None: the class name in snake case
+    ) -> None:
+        super().__init__(name)
+        self.kept: list[Any] = []  # whatever `update` appends: tensors without gradient, on their device
+
+    def reset(self) -> None:
+        "Forget all batches"
+        self.kept = []
+
+    def state_dict(self) -> dict[str, Any]:
+        "All that was kept"
+        return {"kept": list(self.kept)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from a saved state"
+        self.kept = list(state["kept"])
+
+    def merge(self, other: Metric) -> None:
+        "Keep what another has kept, too; raises `TypeError` for a metric of another kind"
+        if not isinstance(other, Kept) or type(other) is not type(self):
+            raise TypeError(f"metric {self.name!r} cannot take in {describe(other)}; expected a "
+                            f"{type(self).__name__}")
+        self.kept += other.kept
+
+# %% ../../nbs/api/metrics/00_base.ipynb #8fefd186
+def raise_if_counted(
+    count: Tensor,  # () of wrong values, on any device
+    message: str,   # what they are, what was expected, what to do; `{}` stands for the count
+) -> None:
+    "Raise `ValueError` unless the count is zero; reads the device, so it is for `compute`"
+    if count.device.type == "meta": return  # there is nothing to read
+    if found := count.item(): raise ValueError(message.format(f"{found:g}"))
 
 # %% ../../nbs/api/metrics/00_base.ipynb #17c3af99
 def targets_of(output: StepOutput, batch: Batch) -> Any:

@@ -1,7 +1,8 @@
-"""How often the class with the highest score is the right one
+"""How often a classifier is right: one class of many, yes or no, several labels, the first k
 
-Metrics for models that choose among classes. They take scores as the model gives them, logits or
-probabilities, with the classes in dimension 1, as torch's losses do.
+Metrics for models that choose. What a score means is said, never guessed: there is one accuracy for a class
+among many, one for yes or no, one for several labels at once. They take scores as the model gives them, in
+the layout of torch's losses.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/classification.html.md"""
 
@@ -10,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/classification.h
 # %% ../../nbs/api/metrics/01_classification.ipynb #82e41754
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
-from .base import Metric, RunningMean, targets_of
+from .base import Additive, Metric, RunningMean, targets_of
 
 # %% auto #0
-__all__ = ['Accuracy', 'check_scores', 'count_of_each']
+__all__ = ['Accuracy', 'check_scores', 'count_of_each', 'TopKAccuracy', 'is_positive', 'check_threshold', 'binary_scores',
+           'multilabel_scores', 'wrong_values', 'raise_if_wrong', 'BinaryAccuracy', 'MultilabelAccuracy']
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #d7d05928
 class Accuracy(Metric):
@@ -37,7 +40,7 @@ class Accuracy(Metric):
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes other than `check_scores` allows"
         scores, targets = output.predictions, targets_of(output, batch)
-        check_scores(scores, targets)
+        check_scores(scores, targets, "Accuracy")
         right = scores.argmax(1) == targets
         if self.ignore_index is None and batch.weights is None:
             self.mean.add(right.sum(), targets.numel())
@@ -49,14 +52,23 @@ class Accuracy(Metric):
 def check_scores(
     scores: Any,   # should be (batch, classes, ...), two classes or more
     targets: Any,  # should be (batch, ...), integers
+    name: str,     # of the metric
+    n_classes: int | None = None,  # None: any number
 ) -> None:
     "Raise `ValueError` unless scores are (batch, classes, ...) and targets integers of shape (batch, ...)"
-    if isinstance(scores, Tensor) and isinstance(targets, Tensor) and scores.ndim == targets.ndim + 1:
+    hint = "For another layout pass a function of (predictions, targets) as the metric."
+    if isinstance(scores, Tensor) and isinstance(targets, Tensor):
         shape = scores.shape
-        if shape[:1] + shape[2:] == targets.shape and shape[1] > 1 and not targets.is_floating_point(): return
-    raise ValueError(f"Accuracy got predictions {describe(scores)} and targets {describe(targets)}; expected "
-                     "scores (batch, classes, ...), at least two classes, and integer class numbers (batch, "
-                     "...). For another layout pass a function of (predictions, targets) as the metric.")
+        if scores.ndim == targets.ndim + 1 and shape[:1] + shape[2:] == targets.shape and shape[1] > 1:
+            if not targets.is_floating_point() and n_classes in (None, shape[1]): return
+        if scores.ndim == 1 or scores.ndim > 1 and shape[1] == 1:
+            hint = "A single score for each target is a binary model: use BinaryAccuracy, or task \"binary\"."
+        elif shape == targets.shape:
+            hint = "One-hot targets: pass targets.argmax(1). Several labels each: use task \"multilabel\"."
+    classes = "at least two classes" if n_classes is None else f"n_classes={n_classes}"
+    raise ValueError(f"{name} got predictions {describe(scores)} and targets {describe(targets)}; expected "
+                     f"scores (batch, classes, ...), {classes}, and integer class numbers (batch, "
+                     f"...). {hint}")
 
 def count_of_each(
     targets: Tensor,            # (batch, ...)
@@ -67,3 +79,163 @@ def count_of_each(
     if ignore_index is None: counts = torch.ones_like(targets, dtype=torch.float32)
     else: counts = (targets != ignore_index).float()
     return counts if weights is None else counts * weights.view(-1, *[1] * (targets.ndim - 1))
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #3bfd81d4
+class TopKAccuracy(Metric):
+    "Share of targets whose class is among the k with the highest scores"
+    higher_is_better = True
+
+    def __init__(self,
+        k: int = 5,                       # answers among which the class may be, fewer than all classes
+        *,
+        ignore_index: int | None = None,  # targets with this value do not count
+        name: str | None = None,          # None: "top_5_accuracy" for k=5
+    ) -> None:
+        if k < 1: raise ValueError(f"TopKAccuracy got k={k}; expected 1 or more")
+        super().__init__(name or f"top_{k}_accuracy")
+        self.mean, self.k, self.ignore_index = RunningMean(of_sums=True), k, ignore_index
+
+    def update(self, output: StepOutput, batch: Batch) -> None:
+        "Take in one batch; raises `ValueError` for shapes that `check_scores` refuses, or too few classes"
+        scores, targets = output.predictions, targets_of(output, batch)
+        check_scores(scores, targets, "TopKAccuracy")
+        if self.k >= scores.shape[1]:
+            raise ValueError(f"TopKAccuracy got k={self.k} for {scores.shape[1]} classes; every answer would "
+                             "be right. Pass a smaller k.")
+        right = (scores.topk(self.k, 1).indices == targets.unsqueeze(1)).any(1)
+        counts = count_of_each(targets, self.ignore_index, batch.weights)
+        self.mean.add((right * counts).sum(), counts.sum())
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #44ccca08
+def is_positive(
+    scores: Tensor,     # logits or probabilities
+    threshold: float,   # of the probability, between 0 and 1
+    from_logits: bool,  # whether the scores are logits
+) -> Tensor:  # bool, the shape of the scores
+    "Which scores are above the threshold"
+    return scores > (math.log(threshold / (1 - threshold)) if from_logits else threshold)
+
+def check_threshold(threshold: float, name: str) -> None:
+    "Raise `ValueError` unless it is between 0 and 1"
+    if not 0 < threshold < 1:
+        raise ValueError(f"{name} got threshold={threshold}; expected a probability, also "
+                         "for logits: between 0 and 1")
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #6299a693
+def binary_scores(
+    scores: Any,   # should be (batch, ...), or with a dimension 1 of size 1
+    targets: Any,  # should be (batch, ...), zeros and ones of any type
+    name: str,     # of the metric
+) -> tuple[Tensor, Tensor]:  # both in the same shape
+    "Scores and targets of a binary model in one shape; raises `ValueError` for shapes that do not fit"
+    if isinstance(scores, Tensor) and isinstance(targets, Tensor):
+        if scores.ndim > 1 and scores.shape[1] == 1: scores = scores.squeeze(1)
+        if targets.ndim > 1 and targets.shape[1] == 1: targets = targets.squeeze(1)
+        if scores.shape == targets.shape and scores.ndim and scores.ndim != 2: return scores.detach(), targets
+    raise ValueError(f"{name} got predictions {describe(scores)} and targets {describe(targets)}; expected "
+                     "one score for each target, (batch,) or (batch, 1) or (batch, 1, height, width). For "
+                     "two columns use the multiclass metric, for several labels the multilabel one.")
+
+def multilabel_scores(
+    scores: Any,   # should be (batch, labels, ...)
+    targets: Any,  # should be the same shape, zeros and ones of any type
+    name: str,     # of the metric
+    n_labels: int | None = None,  # None: any number
+) -> tuple[Tensor, Tensor]:
+    "Scores and targets of a multilabel model; raises `ValueError` for shapes that do not fit"
+    if isinstance(scores, Tensor) and isinstance(targets, Tensor) and scores.shape == targets.shape:
+        if scores.ndim > 1 and n_labels in (None, scores.shape[1]): return scores.detach(), targets
+    labels = "labels" if n_labels is None else f"{n_labels} labels"
+    raise ValueError(f"{name} got predictions {describe(scores)} and targets {describe(targets)}; expected "
+                     f"both (batch, {labels}, ...). For class numbers use the multiclass metric.")
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #5bc1126d
+def wrong_values(
+    scores: Tensor,             # of a binary or multilabel model
+    targets: Tensor,            # the same shape
+    from_logits: bool,          # logits may have any value
+    ignore_index: int | None,   # targets with this value may stand
+) -> Tensor:  # (2,) scores outside [0, 1], targets other than 0 and 1
+    "How many values cannot be right, on the device"
+    strange = (targets != 0) & (targets != 1)
+    if ignore_index is not None: strange &= targets != ignore_index
+    outside = torch.zeros_like(strange) if from_logits else ~((scores >= 0) & (scores <= 1))
+    return torch.stack([outside.sum(), strange.sum()])
+
+def raise_if_wrong(
+    wrong: Tensor,  # (2,) as `wrong_values` gives them, added up
+    name: str,      # of the metric
+) -> None:
+    "Raise `ValueError` for wrong values that were counted; reads the device, so it is for `compute`"
+    n_scores, n_targets = (0, 0) if wrong.device.type == "meta" else wrong.tolist()
+    if n_scores:
+        raise ValueError(f"{name} got {n_scores:.0f} scores outside [0, 1]; from_logits=False promises "
+                         "probabilities. Pass from_logits=True, or apply a sigmoid or softmax.")
+    if n_targets:
+        raise ValueError(f"{name} got {n_targets:.0f} targets other than 0 and 1; expected zeros and ones. "
+                         "Pass ignore_index= for a value that should not count.")
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #b5d39b92
+class BinaryAccuracy(Additive):
+    "Share of targets, zeros and ones, that a threshold on the score gets right"
+    higher_is_better = True
+
+    def __init__(self,
+        *,
+        threshold: float = 0.5,           # of the probability, between 0 and 1
+        from_logits: bool = True,         # False: the scores are probabilities
+        ignore_index: int | None = None,  # targets with this value do not count
+        name: str | None = None,          # None: "binary_accuracy"
+    ) -> None:
+        super().__init__(name, {"right": (), "count": (), "wrong": (2,)})
+        check_threshold(threshold, type(self).__name__)
+        self.threshold, self.from_logits, self.ignore_index = threshold, from_logits, ignore_index
+
+    def update(self, output: StepOutput, batch: Batch) -> None:
+        "Take in one batch; raises `ValueError` unless there is one score for each target"
+        scores, targets = binary_scores(output.predictions, targets_of(output, batch), "BinaryAccuracy")
+        self.add(scores, targets, batch.weights)
+
+    def add(self, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        "Add up what is right, what counts, and what cannot be"
+        right = is_positive(scores, self.threshold, self.from_logits) == targets.bool()
+        self.count(right, count_of_each(targets, self.ignore_index, weights), scores.device)
+        wrong = wrong_values(scores, targets, self.from_logits, self.ignore_index)
+        self.sums_on(scores.device)["wrong"] += wrong
+
+    def count(self, right: Tensor, counts: Tensor, device: torch.device) -> None:
+        "Add to the share"
+        sums = self.sums_on(device)
+        sums["right"] += (right * counts).sum()
+        sums["count"] += counts.sum()
+
+    def compute(self) -> Tensor:
+        "The share so far; raises `ValueError` where scores or targets had wrong values"
+        sums = self.sums()
+        raise_if_wrong(sums["wrong"], type(self).__name__)
+        return sums["right"] / sums["count"]
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #c75e560e
+class MultilabelAccuracy(BinaryAccuracy):
+    "Share of labels that a threshold on the score gets right, or of samples with all labels right"
+    def __init__(self,
+        *,
+        exact: bool = False,              # True: a sample is right when all its labels are
+        threshold: float = 0.5,           # of the probability, between 0 and 1
+        from_logits: bool = True,         # False: the scores are probabilities
+        ignore_index: int | None = None,  # targets with this value do not count
+        name: str | None = None,          # None: "multilabel_accuracy"
+    ) -> None:
+        super().__init__(threshold=threshold, from_logits=from_logits, ignore_index=ignore_index, name=name)
+        self.exact = exact
+
+    def update(self, output: StepOutput, batch: Batch) -> None:
+        "Take in one batch; raises `ValueError` unless scores and targets are (batch, labels, ...)"
+        scores, targets = output.predictions, targets_of(output, batch)
+        scores, targets = multilabel_scores(scores, targets, "MultilabelAccuracy")
+        self.add(scores, targets, batch.weights)
+
+    def count(self, right: Tensor, counts: Tensor, device: torch.device) -> None:
+        "Add to the share; a sample is right when no label that counts is wrong"
+        if self.exact: right, counts = (right | (counts == 0)).all(1), counts.amax(1)
+        super().count(right, counts, device)
