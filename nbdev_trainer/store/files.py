@@ -15,7 +15,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/store/files.html.md"""
 # %% ../../nbs/api/store/00_files.ipynb #61d24fb1
 from __future__ import annotations
 import json, os, secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'read_json', 'write_tensors',
-           'read_metadata', 'read_tensors', 'append_line']
+           'read_metadata', 'read_tensors', 'append_lines', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def _sync(path: Path) -> None:
@@ -205,15 +205,27 @@ def read_tensors(
                          " The file is damaged.") from None
 
 # %% ../../nbs/api/store/00_files.ipynb #1fb8b681
+def append_lines(
+    path: str | Path,  # the file; it is created if need be
+    texts: Iterable[str],  # one line each, without its end
+) -> None:
+    "Add lines to a text file, in one write."
+    texts = list(texts)
+    for text in texts:
+        if "\n" in text or "\r" in text:
+            raise ValueError(f"{describe(text)} is more than one line. Write one line at a time.")
+    if not texts: return
+    with open(path, "a+b") as file:
+        start = ""
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n": start = "\n"
+        file.write((start + "\n".join(texts) + "\n").encode("utf-8"))
+
+
 def append_line(
     path: str | Path,  # the file; it is created if need be
     text: str,  # one line, without its end
 ) -> None:
     "Add a line to a text file."
-    if "\n" in text or "\r" in text:
-        raise ValueError(f"{describe(text)} is more than one line. Write one line at a time.")
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n": text = "\n" + text
-        file.write(text.encode("utf-8") + b"\n")
+    append_lines(path, [text])
