@@ -406,7 +406,7 @@ def test_a_callback_of_the_class_of_a_default_one_replaces_it():
     one = learner(default_callbacks=True, callbacks=[recorder])
     one.fit(1)
     kinds = [type(callback) for callback in one.trainer.callbacks]
-    assert sorted(kind.__name__ for kind in kinds) == ["Progress", "Recorder"]
+    assert sorted(kind.__name__ for kind in kinds) == ["FiniteLoss", "Progress", "Recorder"]
     assert one.history is recorder.history and len(one.history.steps) == 4
 
 
@@ -424,7 +424,7 @@ def test_plan_prints_optimizer_step_device_and_who_acts_when(capsys):
     out = capsys.readouterr().out
     assert "main optimizer: SGD, 323 parameters at lr 0.1" in out and "device: cpu" in out
     line = next(line for line in out.splitlines() if line.startswith("after_epoch"))
-    assert line.split()[1:] == ["EarlyStopping", ">", "Recorder", ">", "Progress"]
+    assert line.split()[1:] == ["EarlyStopping", ">", "Recorder", ">", "FiniteLoss", ">", "Progress"]
 
 
 def test_an_attached_function_is_called(capsys):
@@ -460,15 +460,15 @@ def test_a_learner_of_a_step_without_evaluation_says_so_before_training():
 
 
 def test_arguments_that_cannot_work_fail_when_the_learner_is_made():
-    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match="expected an instance of torch.nn.Module"):
         learner(lambda x: x)
     with pytest.raises(TypeError, match=r"expected Loaders, or a pair \(train, valid\)"):
         learner(loaders=[1, 2, 3])
     with pytest.raises(ValueError, match="leave out loss_fn and forward"):
         learner(step=Step())
-    with pytest.raises(ValueError, match="has no parameter to train"):
+    with pytest.raises(ValueError, match="so there is nothing to train; unfreeze"):
         learner(net().requires_grad_(False))
     with pytest.raises(ValueError, match="this machine has no device"):
         learner(device="cuda:99")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'epochs'"):
+    with pytest.raises(TypeError, match="has no argument .epochs."):
         learner(epochs=3)

@@ -121,8 +121,8 @@ class FiniteLoss(Callback):
     def look(self, trainer: Trainer) -> None:
         "Raise `FloatingPointError` unless the mean training loss so far is a finite number"
         loss = trainer.state.metrics.get("train_loss", 0.0)
-        if math.isfinite(loss): return
+        if math.isfinite(loss) or trainer.device.type == "meta": return  # that device holds no numbers
         raise FloatingPointError(
-            f"the training loss is {loss} after {trainer.state.batch} batches, so the weights are spoilt. Usual causes: "
+            f"the training loss is {loss} after {trainer.state.batch} batches, and so are probably the weights. Usual causes: "
             f"a learning rate that is too high (it is {float(current_lr(trainer)):g}), NaN in the data, or log(0) or "
             "a division by 0 in the loss. learner.check() looks for them; clip_norm=1.0 keeps gradients in bounds.")

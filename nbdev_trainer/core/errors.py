@@ -96,7 +96,7 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
 
 def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     "The function; a keyword that it does not have is answered with the one that was meant"
-    known = [name for name in inspect.signature(fn).parameters if name != "self"]
+    known = [name for name in inspect.signature(fn).parameters if name not in ("self", "cls")]
 
     @functools.wraps(fn)
     def call(*values: P.args, **options: P.kwargs) -> R:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
 from .batch import Batch, count_samples, to_batch
@@ -205,6 +205,7 @@ class Loaders:
         return self.valid_sets.get("valid") if set(self.valid_sets) <= {"valid"} else self.valid_sets
 
     @classmethod
+    @checked_keywords
     def from_arrays(cls,
         inputs: Any,              # numpy arrays or tensors in any nesting, one row per sample
         targets: Any = None,      # likewise, or None

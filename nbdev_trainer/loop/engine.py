@@ -41,8 +41,8 @@ def find_device(
     if str(device) == "auto": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
-        if str(device).lower() == "gpu": device = "gpu', in torch's terms 'cuda"
-        raise ValueError(f"'{device}' names no device; this machine has {available}, and 'auto' takes the "
+        here = ", which torch calls 'cuda'," if str(device).lower() == "gpu" else ""
+        raise ValueError(f"{device!r}{here} names no device; this machine has {available}, and 'auto' takes the "
                          "first") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)

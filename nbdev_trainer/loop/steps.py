@@ -183,7 +183,8 @@ def what_it_was_given(
     if isinstance(predictions, (tuple, list)):
         return f"{note}; say which part it takes, with forward=lambda model, inputs: model(inputs)[0]"
     if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note
-    if targets.is_floating_point() and predictions.ndim == targets.ndim + 1:
+    several = predictions.ndim == targets.ndim + 1 and predictions.shape[1] > 1
+    if several and targets.is_floating_point():
         return f"{note}; class numbers are whole numbers: targets.long(). For numbers to approach: nn.MSELoss()"
     return note
 
