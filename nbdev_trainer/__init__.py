@@ -6,7 +6,9 @@ Modules:
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves and a table that stays
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
+- `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
+- `nbdev_trainer.callbacks.trackers`: The same rows for TensorBoard, Weights & Biases and MLflow
 - `nbdev_trainer.cli`: Train a model from the command line
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
 - `nbdev_trainer.core.errors`: Helpers that make an error message say what happened, what was expected, and what to do
@@ -36,27 +38,35 @@ Modules:
 - `nbdev_trainer.metrics.base`: What a metric is, and the running mean on the device that most of them are made of
 - `nbdev_trainer.metrics.classification`: How often a classifier is right: one class of many, yes or no, several labels, the first k
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
+- `nbdev_trainer.metrics.confusion`: Precision, recall, F-beta, Dice, IoU, MCC, kappa: all that follows from which class was taken for which
+- `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
+- `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
 - `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
+- `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was
 - `nbdev_trainer.use.choices`: What the learner chooses when it is not told: loss, optimizer, learning rates
 - `nbdev_trainer.use.data_checks`: Mistakes that can be seen in the data: values, scales, labels, order, overlap
+- `nbdev_trainer.use.data_report`: What is in a data set, and what in it is odd, before any training
 - `nbdev_trainer.use.environment`: Versions, devices and settings, for a bug report
 - `nbdev_trainer.use.evidence`: What one batch, a few steps and a handful of other batches tell about a set-up
 - `nbdev_trainer.use.findings`: What a look at a set-up found: what is wrong, how to mend it, and a short report
 - `nbdev_trainer.use.loss_checks`: Mistakes between predictions, targets and loss
 - `nbdev_trainer.use.model_checks`: Mistakes in model and optimizer: what does not learn, and why
+- `nbdev_trainer.use.rehearsal`: Can the model learn two batches by heart, and does everything work that a fit will do? Both without a trace
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.recorder import Recorder
+from nbdev_trainer.callbacks.run_directory import RunDirectory
 from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.callbacks.trackers import MLflow, TensorBoard, WeightsAndBiases
 from nbdev_trainer.core.duration import Duration
 from nbdev_trainer.core.seeding import seed_everything
 from nbdev_trainer.data.batch import Batch, StepOutput, from_dict
@@ -77,14 +87,16 @@ from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.adapters import WholeSet
 from nbdev_trainer.metrics.base import Loss, Mean, Metric
 from nbdev_trainer.metrics.classification import Accuracy
-from nbdev_trainer.store.history import History
+from nbdev_trainer.store.history import History, plot_histories
+from nbdev_trainer.store.run import Run, RunTable
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy", "Batch", "CSVTable", "Callback", "Duration", "EarlyStopping", "Event", "FusedAdamW", "History",
-    "JSONLines", "Learner", "Loader", "Loaders", "Loss", "ManualStep", "Mean", "Metric", "Precision", "Predictions",
-    "Progress", "Recorder", "Schedule", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "Trainer",
-    "WholeSet", "chained", "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "random_split",
+    "JSONLines", "Learner", "Loader", "Loaders", "Loss", "MLflow", "ManualStep", "Mean", "Metric", "Precision",
+    "Predictions", "Progress", "Recorder", "Run", "RunDirectory", "RunTable", "Schedule", "State", "Step",
+    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "Trainer", "WeightsAndBiases", "WholeSet", "chained",
+    "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "plot_histories", "random_split",
     "read_mnist_folder", "read_numeric_csv", "seed_everything", "warm_up",
 ]

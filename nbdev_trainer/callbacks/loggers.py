@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ..store.lines import as_json, continue_file
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['check_directory', 'JSONLines', 'CSVTable']
+__all__ = ['check_directory', 'JSONLines', 'check_table', 'CSVTable']
 
 # %% ../../nbs/api/callbacks/02_loggers.ipynb #08b62cb3
 def check_directory(
@@ -51,16 +51,30 @@ class JSONLines(RowWriter):
         append_line(self.path, as_json(row))
 
 # %% ../../nbs/api/callbacks/02_loggers.ipynb #647177b7
+def check_table(
+    path: Path,                         # of a table that will be replaced; it need not exist
+    rows: Sequence[Mapping[str, Any]],  # of the history that it will hold
+) -> None:
+    "Raise `FileExistsError` when a file holds something else than the beginning of this history"
+    if not path.is_file(): return
+    header, first, *_ = [*path.read_text(encoding="utf-8", errors="replace").splitlines()[:2], "", ""]
+    written = next(csv.DictReader([header, first]), {})
+    own = {name: str(value) for name, value in rows[0].items()} if rows else None
+    if own is None or {name: value for name, value in written.items() if value} != own:
+        raise FileExistsError(f"'{path}' holds something else than this run, and would be lost. Choose "
+                              "another name, or remove the file.")
+
 class CSVTable(RowWriter):
     "Keeps a CSV file with all rows of the history"
     def __init__(self,
-        path: str | Path,  # of the file; its directory must exist; a file there is replaced
+        path: str | Path,  # of the file; its directory must exist
     ) -> None:
         self.path = Path(path)
 
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
         check_directory(self.path)
+        check_table(self.path, self.history.rows)
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         "Write the table up to this row"
