@@ -46,6 +46,8 @@ from nbdev_trainer.metrics.confusion import (
     PrecisionScore,
     RecallScore,
 )
+from nbdev_trainer.metrics.probabilities import BrierScore, CalibrationError, LogLoss
+from nbdev_trainer.metrics.ranking import AUROC, AveragePrecision
 from nbdev_trainer.metrics.regression import (
     R2,
     ExplainedVariance,
@@ -56,6 +58,7 @@ from nbdev_trainer.metrics.regression import (
     RootMeanSquaredError,
     SpearmanCorrelation,
 )
+from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 
 
 class History(Callback):
@@ -341,11 +344,22 @@ def as_float(targets):
     return targets.float()
 
 
+def as_texts(values):
+    """A text for each row: the order of its scores, or its class number."""
+    return [" ".join(map(str, row)) for row in values.view(len(values), -1).argsort(1).tolist()]
+
+
 MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
+    "AUROC": lambda: AUROC("multiclass", 3),
     "Accuracy": Accuracy,
     "Additive": lambda: F1Score("multiclass", 3),
     "AttachedFunction": lambda: attach("after_step", lambda trainer: None, every="2ba"),
+    "AveragePrecision": lambda: AveragePrecision("multiclass", 3, n_bins=20),
+    "BLEU": lambda: shown(BLEU(), as_texts, as_texts),
     "BinaryAccuracy": lambda: shown(BinaryAccuracy(), first_scores, is_one),
+    "BrierScore": lambda: BrierScore("multiclass", 3),
+    "CalibrationError": lambda: CalibrationError("multiclass", 3),
+    "CharErrorRate": lambda: shown(CharErrorRate(), as_texts, as_texts),
     "ClassCounts": lambda: F1Score("multiclass", 3),
     "ClassScore": lambda: F1Score("multiclass", 3, average="per_class"),
     "CohenKappa": lambda: CohenKappa("multiclass", 3, distance="linear"),
@@ -360,6 +374,7 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "IoU": lambda: IoU("multiclass", 3),
     "Kept": lambda: WholeSet(best_score),
     "Loader": own_loader,
+    "LogLoss": lambda: LogLoss("multiclass", 3),
     "Loss": Loss,
     "MatthewsCorrelation": lambda: MatthewsCorrelation("multiclass", 3),
     "Mean": lambda: Mean(mean_of_scores),
@@ -371,8 +386,12 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Moments": lambda: shown(R2(), first_scores, as_float),
     "MultilabelAccuracy": lambda: shown(MultilabelAccuracy(), lambda scores: scores, one_hot),
     "PearsonCorrelation": lambda: shown(PearsonCorrelation(), first_scores, as_float),
+    "Perplexity": lambda: Perplexity(3),
     "PrecisionScore": lambda: PrecisionScore("multiclass", 3),
+    "ProbabilityMetric": lambda: LogLoss("multiclass", 3),
     "R2": lambda: shown(R2(), first_scores, as_float),
+    "Ranking": lambda: AUROC("multiclass", 3, n_bins=20),
+    "RankingState": lambda: AUROC("multiclass", 3, n_bins=20),
     "RecallScore": lambda: RecallScore("multiclass", 3),
     "Recorder": lambda: Recorder(every="1st"),
     "RootMeanSquaredError": lambda: shown(RootMeanSquaredError(), first_scores, as_float),
@@ -383,6 +402,7 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "TorchMetric": lambda: TorchMetric(torchmetrics.F1Score("multiclass", num_classes=3)),
     "Trainer": lambda: supervised(linear_net()),
     "WholeSet": lambda: WholeSet(best_score),
+    "WordErrorRate": lambda: shown(WordErrorRate(), as_texts, as_texts),
 }
 CLOCK = {"elapsed", "since_validation", "seconds", "time", "duration"}  # keys that differ from run to run
 
