@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
 from .callbacks.progress import Progress
 from .callbacks.recorder import Recorder
+from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
+from .callbacks.trackers import TensorBoard
 from .core.duration import Duration
 from .core.errors import Problems, checked_keywords, describe
 from .core.messages import tell
@@ -40,7 +44,8 @@ from .use.choices import make_optimizers, make_step, spread_lr
 from .use.summary import ModelSummary, summarize
 
 # %% auto #0
-__all__ = ['as_loaders', 'with_defaults', 'check_replacements', 'load_weights', 'describe_optimizer', 'only_valid', 'Learner']
+__all__ = ['as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'describe_optimizer', 'only_valid',
+           'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def as_loaders(
@@ -70,6 +75,23 @@ def check_replacements(callbacks: Iterable[Callback], present: Iterable[Callback
         if type(one) in kinds:
             raise ValueError(f"the learner has a {one} already, so everything would come twice; pass yours to "
                              "Learner(callbacks=[...]), where it takes the place of the default one")
+
+def keepers(
+    run_dir: str | Path | None,        # a new directory; None: the run is not kept
+    config: Mapping[str, Any] | None,  # facts that only the user knows
+    given: Iterable[Callback],         # the user's callbacks
+    with_tensorboard: bool,            # also write for TensorBoard, if it is installed
+    shown: bool = True,                # say so
+) -> list[Callback]:
+    "What keeps a run in a directory; raises `FileExistsError` for one that holds a run"
+    if run_dir is None:
+        if config: raise ValueError("config= is kept in the directory of the run; pass run_dir= as well")
+        return []
+    kept: list[Callback] = [RunDirectory(run_dir, config)]
+    if not with_tensorboard or find_spec("tensorboard") is None: return kept
+    if any(isinstance(one, TensorBoard) for one in given): return kept
+    tell(f"tensorboard --logdir {Path(run_dir) / 'tensorboard'}", shown)
+    return [*kept, TensorBoard(Path(run_dir) / "tensorboard", config)]
 
 # %% ../nbs/api/learner.ipynb #0692108a
 def load_weights(
@@ -131,6 +153,8 @@ class Learner:
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
+        run_dir: str | Path | None = None,                    # a new directory to keep the run in
+        config: Mapping[str, Any] | None = None,              # facts to keep there, such as {"data": "flowers"}
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {describe(model)}; expected an instance of torch.nn.Module, such as "
@@ -145,8 +169,10 @@ class Learner:
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
             step.loss.loss_fn.to(where)  # class weights, for example
         optimizers = make_optimizers(optimizer, model, lr, shown)
-        self.trainer = Trainer(model, step, optimizers, metrics=metrics,
-                               callbacks=with_defaults(callbacks, default_callbacks, shown), as_batch=as_batch,
+        callbacks = with_defaults(callbacks, default_callbacks, shown)
+        facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
+        callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
+        self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
                                device=where, accumulate=accumulate, clip_norm=clip_norm)
         self.trainer.shown = shown
 
