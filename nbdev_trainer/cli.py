@@ -17,7 +17,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -42,14 +42,16 @@ from .loop.optimizers import default_optimizer
 from .metrics.base import Mean
 from .metrics.classification import Accuracy
 from .store.curves import curves_svg
-from .use.choices import check_lr
 from .store.files import write_json, write_text
+from .use.choices import check_lr
+from .use.data_report import report_on
+from .use.environment import environment_report
 
 # %% auto #0
-__all__ = ['MAX_CLASSES', 'HELP', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits', 'prepare_folder',
-           'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings', 'mean_absolute_error',
-           'make_learner', 'n_threads', 'plan_lines', 'make_directory', 'versions', 'train', 'result_line', 'fit',
-           'complain', 'parse', 'run_command', 'main']
+__all__ = ['MAX_CLASSES', 'HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits',
+           'prepare_folder', 'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings',
+           'mean_absolute_error', 'make_learner', 'n_threads', 'plan_lines', 'make_directory', 'versions', 'train',
+           'result_line', 'fit', 'check', 'env', 'complain', 'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -302,39 +304,69 @@ def fit(
         "n_outputs": prepared.n_outputs, **vars(settings),
         "optimizer": "AdamW", "schedule": "one_cycle", "versions": versions()})
     print(*plan_lines(prepared, settings, learner), sep="\n", flush=True)
-    with n_threads(settings.threads): train(learner, settings, directory)
+    try:
+        with n_threads(settings.threads): train(learner, settings, directory)
+    except FloatingPointError as error:  # a loss that is no number any more
+        print(f"{error} Or try a smaller --lr.", file=sys.stderr)
+        return 1
     print(result_line(learner), f"run: {directory}", sep="\n", flush=True)
-    if math.isfinite(learner.history["train_loss"][-1]): return 0
-    print("the training loss is no finite number any more; try a smaller --lr", file=sys.stderr)
-    return 1
+    return 0
+
+# %% ../nbs/api/cli.ipynb #e8c05a9e
+def check(
+    data: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder like MNIST, or .csv; or digits
+    target: str | None = None,  # column of the .csv to predict
+    seed: int = 0,              # decides what is held out
+    task: str | None = None,    # classification or regression, for a .csv; by the values of the target
+    drop: str = "",             # columns of the .csv to leave out, separated by commas
+) -> int:  # exit code: 1 when something is odd
+    "Look at data before any training: what is there, and every item that is odd"
+    with one_line_errors():
+        prepared = prepare(data, target, [name.strip() for name in drop.split(",") if name.strip()], task, seed)
+    n_classes = prepared.n_outputs if prepared.task == "classification" else None
+    report = report_on(prepared.train, prepared.valid, n_classes, prepared.facts.get("columns"))
+    print(f"data: {prepared.name}", report, sep="\n")
+    return int(bool(report.oddities))
+
+def env() -> int:  # exit code
+    "Print versions, devices and settings, for a bug report"
+    print(environment_report())
+    return 0
 
 # %% ../nbs/api/cli.ipynb #81f0ce3c
 def complain(message: str) -> None:
     "Raise argparse's complaint as a `CommandError`"
     raise CommandError(re.sub(r"invalid \S+ value: (.*)", r"\1 is not a value it takes", message))
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    "The options of `fit`; raises `CommandError` for what it does not understand"
-    parser = anno_parser(fit, prog="nbdev-trainer fit")
+def parse(
+    arguments: Sequence[str],           # the words after the command
+    command: Callable[..., int] = fit,  # the function that does it
+) -> argparse.Namespace:
+    "The options of a command; raises `CommandError` for what it does not understand"
+    parser = anno_parser(command, prog=f"nbdev-trainer {command.__name__}")
     setattr(parser, "error", complain)
     parser.allow_abbrev = False
     options, unknown = parser.parse_known_args(list(arguments))
     for name in ("pdb", "xtra"): delattr(options, name)  # fastcore's own
     if not unknown: return options
-    if not unknown[0].startswith("-"): complain(f"there is one DATA, and {unknown[0]!r} is one more")
+    if not unknown[0].startswith("-"): complain(f"{unknown[0]!r} is one word too many")
     flags = [f"--{name.replace('_', '-')}" for name in vars(options) if name != "data"]
     raise CommandError(f"there is no option {unknown[0]!r}. {did_you_mean(unknown[0], flags, what='option')}")
 
 # %% ../nbs/api/cli.ipynb #ce61793c
-HELP = """usage: nbdev-trainer fit [DATA] [options]
+HELP = """usage: nbdev-trainer COMMAND [DATA] [options]
 
 Train a PyTorch model and keep the run in a directory.
 
   nbdev-trainer fit                         the embedded digits
   nbdev-trainer fit FOLDER                  images in the format of MNIST
   nbdev-trainer fit FILE.csv --target NAME  a table of numbers
-  nbdev-trainer fit --help                  all options
+  nbdev-trainer check [DATA]                what is in the data, and what is odd; trains nothing
+  nbdev-trainer env                         versions, devices and settings, for a bug report
+  nbdev-trainer COMMAND --help              all options
   nbdev-trainer --version"""
+
+COMMANDS: dict[str, Callable[..., int]] = {"fit": fit, "check": check, "env": env}
 
 def run_command(arguments: Sequence[str]) -> int:  # exit code
     "Do what the words after `nbdev-trainer` say"
@@ -342,9 +374,9 @@ def run_command(arguments: Sequence[str]) -> int:  # exit code
     if command in ("-h", "--help"): print(HELP)
     elif command == "--version":
         print("nbdev-trainer", version("nbdev_trainer"), f"(torch {torch.__version__})")
-    elif command == "fit": return fit(**vars(parse(arguments[1:])))
+    elif command in COMMANDS: return COMMANDS[command](**vars(parse(arguments[1:], COMMANDS[command])))
     else:
-        known = ["fit", "--help", "--version"]
+        known = [*COMMANDS, "--help", "--version"]
         raise CommandError(f"there is no command {command!r}. {did_you_mean(command, known, what='command')}")
     return 0
 

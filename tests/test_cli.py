@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nbdev_trainer.apps.models import make_model
+from nbdev_trainer.cli import main
 from nbdev_trainer.data.datasets import digits
 from nbdev_trainer.data.readers import read_numeric_csv
 from nbdev_trainer.learner import load_weights
@@ -152,7 +153,7 @@ WRONG = {
     "fit --epoch 3": "Did you mean '--epochs'?",
     "fit --out full": "exists and is not empty",
     "fit --out t.csv": "is a file",
-    "fit t.csv more": "one more",
+    "fit t.csv more": "one word too many",
 }
 
 # One process for all: a mistake costs the time of starting up, two seconds, and not of training.
@@ -238,3 +239,22 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert re.fullmatch(expected, error)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "history.jsonl"]
     assert len(history.read_text().splitlines()) >= 1
+
+
+def test_check_finds_what_is_odd_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check"]) == 0
+    assert "nothing odd was found" in capsys.readouterr().out
+    rows = [f"{i % 7},2020,{i * 10}" for i in range(60)] + ["3,2020,50"] * 2
+    (tmp_path / "odd.csv").write_text("\n".join(["rooms,year,price", *rows]) + "\n")
+    assert main(["check", "odd.csv", "--target", "price"]) == 1
+    out = capsys.readouterr().out
+    assert "one value only (1): year" in out and "with another target" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.csv"]
+
+
+def test_env_names_versions_devices_and_settings_and_no_path(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"- torch: {torch.__version__}" in out and "- cpu: " in out and "### Settings" in out
+    assert str(Path.home()) not in out
