@@ -9,12 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from nbdev_trainer.callbacks.loggers import CSVTable
+from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.data.batch import StepOutput
 from nbdev_trainer.data.datasets import digits
 from nbdev_trainer.data.loaders import Loaders
 from nbdev_trainer.loop.steps import ManualStep, SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.use.check import check
+from nbdev_trainer.use.rehearsal import dry_run, overfit
 
 IMAGES, LABELS = digits()
 GENERATOR = torch.Generator().manual_seed(0)
@@ -26,7 +29,9 @@ SHUFFLED = torch.randperm(600, generator=GENERATOR)
 
 def trainer_of(model, loss_fn, optimizer=None, lr=1e-3, step=None, **options):
     params = [p for p in model.parameters() if p.requires_grad]
-    return Trainer(model, step or SupervisedStep(loss_fn), optimizer or torch.optim.Adam(params, lr=lr, **options))
+    return Trainer(
+        model, step or SupervisedStep(loss_fn), optimizer or torch.optim.Adam(params, lr=lr, **options)
+    )
 
 
 def data(inputs, targets, valid=0.2, **options):
@@ -100,36 +105,66 @@ plant("ReLU on the scores", "activation_on_scores", lambda: classifier(nn.ReLU()
 plant("NLLLoss on scores", "nll_without_log_softmax", lambda: classifier(loss_fn=nn.NLLLoss()))
 plant("ReLU on a regression", "outputs_cannot_reach_targets", lambda: regressor(nn.ReLU()))
 plant("sigmoid on a regression", "outputs_cannot_reach_targets", lambda: regressor(nn.Sigmoid()))
-plant("softmax in a loss of one's own", "softmax_before_cross_entropy",
-      lambda: classifier(nn.Softmax(1), loss_fn=lambda p, t: F.cross_entropy(p, t)))
+plant(
+    "softmax in a loss of one's own",
+    "softmax_before_cross_entropy",
+    lambda: classifier(nn.Softmax(1), loss_fn=lambda p, t: F.cross_entropy(p, t)),
+)
 BINARY = (AMOUNTS > 0).float()
 plant("BCELoss on scores", "bce_on_logits", lambda: regressor(loss_fn=nn.BCELoss(), targets=BINARY))
-plant("sigmoid before BCEWithLogits", "sigmoid_before_bce_with_logits",
-      lambda: regressor(nn.Sigmoid(), loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY))
+plant(
+    "sigmoid before BCEWithLogits",
+    "sigmoid_before_bce_with_logits",
+    lambda: regressor(nn.Sigmoid(), loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY),
+)
 
 # targets and loss
-plant("integer targets of a binary loss", "integer_targets",
-      lambda: regressor(loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY.long()))
+plant(
+    "integer targets of a binary loss",
+    "integer_targets",
+    lambda: regressor(loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY.long()),
+)
 plant("squared error of classes", "regression_loss_for_classes", lambda: classifier(loss_fn=nn.MSELoss()))
 plant("floating-point class numbers", "float_class_targets", lambda: classifier(targets=CLASSES.float()))
 plant("one-hot whole numbers", "one_hot_targets", lambda: classifier(targets=F.one_hot(CLASSES)))
-plant("several labels under cross-entropy", "cross_entropy_for_several_labels",
-      lambda: classifier(targets=(TABLE[:, :3] > 0).float()))
+plant(
+    "several labels under cross-entropy",
+    "cross_entropy_for_several_labels",
+    lambda: classifier(targets=(TABLE[:, :3] > 0).float()),
+)
 plant("targets start at 1", "targets_start_at_1", lambda: classifier(targets=CLASSES + 1))
-plant("targets start at 1, with a spare output", "targets_start_at_1",
-      lambda: classifier(targets=CLASSES + 1, n_outputs=4))
+plant(
+    "targets start at 1, with a spare output",
+    "targets_start_at_1",
+    lambda: classifier(targets=CLASSES + 1, n_outputs=4),
+)
 plant("too few outputs", "targets_out_of_range", lambda: classifier(n_outputs=2))
 plant("too many outputs", "more_outputs_than_classes", lambda: classifier(n_outputs=20))
-plant("binary targets of -1 and 1", "targets_out_of_range",
-      lambda: regressor(loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY * 2 - 1))
+plant(
+    "binary targets of -1 and 1",
+    "targets_out_of_range",
+    lambda: regressor(loss_fn=nn.BCEWithLogitsLoss(), targets=BINARY * 2 - 1),
+)
 plant("shapes that broadcast", "shapes_broadcast", lambda: regressor(targets=AMOUNTS[:, 0]))
-plant("shapes that broadcast in a loss of one's own", "shapes_broadcast",
-      lambda: regressor(loss_fn=lambda p, t: (p - t).square().mean(), targets=AMOUNTS[:, 0]))
-plant("a loss that sums", "loss_sums_over_batch", lambda: regressor(loss_fn=lambda p, t: (p - t).square().sum()))
-plant("a loss without the targets", "loss_ignores_targets",
-      lambda: regressor(loss_fn=lambda p, t: (p - p.detach() + p).square().mean()))
+plant(
+    "shapes that broadcast in a loss of one's own",
+    "shapes_broadcast",
+    lambda: regressor(loss_fn=lambda p, t: (p - t).square().mean(), targets=AMOUNTS[:, 0]),
+)
+plant(
+    "a loss that sums", "loss_sums_over_batch", lambda: regressor(loss_fn=lambda p, t: (p - t).square().sum())
+)
+plant(
+    "a loss without the targets",
+    "loss_ignores_targets",
+    lambda: regressor(loss_fn=lambda p, t: (p - p.detach() + p).square().mean()),
+)
 plant("a loss per sample", "loss_not_scalar", lambda: regressor(loss_fn=lambda p, t: (p - t).square()[:, 0]))
-plant("a loss that is NaN", "loss_not_finite", lambda: regressor(loss_fn=lambda p, t: (p - t).abs().neg().log().mean()))
+plant(
+    "a loss that is NaN",
+    "loss_not_finite",
+    lambda: regressor(loss_fn=lambda p, t: (p - t).abs().neg().log().mean()),
+)
 plant("targets in thousands", "targets_not_scaled", lambda: regressor(targets=AMOUNTS * 1000 + 9000))
 
 
@@ -141,33 +176,78 @@ def _():
 
 
 # data
-plant("labels shuffled against inputs", "targets_unrelated_to_inputs", lambda: classifier(targets=CLASSES[SHUFFLED]))
-plant("amounts shuffled against inputs", "targets_unrelated_to_inputs", lambda: regressor(targets=AMOUNTS[SHUFFLED]))
-plant("digits with the labels of others", "targets_unrelated_to_inputs",
-      lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()),
-               data(IMAGES, LABELS[torch.randperm(len(LABELS), generator=torch.Generator().manual_seed(1))])))
+plant(
+    "labels shuffled against inputs",
+    "targets_unrelated_to_inputs",
+    lambda: classifier(targets=CLASSES[SHUFFLED]),
+)
+plant(
+    "amounts shuffled against inputs",
+    "targets_unrelated_to_inputs",
+    lambda: regressor(targets=AMOUNTS[SHUFFLED]),
+)
+plant(
+    "digits with the labels of others",
+    "targets_unrelated_to_inputs",
+    lambda: (
+        trainer_of(digits_cnn(), nn.CrossEntropyLoss()),
+        data(IMAGES, LABELS[torch.randperm(len(LABELS), generator=torch.Generator().manual_seed(1))]),
+    ),
+)
 plant("one class only", "one_class", lambda: classifier(targets=CLASSES * 0 + 1))
 plant("one amount only", "constant_targets", lambda: regressor(targets=AMOUNTS * 0 + 1))
 plant("the same sample each time", "identical_inputs", lambda: classifier(inputs=TABLE[:1].expand(600, 8)))
-plant("NaN in the inputs", "inputs_not_finite",
-      lambda: classifier(inputs=torch.where(TABLE > 2.5, torch.nan, TABLE)))
-plant("infinite targets", "targets_not_finite",
-      lambda: regressor(targets=torch.where(AMOUNTS > 4, torch.inf, AMOUNTS)))
-plant("pixels up to 255", "inputs_not_scaled",
-      lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data(IMAGES * 255, LABELS)))
-plant("divided by 255 twice", "inputs_not_scaled",
-      lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data(IMAGES / 255 / 255, LABELS)))
-plant("features of different sizes", "features_differ_in_scale",
-      lambda: classifier(inputs=TABLE * torch.tensor([1.0, 1e4, 1.0, 1e-3, 1.0, 1.0, 1.0, 1.0])))
-plant("bytes for a float model", "wrong_input_dtype",
-      lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data((IMAGES * 255).byte(), LABELS)))
+plant(
+    "NaN in the inputs",
+    "inputs_not_finite",
+    lambda: classifier(inputs=torch.where(TABLE > 2.5, torch.nan, TABLE)),
+)
+plant(
+    "infinite targets",
+    "targets_not_finite",
+    lambda: regressor(targets=torch.where(AMOUNTS > 4, torch.inf, AMOUNTS)),
+)
+plant(
+    "pixels up to 255",
+    "inputs_not_scaled",
+    lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data(IMAGES * 255, LABELS)),
+)
+plant(
+    "divided by 255 twice",
+    "inputs_not_scaled",
+    lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data(IMAGES / 255 / 255, LABELS)),
+)
+plant(
+    "features of different sizes",
+    "features_differ_in_scale",
+    lambda: classifier(inputs=TABLE * torch.tensor([1.0, 1e4, 1.0, 1e-3, 1.0, 1.0, 1.0, 1.0])),
+)
+plant(
+    "bytes for a float model",
+    "wrong_input_dtype",
+    lambda: (trainer_of(digits_cnn(), nn.CrossEntropyLoss()), data((IMAGES * 255).byte(), LABELS)),
+)
 plant("doubles for a float model", "wrong_input_dtype", lambda: classifier(inputs=TABLE.double()))
-plant("colours last", "channels_last",
-      lambda: (trainer_of(digits_cnn(3), nn.CrossEntropyLoss()), data(IMAGES[:, 0, :, :, None].repeat(1, 1, 1, 3), LABELS)))
-plant("one class in a hundred samples is another", "class_imbalance",
-      lambda: classifier(targets=(TABLE[:, 0] > 2.3).long(), n_outputs=2))
-plant("sorted by class and not shuffled", "sorted_labels",
-      lambda: classifier(inputs=TABLE[CLASSES.argsort()], targets=CLASSES.sort().values, shuffle=False, valid=None))
+plant(
+    "colours last",
+    "channels_last",
+    lambda: (
+        trainer_of(digits_cnn(3), nn.CrossEntropyLoss()),
+        data(IMAGES[:, 0, :, :, None].repeat(1, 1, 1, 3), LABELS),
+    ),
+)
+plant(
+    "one class in a hundred samples is another",
+    "class_imbalance",
+    lambda: classifier(targets=(TABLE[:, 0] > 2.3).long(), n_outputs=2),
+)
+plant(
+    "sorted by class and not shuffled",
+    "sorted_labels",
+    lambda: classifier(
+        inputs=TABLE[CLASSES.argsort()], targets=CLASSES.sort().values, shuffle=False, valid=None
+    ),
+)
 
 
 @planted("a list of batches, class after class", "sorted_labels")
@@ -183,46 +263,105 @@ def _():
     return trainer_of(perceptron(), nn.CrossEntropyLoss()), Loaders(batches, batches)
 
 
-plant("some training samples in the validation data", "validation_overlaps_training",
-      lambda: classifier(valid=(torch.cat([TABLE[:30], torch.randn(70, 8)]), CLASSES[:100])))
-plant("validation data scaled otherwise", "validation_differs", lambda: classifier(valid=(TABLE[:99] * 99, CLASSES[:99])))
-plant("validation without a batch", "no_validation_data",
-      lambda: (classifier()[0], Loaders(data(TABLE, CLASSES).train, [])))
-plant("a last batch of one", "batch_norm_batch_size",
-      lambda: (trainer_of(conv_net(), nn.CrossEntropyLoss()), Loaders(own_loader(33))))
-plant("batches of one", "batch_norm_batch_size",
-      lambda: (trainer_of(conv_net(), nn.CrossEntropyLoss()), Loaders(own_loader(33, batch_size=1))))
+plant(
+    "some training samples in the validation data",
+    "validation_overlaps_training",
+    lambda: classifier(valid=(torch.cat([TABLE[:30], torch.randn(70, 8)]), CLASSES[:100])),
+)
+plant(
+    "validation data scaled otherwise",
+    "validation_differs",
+    lambda: classifier(valid=(TABLE[:99] * 99, CLASSES[:99])),
+)
+plant(
+    "validation without a batch",
+    "no_validation_data",
+    lambda: (classifier()[0], Loaders(data(TABLE, CLASSES).train, [])),
+)
+plant(
+    "a last batch of one",
+    "batch_norm_batch_size",
+    lambda: (trainer_of(conv_net(), nn.CrossEntropyLoss()), Loaders(own_loader(33))),
+)
+plant(
+    "batches of one",
+    "batch_norm_batch_size",
+    lambda: (trainer_of(conv_net(), nn.CrossEntropyLoss()), Loaders(own_loader(33, batch_size=1))),
+)
 
 # model
 plant("a detached head", "detached", lambda: changed(lambda m: m.insert(3, Between(torch.detach))))
-plant("a loss through argmax", "detached", lambda: regressor(loss_fn=lambda p, t: (p.argmax(1).float() - t[:, 0]).abs().mean()))
-plant("a layer that is never called", "unused_parameters",
-      lambda: changed(lambda m: m[1].add_module("spare", nn.Linear(3, 3))))
-plant("the head frozen by accident", "frozen_by_accident", lambda: changed(lambda m: m[5].requires_grad_(False)))
-plant("a middle layer frozen by accident", "frozen_by_accident", lambda: changed(lambda m: m[3].requires_grad_(False)))
-plant("dead ReLU initialisation", "dead_units", lambda: changed(lambda m: nn.init.constant_(m[1].bias, -100.0)))
-plant("weights of zero", "equal_units", lambda: changed(lambda m: [nn.init.zeros_(p) for p in m.parameters()]))
-plant("constant weights", "equal_units", lambda: changed(lambda m: [nn.init.constant_(p, 0.1) for p in m.parameters()]))
-plant("exploding weights", "exploding_activations",
-      lambda: changed(lambda m: [nn.init.normal_(p, std=8.0) for p in m.parameters()]))
-plant("dropout of everything", "dropout_of_everything", lambda: changed(lambda m: m.insert(3, nn.Dropout(1.0))))
-plant("inputs that are not used", "outputs_ignore_inputs",
-      lambda: changed(lambda m: m.insert(1, Between(lambda x: x * 0 + 1))))
-plant("a view that mixes samples", "samples_influence_each_other",
-      lambda: changed(lambda m: m.insert(3, Between(lambda x: x.t().reshape(x.shape)))))
-plant("a mean over the batch", "samples_influence_each_other",
-      lambda: changed(lambda m: m.insert(3, Between(lambda x: x - 2 * x.mean(0)))))
-plant("a view that changes the batch size", "batch_size_changed",
-      lambda: changed(lambda m: m.append(Between(lambda x: x.view(-1, 6))).append(nn.Linear(6, 3))))
-plant("a gradient that is NaN", "gradient_not_finite",
-      lambda: changed(lambda m: m.insert(3, Between(lambda x: x + (x - x).sqrt()))))
+plant(
+    "a loss through argmax",
+    "detached",
+    lambda: regressor(loss_fn=lambda p, t: (p.argmax(1).float() - t[:, 0]).abs().mean()),
+)
+plant(
+    "a layer that is never called",
+    "unused_parameters",
+    lambda: changed(lambda m: m[1].add_module("spare", nn.Linear(3, 3))),
+)
+plant(
+    "the head frozen by accident", "frozen_by_accident", lambda: changed(lambda m: m[5].requires_grad_(False))
+)
+plant(
+    "a middle layer frozen by accident",
+    "frozen_by_accident",
+    lambda: changed(lambda m: m[3].requires_grad_(False)),
+)
+plant(
+    "dead ReLU initialisation", "dead_units", lambda: changed(lambda m: nn.init.constant_(m[1].bias, -100.0))
+)
+plant(
+    "weights of zero", "equal_units", lambda: changed(lambda m: [nn.init.zeros_(p) for p in m.parameters()])
+)
+plant(
+    "constant weights",
+    "equal_units",
+    lambda: changed(lambda m: [nn.init.constant_(p, 0.1) for p in m.parameters()]),
+)
+plant(
+    "exploding weights",
+    "exploding_activations",
+    lambda: changed(lambda m: [nn.init.normal_(p, std=8.0) for p in m.parameters()]),
+)
+plant(
+    "dropout of everything", "dropout_of_everything", lambda: changed(lambda m: m.insert(3, nn.Dropout(1.0)))
+)
+plant(
+    "inputs that are not used",
+    "outputs_ignore_inputs",
+    lambda: changed(lambda m: m.insert(1, Between(lambda x: x * 0 + 1))),
+)
+plant(
+    "a view that mixes samples",
+    "samples_influence_each_other",
+    lambda: changed(lambda m: m.insert(3, Between(lambda x: x.t().reshape(x.shape)))),
+)
+plant(
+    "a mean over the batch",
+    "samples_influence_each_other",
+    lambda: changed(lambda m: m.insert(3, Between(lambda x: x - 2 * x.mean(0)))),
+)
+plant(
+    "a view that changes the batch size",
+    "batch_size_changed",
+    lambda: changed(lambda m: m.append(Between(lambda x: x.view(-1, 6))).append(nn.Linear(6, 3))),
+)
+plant(
+    "a gradient that is NaN",
+    "gradient_not_finite",
+    lambda: changed(lambda m: m.insert(3, Between(lambda x: x + (x - x).sqrt()))),
+)
 
 
 @planted("vanishing gradients", "vanishing_gradients")
 def _():
     torch.manual_seed(0)
     deep = [part for _ in range(10) for part in (nn.Linear(16, 16), nn.Sigmoid())]
-    return trainer_of(nn.Sequential(nn.Linear(8, 16), *deep, nn.Linear(16, 3)), nn.CrossEntropyLoss()), data(TABLE, CLASSES)
+    return trainer_of(nn.Sequential(nn.Linear(8, 16), *deep, nn.Linear(16, 3)), nn.CrossEntropyLoss()), data(
+        TABLE, CLASSES
+    )
 
 
 # optimizer
@@ -231,14 +370,19 @@ plant("a learning rate much too low", "lr_too_low", lambda: classifier(lr=1e-10)
 plant("a learning rate of zero", "lr_not_positive", lambda: classifier(lr=0.0))
 plant("absurd weight decay", "weight_decay_absurd", lambda: changed(lambda m: None, weight_decay=10.0))
 plant("an optimizer that climbs", "loss_does_not_fall", lambda: changed(lambda m: None, maximize=True))
-plant("a loss with the wrong sign", "loss_does_not_fall",
-      lambda: regressor(loss_fn=lambda p, t: torch.exp(-(p - t).square()).mean(), maximize=True))
+plant(
+    "a loss with the wrong sign",
+    "loss_does_not_fall",
+    lambda: regressor(loss_fn=lambda p, t: torch.exp(-(p - t).square()).mean(), maximize=True),
+)
 
 
 @planted("parameters missing in the optimizer", "not_in_optimizer")
 def _():
     model = perceptron()
-    return trainer_of(model, nn.CrossEntropyLoss(), torch.optim.Adam(model[1].parameters())), data(TABLE, CLASSES)
+    return trainer_of(model, nn.CrossEntropyLoss(), torch.optim.Adam(model[1].parameters())), data(
+        TABLE, CLASSES
+    )
 
 
 @planted("an optimizer with the old head", "optimizer_has_other_parameters")
@@ -363,7 +507,9 @@ def tokens_with_ignored_ones():
 def batch_norm_and_dropout():
     torch.manual_seed(0)
     layers = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5)
-    return trainer_of(nn.Sequential(*layers, nn.Linear(32, 3)), nn.CrossEntropyLoss(), lr=1e-2), data(TABLE, CLASSES)
+    return trainer_of(nn.Sequential(*layers, nn.Linear(32, 3)), nn.CrossEntropyLoss(), lr=1e-2), data(
+        TABLE, CLASSES
+    )
 
 
 @sound
@@ -409,7 +555,14 @@ def a_transformer():
 @sound
 def an_autoencoder():
     torch.manual_seed(0)
-    layers = nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8))
+    layers = (
+        nn.Flatten(),
+        nn.Linear(64, 16),
+        nn.ReLU(),
+        nn.Linear(16, 64),
+        nn.Sigmoid(),
+        nn.Unflatten(1, (1, 8, 8)),
+    )
     return trainer_of(nn.Sequential(*layers), nn.MSELoss()), data(IMAGES, IMAGES)
 
 
@@ -422,7 +575,50 @@ def nine_in_ten_of_one_class():
 def segmentation():
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)
-    return trainer_of(nn.Sequential(*layers), nn.CrossEntropyLoss()), data(IMAGES, (IMAGES[:, 0] > 0.5).long())
+    return trainer_of(nn.Sequential(*layers), nn.CrossEntropyLoss()), data(
+        IMAGES, (IMAGES[:, 0] > 0.5).long()
+    )
+
+
+@sound
+def a_loss_that_squeezes():
+    return regressor(loss_fn=lambda p, t: F.mse_loss(p.squeeze(1), t), targets=AMOUNTS[:, 0])
+
+
+@sound
+def a_loss_that_takes_the_logarithm():
+    return classifier(nn.Softmax(1), loss_fn=lambda p, t: F.nll_loss(p.log(), t))
+
+
+@sound
+def a_loss_that_flattens():
+    torch.manual_seed(0)
+    words = torch.randint(20, (200, 7))
+    layers = nn.Embedding(20, 16), nn.Linear(16, 20)
+
+    def flattened(predictions, targets):
+        return F.cross_entropy(predictions.flatten(0, 1), targets.flatten())
+
+    return trainer_of(nn.Sequential(*layers), flattened, lr=1e-2), data(words, words.flip(1))
+
+
+@sound
+def a_rate_that_is_high_and_works():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)
+    return trainer_of(nn.Sequential(*layers), nn.CrossEntropyLoss(), lr=0.05), data(IMAGES, LABELS)
+
+
+@sound
+def half_precision():
+    return trainer_of(perceptron(64, 10).bfloat16(), nn.CrossEntropyLoss()), data(IMAGES.bfloat16(), LABELS)
+
+
+@sound
+def a_model_that_is_trained_already():
+    trainer, loaders = classifier(lr=1e-2)
+    trainer.fit(loaders.train, n=10)
+    return trainer, loaders
 
 
 @sound
@@ -450,12 +646,17 @@ def a_gan():
     class GAN(ManualStep):
         def train(self, trainer, batch):
             critic, fake = trainer.model["critic"], trainer.model["generator"](torch.randn(batch.size, 4))
-            trainer.optimize(F.softplus(-critic(batch.inputs)).mean() + F.softplus(critic(fake.detach())).mean(), "critic")
+            trainer.optimize(
+                F.softplus(-critic(batch.inputs)).mean() + F.softplus(critic(fake.detach())).mean(), "critic"
+            )
             trainer.optimize(F.softplus(-critic(fake)).mean(), "generator")
             return StepOutput()
 
     torch.manual_seed(0)
-    parts = {"generator": nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8)), "critic": perceptron(8, 1)}
+    parts = {
+        "generator": nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8)),
+        "critic": perceptron(8, 1),
+    }
     optimizers = {name: torch.optim.Adam(part.parameters()) for name, part in parts.items()}
     return Trainer(nn.ModuleDict(parts), GAN(), optimizers), Loaders(data(TABLE, torch.zeros(600)).train)
 
@@ -472,14 +673,18 @@ def test_nothing_is_found_in_a_sound_set_up(name):
 
 @pytest.mark.parametrize("make_loader", [own_loader, foreign_loader, lambda: foreign_loader(generator=3)])
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
-def test_training_after_a_check_equals_training_without(make_loader, optimizer):
+def test_training_after_looks_equals_training_without(make_loader, optimizer):
     def run(looks):
         torch.manual_seed(0)
         model, loader = conv_net(), make_loader()
-        trainer = trainer_of(model, nn.CrossEntropyLoss(), getattr(torch.optim, optimizer)(model.parameters(), lr=0.01))
+        trainer = trainer_of(
+            model, nn.CrossEntropyLoss(), getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
+        )
         for n in ("7ba", 1):
             for _ in range(looks):
                 check(trainer, loader, [arrays()])
+                overfit(trainer, loader, steps=6)
+                dry_run(trainer, loader, [arrays()])
             trainer.fit(loader, n=n)
         return {"state": trainer.state_dict(), "drawn": torch.rand(3)}
 
@@ -502,3 +707,41 @@ def test_a_check_does_not_change_batches_that_the_model_changes():
     trainer = trainer_of(nn.Sequential(nn.ReLU(inplace=True), perceptron()), nn.CrossEntropyLoss())
     check(trainer, [(inputs, CLASSES[:64])])
     assert torch.equal(inputs, TABLE[:64])
+
+
+@pytest.mark.parametrize(
+    "name", ["digits_by_a_cnn", "regression", "batch_norm_and_dropout", "several_labels"]
+)
+def test_a_sound_model_learns_two_batches_by_heart(name):
+    trainer, loaders = SOUND[name]()
+    for slot in trainer.engine.slots.values():
+        slot.optimizer.param_groups[0]["lr"] = 1e-2
+    report = overfit(trainer, loaders.train)
+    assert report.ok, str(report)
+
+
+def test_a_model_that_cannot_learn_two_batches_is_told():
+    trainer, loaders = PLANTED["a detached head"][0]()
+    assert overfit(*PLANTED["dead ReLU initialisation"][0]()[:1], loaders.train).names == ["cannot_overfit"]
+    report = overfit(trainer, loaders.train, steps=20)
+    assert report.names == ["cannot_overfit"] and "10 batches" not in report.title
+
+
+def test_a_dry_run_trains_several_optimizers():
+    trainer, loaders = a_gan()
+    before = trainer.state_dict()
+    report = dry_run(trainer, loaders.train)
+    assert report.ok and differences(trainer.state_dict(), before) == []
+
+
+def test_a_dry_run_leaves_a_file_that_goes_on_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    trainer, loaders = classifier()
+    trainer.callbacks += [Recorder(), CSVTable(path)]
+    trainer.fit(loaders.train, loaders.valid)
+    text, rows = path.read_text(), list(trainer.callbacks[0].history.rows)
+    report = dry_run(trainer, loaders.train, loaders.valid)
+    assert path.read_text() == text and trainer.callbacks[0].history.rows == rows
+    assert "rows.csv" in report.stages["files"] and list(tmp_path.iterdir()) == [path]
+    trainer.fit(loaders.train, loaders.valid)
+    assert path.read_text().startswith(text) and len(trainer.callbacks[0].history.rows) == 2

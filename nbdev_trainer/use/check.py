@@ -24,14 +24,15 @@ from ..core.nested import tensors
 from ..data.loaders import named_sets
 from ..loop.steps import SupervisedStep
 from ..loop.trainer import Trainer
-from .data_checks import (check_batch_size, check_labels, check_layout, check_relation, check_scales,
-                                           check_validation, check_values)
+from .data_checks import (check_batch_size, check_labels, check_layout, check_relation,
+                                           check_scales, check_validation, check_values)
 from .evidence import Evidence, Peek, did_not_fall, gather, peek, try_steps
 from .findings import CheckReport, Finding, bytes_text, error, summarize, warning
-from .loss_checks import (chance, check_chance, check_classes, check_ending, check_failure, check_reach,
-                                           check_reduction, check_shapes)
-from .model_checks import (check_flow, check_frozen, check_gradients, check_membership, check_outputs,
-                                            check_settings, check_steps, check_symmetry, check_units, equal_rows)
+from .loss_checks import (chance, check_chance, check_classes, check_ending, check_failure,
+                                           check_reach, check_reduction, check_shapes)
+from .model_checks import (check_flow, check_frozen, check_gradients, check_membership,
+                                            check_outputs, check_settings, check_steps, check_symmetry,
+                                            check_units, equal_rows)
 from .undisturbed import undisturbed
 
 # %% auto #0
@@ -46,14 +47,17 @@ CONSEQUENCES = {  # left out when one of the causes was found
     "outputs_ignore_inputs": ("dead_units", "dropout_of_everything", "identical_inputs", "equal_units"),
     "dead_units": ("dropout_of_everything", "equal_units", "loss_not_finite", "identical_inputs"),
     "samples_influence_each_other": ("softmax_over_batch",),
-    "lr_too_high": ("inputs_not_scaled", "features_differ_in_scale", "exploding_activations", "inputs_not_finite"),
+    "lr_too_high": ("inputs_not_scaled", "features_differ_in_scale", "exploding_activations",
+                    "inputs_not_finite"),
     "vanishing_gradients": ("dead_units", "dropout_of_everything"),
     "targets_unrelated_to_inputs": ("identical_inputs", "one_class", "constant_targets", "sorted_labels"),
     "class_imbalance": ("one_class",),
-    "loss_does_not_fall": ("lr_not_positive", "detached", "dead_units", "equal_units", "identical_inputs",
-                           "dropout_of_everything", "outputs_ignore_inputs", "softmax_over_batch", "loss_not_finite",
-                           "inputs_not_finite", "targets_not_finite", "gradient_not_finite", "not_in_optimizer",
-                           "loss_ignores_targets", "inputs_not_scaled", "exploding_activations"),
+    "loss_does_not_fall": (
+        "lr_not_positive", "detached", "dead_units", "equal_units", "identical_inputs",
+        "dropout_of_everything", "outputs_ignore_inputs", "softmax_over_batch", "loss_not_finite",
+        "inputs_not_finite", "targets_not_finite", "gradient_not_finite", "not_in_optimizer",
+        "loss_ignores_targets",
+        "inputs_not_scaled", "exploding_activations"),
 }
 
 def without_consequences(
@@ -70,18 +74,20 @@ def without_consequences(
 def memory_text(seen: Evidence) -> str:
     "What training with batches of this size needs, in bytes"
     params = list(seen.trainer.model.parameters())
-    sizes = {"weights": sum(p.nbytes for p in params), "gradients": sum(p.nbytes for p in params if p.requires_grad),
+    batch = *tensors(seen.batch.inputs), *tensors(seen.batch.targets)
+    sizes = {"weights": sum(p.nbytes for p in params),
+             "gradients": sum(p.nbytes for p in params if p.requires_grad),
              "optimizer": seen.state_bytes, "activations": seen.saved_bytes,
-             "batch": sum(one.nbytes for one in (*tensors(seen.batch.inputs), *tensors(seen.batch.targets)))}
+             "batch": sum(one.nbytes for one in batch)}
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items())
     return f"about {bytes_text(sum(sizes.values()))}: {parts}"
 
 def stages_of(seen: Evidence) -> dict[str, str]:
     "What was seen at each stage, by name"
     read, losses, expected = seen.train.batches, seen.trial.losses, chance(seen)
-    stages = {"data": f"{len(read)} training batches read, {sum(one.size for one in read)} samples; validation: " +
-                      (", ".join(f"{name} {sum(one.size for one in part.batches)}" for name, part in seen.valid.items())
-                       or "none"),
+    sizes = [f"{name} {sum(one.size for one in part.batches)}" for name, part in seen.valid.items()]
+    stages = {"data": f"{len(read)} training batches read, {sum(one.size for one in read)} samples; "
+                      f"validation: {', '.join(sizes) or 'none'}",
               "inputs": summarize(seen.batch.inputs), "targets": summarize(seen.targets)}
     if seen.predictions is not None: stages["predictions"] = summarize(seen.predictions)
     if seen.loss is not None and not seen.loss.ndim:
@@ -100,9 +106,11 @@ def notes_of(seen: Evidence) -> list[str]:
 # %% ../../nbs/api/use/02_check.ipynb #0fbcc480
 def judge(seen: Evidence, train: Any, valid_sets: Any) -> list[Callable[[], Iterator[Finding]]]:
     "The checks that apply, each ready to be called"
-    always: list[Any] = [check_values, check_scales, check_layout, check_settings, check_membership, check_frozen,
-                         check_gradients, check_flow, check_units, check_outputs, check_steps, check_failure, check_chance]
-    supervised: list[Any] = [check_ending, check_reach, check_classes, check_shapes, check_reduction, check_relation]
+    always: list[Any] = [check_values, check_scales, check_layout, check_settings, check_membership,
+                         check_frozen, check_gradients, check_flow, check_units, check_outputs, check_steps,
+                         check_failure, check_chance]
+    supervised: list[Any] = [check_ending, check_reach, check_classes, check_shapes, check_reduction,
+                             check_relation]
     known = isinstance(seen.trainer.step, SupervisedStep)
     checks: list[Any] = [lambda one=one: one(seen) for one in (*always, *(supervised if known else ()))]
     if known: checks.append(lambda: check_labels(seen, train))
@@ -112,12 +120,14 @@ def no_batches(read: Peek, loader: Iterable[Any]) -> Finding:
     "The finding for training data that gave no batch"
     if read.failure is not None:
         return error("unreadable_batch", f"reading the first batch raised {type(read.failure).__name__}: "
-                     f"{str(read.failure).rstrip('.')}", "Mend the dataset or its collate function, or say how to read "
-                     "batches with as_batch=")
+                     f"{str(read.failure).rstrip('.')}",
+                     "Mend the dataset or its collate function, or say how to read batches with as_batch=")
     if isinstance(loader, Iterator):
-        return warning("iterator", "the training data is an iterator, which a look would use up, so nothing was checked",
+        return warning("iterator", "the training data is an iterator, which a look would use up, so "
+                       "nothing was checked",
                        "Pass a loader, or a list of some batches for the check")
-    return error("no_training_data", f"{describe(loader)} gave no batch", "Look at the dataset, and at drop_last")
+    return error("no_training_data", f"{describe(loader)} gave no batch",
+                 "Look at the dataset, and at drop_last")
 
 # %% ../../nbs/api/use/02_check.ipynb #6b336e0d
 def look(trainer: Trainer, train: Iterable[Any], valid_sets: dict[str, Any], report: CheckReport) -> None:
@@ -142,7 +152,8 @@ def look(trainer: Trainer, train: Iterable[Any], valid_sets: dict[str, Any], rep
             except Exception as problem: report.notes.append(f"a check could not be done: {problem!r}")
     for name, part in (("training", read), *((f"{name!r}", part) for name, part in valid.items())):
         if part.failure is not None:
-            found.append(error("unreadable_batch", f"{name} batch {len(part.batches)} raised {part.failure!r}",
+            found.append(error("unreadable_batch", f"{name} batch {len(part.batches)} raised "
+                               f"{part.failure!r}",
                                "Mend the dataset or its collate function"))
     kept, notes = without_consequences(found)
     report.add(kept)
@@ -159,8 +170,8 @@ def check(
     began, report, valid_sets = time.monotonic(), CheckReport("check"), named_sets(valid)
     lazy = [name for name, p in trainer.model.named_parameters() if is_lazy(p)]
     if lazy:
-        report.add([error("lazy_parameters", f"{lazy[0]} has no shape yet", "Run one batch through the model before the "
-                          "optimizer is made")])
+        report.add([error("lazy_parameters", f"{lazy[0]} has no shape yet",
+                          "Run one batch through the model before the optimizer is made")])
         return report
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns of becomes a finding with advice

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 
 from ..core.errors import describe
 from ..core.nested import tensors
-from ..data.batch import Batch
 from ..data.loaders import Loader
 from .evidence import Evidence, Peek, has_parameters, rms
 from .findings import Finding, error, warning
@@ -84,26 +83,29 @@ def check_scales(seen: Evidence) -> Iterator[Finding]:
         pixels = 0 <= low and 100 < high <= 255
         yield warning("inputs_not_scaled", f"the first layer receives numbers from {low:.4g} to {high:.4g} "
                       f"(root mean square {size:.3g}); layers are made for a size around 1",
-                      "Divide pixels by 255" if pixels else "Standardise the inputs: subtract the mean of the "
-                      "training data and divide by its deviation")
+                      "Divide pixels by 255" if pixels else
+                      "Standardise the inputs with the mean and the deviation of the training data")
 
 # %% ../../nbs/api/use/03d_data_checks.ipynb #864f661a
 def check_layout(seen: Evidence) -> Iterator[Finding]:
     "Inputs of a type or layout that the model cannot take"
-    inputs, failed = next(tensors(seen.batch.inputs), None), seen.failure is not None and seen.failure[0] != "loss"
+    inputs = next(tensors(seen.batch.inputs), None)
+    failed = seen.failure is not None and seen.failure[0] != "loss"
     if inputs is None: return
     parameter = next((p for p in seen.trainer.model.parameters() if p.is_floating_point()), None)
     if failed and parameter is not None and inputs.dtype != parameter.dtype and not has_embedding(seen):
-        yield error("wrong_input_dtype", f"the inputs are {describe(inputs)} and the model is {parameter.dtype}",
-                    f"Convert them where the data is read: inputs.to({parameter.dtype}); bytes of an image are "
-                    "divided by 255 as well")
+        yield error("wrong_input_dtype", f"the inputs are {describe(inputs)} and the model is "
+                    f"{parameter.dtype}",
+                    f"Convert them where the data is read: inputs.to({parameter.dtype}); bytes of an image "
+                    "are divided by 255 as well")
     convolution = next((one for one in seen.trainer.model.modules() if isinstance(one, nn.Conv2d)), None)
     if inputs.ndim != 4 or convolution is None: return
     first = first_is_convolution(seen, convolution)
     if first and inputs.shape[3] in (1, 3, 4) and inputs.shape[1] > 4:
         if failed or convolution.in_channels == inputs.shape[1]:
-            yield error("channels_last", f"the images are {tuple(inputs.shape)}: the colours stand last, and "
-                        "convolutions take (batch, channels, height, width)", "Use inputs.permute(0, 3, 1, 2)")
+            yield error("channels_last", f"the images are {tuple(inputs.shape)}: the colours stand last, "
+                        "and convolutions take (batch, channels, height, width)",
+                        "Use inputs.permute(0, 3, 1, 2)")
 
 def has_embedding(seen: Evidence) -> bool:
     "Whether the model looks up numbers of a vocabulary"
@@ -127,19 +129,22 @@ def class_targets(seen: Evidence) -> Tensor | None:  # (n,)
 def far_targets(loader: Any) -> Tensor | None:
     "Some targets from the far end of a loader that does not shuffle"
     try:
-        if isinstance(loader, Loader): return None if loader.shuffle else loader.fetch(loader.rows[-8:]).targets
+        if isinstance(loader, Loader):
+            return None if loader.shuffle else loader.fetch(loader.rows[-8:]).targets
         if isinstance(loader, DataLoader):
             data: Any = loader.dataset
             return torch.as_tensor([data[len(data) - 1][1]])
         return loader[-1][1] if isinstance(loader, (list, tuple)) else None
     except Exception: return None  # only a help to say more; the finding stands without it
 
+# %% ../../nbs/api/use/03d_data_checks.ipynb #461c4bfe
 def check_labels(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
     "One class only, classes in order, and nearly everything in one class"
     labels, quantities = class_targets(seen), joined(seen.train, "targets")
     if labels is None and quantities is not None and len(quantities) > 15:
         if bool((quantities == quantities[:1]).all()):
-            yield error("constant_targets", f"all {len(quantities)} samples that were read have the same targets",
+            yield error("constant_targets", f"all {len(quantities)} samples that were read have the same "
+                        "targets",
                         "Look at how targets are made")
     if labels is None or len(labels) < 16: return
     shares = labels.unique(return_counts=True)[1] / len(labels)
@@ -147,20 +152,23 @@ def check_labels(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
     if len(shares) == 1:
         far = far_targets(loader)
         if far is not None and len(far) and bool((far.flatten() != labels[0]).any()):
-            yield error("sorted_labels", f"the first {len(labels)} samples are all of class {labels[0]}, and other "
-                        "classes come later", order)
+            yield error("sorted_labels", f"the first {len(labels)} samples are all of class {labels[0]}, "
+                        "and other classes come later",
+                        order)
         else:
             yield error("one_class", f"all {len(labels)} samples that were read have the target {labels[0]}",
                         "Look at how targets are made, and shuffle the data if it is sorted")
         return
     changes, expected = (labels[1:] != labels[:-1]).float().mean().item(), 1 - shares.square().sum().item()
     if changes < 0.2 * expected and (len(labels) - 1) * expected > 20:
-        yield error("sorted_labels", f"the class changes from one sample to the next in {changes:.1%} of the cases; "
-                    f"in a random order it would in {expected:.0%}", order)
+        yield error("sorted_labels", f"the class changes from one sample to the next in {changes:.1%} of "
+                    f"the cases; in a random order it would in {expected:.0%}",
+                    order)
     elif shares.max() > 0.97 and len(labels) >= 200:
-        yield warning("class_imbalance", f"{shares.max():.1%} of the targets are one class, so always answering "
-                      "with it is hard to beat", "Weight the classes in the loss, or draw the rare ones more often, "
-                      "and measure something else than accuracy")
+        yield warning("class_imbalance", f"{shares.max():.1%} of the targets are one class, so always "
+                      "answering with it is hard to beat",
+                      "Weight the classes in the loss, or draw the rare ones more often, and measure "
+                      "something else than accuracy")
 
 # %% ../../nbs/api/use/03d_data_checks.ipynb #7ed56c2a
 def as_columns(targets: Tensor) -> Tensor:  # (n, columns)
@@ -197,7 +205,8 @@ def linear_evidence(inputs: Tensor, columns: Tensor) -> float:  # in standard de
 def check_relation(seen: Evidence) -> Iterator[Finding]:
     "Targets that the inputs tell nothing about"
     inputs, targets = joined(seen.train), joined(seen.train, "targets")
-    if inputs is None or targets is None or len(inputs) < 200 or inputs.is_complex() or has_embedding(seen): return
+    if inputs is None or targets is None or len(inputs) < 200 or inputs.is_complex(): return
+    if has_embedding(seen): return
     if not inputs.is_floating_point() and inputs.dtype != torch.uint8 or targets.ndim > 2: return
     flat = inputs.flatten(1)[:MOST_ROWS]
     flat = flat[:, ::max(1, flat.shape[1] // 3000)].float().cpu()
@@ -210,9 +219,10 @@ def check_relation(seen: Evidence) -> Iterator[Finding]:
     flat = flat / math.sqrt(flat.shape[1])
     signs = [reader(flat, columns) for reader in (neighbour_evidence, linear_evidence)]
     if max(signs) < 2.5:
-        yield warning("targets_unrelated_to_inputs", f"over {len(flat)} samples, neither similar samples nor a linear "
-                      f"model tell anything about the targets ({signs[0]:.1f} and {signs[1]:.1f} standard deviations "
-                      "above chance)", "See whether inputs and targets were shuffled or sorted separately; show some "
+        yield warning("targets_unrelated_to_inputs", f"over {len(flat)} samples, neither similar samples "
+                      f"nor a linear model tell anything about the targets ({signs[0]:.1f} and "
+                      f"{signs[1]:.1f} standard deviations above chance)",
+                      "See whether inputs and targets were shuffled or sorted separately; show some "
                       "samples with their labels. Very hard data can look like this too")
 
 MOST_ROWS = 800  # distances between all pairs of them are computed
@@ -236,8 +246,10 @@ def check_batch_size(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
     if not any(next(one.parameters(), None) is None or one.weight.requires_grad for one in norms): return
     last, sizes = last_batch_size(loader), [batch.size for batch in seen.train.batches]
     if max(sizes) < 4:
-        yield warning("batch_norm_batch_size", f"batches have {max(sizes)} samples, and batch normalization takes "
-                      "mean and variance from them", "Use larger batches, or GroupNorm instead of BatchNorm")
+        yield warning("batch_norm_batch_size",
+                      f"batches have {max(sizes)} samples, and batch normalization takes mean and variance "
+                      "from them",
+                      "Use larger batches, or GroupNorm instead of BatchNorm")
     elif last == 1 or last is None and sizes[-1] == 1:
         yield error("batch_norm_batch_size", "the last batch of an epoch has a single sample, on which batch "
                     "normalization fails or learns noise", "Use drop_last=True, or another batch size")
@@ -247,12 +259,13 @@ def sample_hashes(peek: Peek) -> list[bytes]:
     "A hash of the inputs of each sample, where the inputs are one tensor"
     inputs = joined(peek)
     if inputs is None: return []
-    rows = inputs.detach().cpu().contiguous().flatten(1) if inputs.ndim > 1 else inputs[:, None].cpu()
+    rows = inputs.detach().cpu().reshape(len(inputs), -1).contiguous().view(torch.uint8)
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.numpy()]
 
 def shared_positions(train: Any, valid: Any) -> int:
     "Samples in both of two loaders that read from the same place"
-    if not isinstance(train, Loader) or not isinstance(valid, Loader) or train.fetch is not valid.fetch: return 0
+    if not isinstance(train, Loader) or not isinstance(valid, Loader): return 0
+    if train.fetch is not valid.fetch: return 0
     return int(torch.isin(valid.rows, train.rows).sum())
 
 def check_validation(seen: Evidence, loader: Any = None, valid_sets: Any = None) -> Iterator[Finding]:
@@ -272,12 +285,14 @@ def check_validation(seen: Evidence, loader: Any = None, valid_sets: Any = None)
         found = sum(one in known for one in others)
         if same or shared or others and found > max(2, (3 * repeated + 0.01) * len(others)):
             how = f"{shared or found} of its samples" if shared or found else "all of its samples"
-            yield error("validation_overlaps_training", f"{how} in {name!r} are training samples too, so it measures "
-                        "memory", "Split before anything else, by group where samples belong together")
+            yield error("validation_overlaps_training",
+                        f"{how} in {name!r} are training samples too, so it measures memory",
+                        "Split before anything else, by group where samples belong together")
         if ours is None or theirs is None: continue
         if (ours.dtype, ours.ndim) != (theirs.dtype, theirs.ndim):
             yield error("validation_differs", f"training inputs are {describe(ours)}, those of {name!r} "
                         f"{describe(theirs)}", "Prepare both sets in the same way")
         elif ours.is_floating_point() and not 0.1 < rms(theirs) / max(rms(ours), 1e-30) < 10:
-            yield error("validation_differs", f"training inputs have the size {rms(ours):.3g}, those of {name!r} "
-                        f"{rms(theirs):.3g}", "Scale both sets in the same way, with the numbers of the training set")
+            yield error("validation_differs", f"training inputs have the size {rms(ours):.3g}, those of "
+                        f"{name!r} {rms(theirs):.3g}",
+                        "Scale both sets in the same way, with the numbers of the training set")

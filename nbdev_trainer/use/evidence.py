@@ -34,10 +34,10 @@ from ..metrics.base import targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'VIEWS', 'FUNCTIONS', 'NODES', 'Peek', 'fresh', 'peek', 'rms', 'Call',
-           'has_parameters', 'watched_layers', 'saved_memory', 'operation', 'last_node', 'loss_kind', 'Gradient',
-           'GradientWatch', 'Trial', 'one_step', 'try_steps', 'Probe', 'probe', 'Evidence', 'run_forward', 'gather',
-           'did_not_fall']
+__all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'VIEWS', 'FUNCTIONS', 'NODES', 'MOST_TRIAL_SECONDS', 'Peek', 'fresh',
+           'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'saved_memory', 'operation', 'before_views',
+           'last_node', 'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall', 'try_steps',
+           'Probe', 'probe', 'Evidence', 'run_forward', 'gather']
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #e5f4ab7e
 MOST_SAMPLES, MOST_BATCHES, MOST_SECONDS = 1024, 16, 1.0
@@ -105,7 +105,7 @@ def watched_layers(model: nn.Module) -> Iterator[list[Call]]:  # filled while th
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #516ac074
 @contextmanager
-def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by address, filled while the block runs
+def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by address, filled during the block
     "Count what is kept for the backward pass"
     known, pieces = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
     def pack(tensor: Tensor) -> Tensor:
@@ -115,23 +115,26 @@ def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by addr
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): yield pieces
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #5348d31c
-VIEWS = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ReshapeAlias", "Clone", "Select",
-         "Slice", "ToCopy", "Alias", "Mean")
+VIEWS = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ReshapeAlias", "Clone",
+         "Select", "Slice", "ToCopy", "Alias", "Mean")
 
 def operation(node: Any) -> str:
     "The name of a node of the graph, such as Softmax"
     return "" if node is None else node.name().rstrip("0123456789").removesuffix("Backward")
 
-def last_node(tensor: Any) -> Any:
-    "The node that computed a tensor, before any views"
-    node = getattr(tensor, "grad_fn", None)
+def before_views(node: Any) -> Any:
+    "The node whose result is only looked at differently from here on"
     while operation(node) in VIEWS and node.next_functions: node = node.next_functions[0][0]
     return node
 
-# %% ../../nbs/api/use/03c_evidence.ipynb #031b2551
+def last_node(tensor: Any) -> Any:
+    "The node that computed a tensor, before any views"
+    return before_views(getattr(tensor, "grad_fn", None))
+
+# %% ../../nbs/api/use/03c_evidence.ipynb #55c02172
 FUNCTIONS = {F.cross_entropy: "cross_entropy", F.nll_loss: "nll", F.binary_cross_entropy: "bce",
-             F.binary_cross_entropy_with_logits: "bce_logits", F.mse_loss: "elementwise", F.l1_loss: "elementwise",
-             F.smooth_l1_loss: "elementwise", F.huber_loss: "elementwise"}
+             F.binary_cross_entropy_with_logits: "bce_logits", F.mse_loss: "elementwise",
+             F.l1_loss: "elementwise", F.smooth_l1_loss: "elementwise", F.huber_loss: "elementwise"}
 NODES = {"BinaryCrossEntropyWithLogits": "bce_logits", "BinaryCrossEntropy": "bce", "MseLoss": "elementwise",
          "L1Loss": "elementwise", "SmoothL1Loss": "elementwise", "HuberLoss": "elementwise"}
 
@@ -146,12 +149,16 @@ def loss_kind(
     if isinstance(loss_fn, nn.BCELoss): return "bce"
     if isinstance(loss_fn, nn.BCEWithLogitsLoss): return "bce_logits"
     if isinstance(loss_fn, ELEMENTWISE): return "elementwise"
-    node = last_node(loss)
-    if operation(node).startswith("NllLoss") and node.next_functions:
-        inner = node.next_functions[0][0]
-        fused = operation(inner) == "LogSoftmax" and inner is not last_node(predictions)
-        return "cross_entropy" if fused else "nll"
-    return FUNCTIONS.get(loss_fn) or NODES.get(operation(node), "other")
+    if loss_fn in FUNCTIONS: return FUNCTIONS[loss_fn]
+    node: Any = last_node(loss)
+    if not getattr(node, "next_functions", ()): return "other"
+    given, known = before_views(node.next_functions[0][0]), last_node(predictions)
+    if known is None: return "other"
+    if operation(node).startswith("NllLoss"):
+        if given is known: return "nll"
+        taken = given.next_functions[0][0] if operation(given) == "LogSoftmax" else None
+        return "cross_entropy" if before_views(taken) is known else "other"
+    return NODES.get(operation(node), "other") if given is known else "other"
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #d5888773
 @dataclass
@@ -173,6 +180,9 @@ class GradientWatch(Callback):
             self.seen[name] = Gradient(rms(gradient), bool(gradient.isfinite().all()),
                                        (rows == 0).all(1).float().mean().item())
 
+# %% ../../nbs/api/use/03c_evidence.ipynb #a1ac5d96
+MOST_TRIAL_SECONDS = 5.0
+
 @dataclass
 class Trial:
     "Some steps on the same batch"
@@ -191,18 +201,27 @@ def one_step(trainer: Trainer, batch: Batch) -> StepOutput:
     state.batch += 1
     return output
 
+# %% ../../nbs/api/use/03c_evidence.ipynb #5664a5d8
+def did_not_fall(
+    losses: list[float],  # before the first step, ..., after the last
+) -> bool:
+    "Whether no step brought the loss below where it was, NaN included"
+    return len(losses) > 1 and not min(one if one == one else float("inf") for one in losses[1:]) < losses[0]
+
 def try_steps(
     trainer: Trainer,     # inside of `undisturbed`
     batch: Batch,         # on the device
-    n: int = 5,           # steps
+    n: int = 5,           # steps; up to three times as many while the loss has not fallen
     factor: float = 1.0,  # of the learning rates
 ) -> Trial:
     "Train on one batch; what fails is kept"
     trial, start, lrs = Trial(), rng_state(), current_lrs(trainer.engine.slots)
+    end = time.monotonic() + MOST_TRIAL_SECONDS
     trainer.measuring, trainer.state.phase = MetricSet([]), "train"
     set_lr(trainer.engine.slots, lrs, factor)
     try:
-        for _ in range(n + 1):
+        for k in range(3 * n + 1):
+            if k > n and not did_not_fall(trial.losses) or k > 2 and time.monotonic() > end: break
             set_rng_state(start)
             watch = GradientWatch()
             trainer.handlers = handler_table([watch])
@@ -242,7 +261,7 @@ def probe(
         with module_modes(trainer.model, training=False), torch.no_grad():
             first = predict(fresh(batch).inputs)
             other = predict(map_tensors(replaced, batch.inputs))
-    except Exception: return None  # a step may have no use for `predict`; what training needs was tried before
+    except Exception: return None  # a step may have no use for `predict`; training was tried before
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.shape[:1] != (n,): return None
     size = max(rms(first), 1e-30)
     if not first.isfinite().all() or other.shape != first.shape: return None
@@ -261,6 +280,7 @@ class Evidence:
     predictions: Any = None
     loss: Tensor | None = None
     kind: str = "other"                     # of the loss, see `loss_kind`
+    wrapped: bool = False                   # the loss is a function of the user's that calls one of torch's
     failure: tuple[str, Exception] | None = None  # the stage, and what it raised
     saved_bytes: int = 0                    # kept for the backward pass
     trial: Trial = field(default_factory=Trial)
@@ -280,6 +300,7 @@ class Evidence:
         step = self.trainer.step
         return step.loss.loss_fn if isinstance(step, SupervisedStep) else None
 
+# %% ../../nbs/api/use/03c_evidence.ipynb #41b48752
 def run_forward(seen: Evidence) -> None:
     "Forward pass and loss, in training mode; what fails is kept with its stage"
     trainer, step, batch, stage = seen.trainer, seen.trainer.step, fresh(seen.batch), "forward"
@@ -300,6 +321,7 @@ def run_forward(seen: Evidence) -> None:
     seen.saved_bytes = sum(pieces.values())
     if isinstance(step, SupervisedStep):
         seen.kind = loss_kind(seen.loss_fn, seen.loss, seen.predictions)
+        seen.wrapped = loss_kind(seen.loss_fn, None, None) == "other"
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #f430fb85
 def gather(
@@ -318,14 +340,9 @@ def gather(
         first = probe(trainer, seen.batch)
         with watched_layers(trainer.model) as calls: seen.trial = try_steps(trainer, seen.batch)
         seen.calls = seen.calls or calls
-        if seen.trial.failure: seen.failure = "backward" if trainer.step.automatic else "step", seen.trial.failure
+        stage = "backward" if trainer.step.automatic else "step"
+        if seen.trial.failure: seen.failure = stage, seen.trial.failure
         seen.probes = [one for one in (first, probe(trainer, seen.batch)) if one is not None]
         seen.state_bytes = sum(one.nbytes for slot in trainer.engine.slots.values()
                                for state in slot.optimizer.state.values() for one in tensors(state))
     return seen
-
-def did_not_fall(
-    losses: list[float],  # before the first step, ..., after the last
-) -> bool:
-    "Whether no step brought the loss below where it was, NaN included"
-    return len(losses) > 1 and not min(one if one == one else float("inf") for one in losses[1:]) < losses[0]

@@ -22,13 +22,13 @@ from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 from ..loop.advice import advice
 from ..loop.steps import SupervisedStep
-from .data_checks import class_targets, joined
-from .evidence import Evidence, last_node, operation, rms
+from .evidence import Evidence, last_node, operation
 from .findings import Finding, error, warning
 
 # %% auto #0
-__all__ = ['RANGES', 'HINTS', 'scores_of', 'sums_to_one', 'check_ending', 'check_reach', 'check_classes', 'check_class_range',
-           'check_shapes', 'chance', 'check_chance', 'loss_of', 'other_targets', 'check_reduction', 'check_failure']
+__all__ = ['LINEAR', 'RANGES', 'HINTS', 'scores_of', 'sums_to_one', 'check_ending', 'check_reach', 'check_classes',
+           'check_class_range', 'loss_of', 'broadcasts', 'check_shapes', 'chance', 'check_chance', 'other_targets',
+           'check_reduction', 'check_failure']
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #b5f2d304
 def scores_of(seen: Evidence) -> Tensor | None:
@@ -38,11 +38,15 @@ def scores_of(seen: Evidence) -> Tensor | None:
     scores = scores.detach().float()
     return scores if scores.numel() and bool(scores.isfinite().all()) else None
 
+LINEAR = ("Addmm", "Mm", "Bmm", "Convolution")  # their results are not bounded
+
 def sums_to_one(probabilities: Tensor, dim: int) -> bool:
     "Whether numbers are probabilities over an axis with at least two entries"
-    if probabilities.ndim <= dim or probabilities.shape[dim] < 2 or bool((probabilities < 0).any()): return False
+    if probabilities.ndim <= dim or probabilities.shape[dim] < 2: return False
+    if bool((probabilities < 0).any()): return False
     return bool(((probabilities.sum(dim) - 1).abs() < 1e-3).all())
 
+# %% ../../nbs/api/use/03e_loss_checks.ipynb #699acfe1
 def check_ending(seen: Evidence) -> Iterator[Finding]:
     "Softmax, sigmoid or ReLU at the end of a model, where the loss expects something else"
     scores, last, kind = scores_of(seen), operation(last_node(seen.predictions)), seen.kind
@@ -50,81 +54,95 @@ def check_ending(seen: Evidence) -> Iterator[Finding]:
     scored = kind in ("cross_entropy", "nll", "bce_logits")
     chances = scores.exp() if last == "LogSoftmax" or kind == "nll" else scores
     if scored and scores.ndim > 1 and sums_to_one(chances, 0) and not sums_to_one(chances, 1):
-        yield error("softmax_over_batch", "the predictions sum to one over the batch instead of over the classes",
+        yield error("softmax_over_batch", "the predictions sum to one over the batch instead of over the "
+                    "classes",
                     "Take the softmax over dimension 1, or none at all with CrossEntropyLoss")
     elif kind == "cross_entropy" and sums_to_one(scores, 1):
-        yield error("softmax_before_cross_entropy", "the predictions are probabilities already, and cross-entropy takes "
-                    "the softmax itself", "Let the model return the scores of its last layer")
+        yield error("softmax_before_cross_entropy", "the predictions are probabilities already, and "
+                    "cross-entropy takes the softmax itself",
+                    "Let the model return the scores of its last layer")
     elif kind == "cross_entropy" and last == "LogSoftmax":
-        yield warning("log_softmax_twice", "the model ends with log_softmax, which cross-entropy takes itself",
+        yield warning("log_softmax_twice", "the model ends with log_softmax, which cross-entropy takes "
+                      "itself",
                       "Use NLLLoss, or let the model return the scores of its last layer")
     elif kind == "nll" and scores.ndim > 1 and not sums_to_one(chances, 1):
-        yield error("nll_without_log_softmax", "NLLLoss takes log-probabilities, and the predictions are none "
-                    f"(their exponentials sum to {chances.sum(1).mean():.3g})",
+        yield error("nll_without_log_softmax", "NLLLoss takes log-probabilities, and the predictions are "
+                    f"none (their exponentials sum to {chances.sum(1).mean():.3g})",
                     "Use CrossEntropyLoss, or end the model with log_softmax over dimension 1")
     elif kind in ("cross_entropy", "bce_logits") and last == "Sigmoid":
         yield error(f"sigmoid_before_{'cross_entropy' if kind == 'cross_entropy' else 'bce_with_logits'}",
                     "the model ends with a sigmoid, and the loss takes scores without one",
                     "Let the model return the scores of its last layer")
-    elif kind == "bce" and bool(((scores < 0) | (scores > 1)).any()):
-        yield error("bce_on_logits", f"BCELoss takes probabilities, and the predictions run from {scores.min():.3g} to "
-                    f"{scores.max():.3g}", "Use BCEWithLogitsLoss")
+    elif kind == "bce" and (last in LINEAR or bool(((scores < 0) | (scores > 1)).any())):
+        yield error("bce_on_logits", "BCELoss takes probabilities, and the predictions run from "
+                    f"{scores.min():.3g} to {scores.max():.3g}",
+                    "Use BCEWithLogitsLoss")
     elif kind in ("cross_entropy", "bce_logits") and last in ("Relu", "Tanh"):
-        yield error("activation_on_scores", f"the model ends with {last}, so the scores of classes cannot be of any size",
+        yield error("activation_on_scores", f"the model ends with {last}, so the scores of classes cannot "
+                    "be of any size",
                     "Leave out the activation after the last layer")
 
-# %% ../../nbs/api/use/03e_loss_checks.ipynb #abead463
+# %% ../../nbs/api/use/03e_loss_checks.ipynb #28d50e09
 RANGES = {"Relu": (0.0, math.inf), "Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Softmax": (0.0, 1.0)}
 
 def check_reach(seen: Evidence) -> Iterator[Finding]:
     "Targets of a regression that the last operation of the model cannot produce"
     last, targets = operation(last_node(seen.predictions)), seen.targets
-    if seen.kind != "elementwise" or last not in RANGES or not isinstance(targets, Tensor): return
+    if seen.kind != "elementwise" or seen.wrapped or last not in RANGES: return
+    if not isinstance(targets, Tensor): return
     low, high = RANGES[last]
     outside = ((targets < low - 0.05) | (targets > high + 0.05)).float().mean().item()
     if outside > 0:
-        yield error("outputs_cannot_reach_targets", f"the model ends with {last}, so it answers from {low:g} to {high:g}, "
-                    f"and {outside:.0%} of the targets lie outside (they run from {targets.min():.4g} to "
-                    f"{targets.max():.4g})", "Leave out the activation after the last layer, or scale the targets")
+        yield error("outputs_cannot_reach_targets", f"the model ends with {last}, so it answers from "
+                    f"{low:g} to {high:g}, and {outside:.0%} of the targets lie outside (they run from "
+                    f"{targets.min():.4g} to {targets.max():.4g})",
+                    "Leave out the activation after the last layer, or scale the targets")
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #87315d89
 def check_classes(seen: Evidence) -> Iterator[Finding]:
     "Targets that cross-entropy cannot take, or takes for something else"
     scores, targets = seen.predictions, seen.targets
-    if seen.kind not in ("cross_entropy", "nll") or not isinstance(targets, Tensor): return
-    if not isinstance(scores, Tensor) or scores.ndim < 2: return
+    if seen.kind not in ("cross_entropy", "nll") or seen.wrapped: return
+    if not isinstance(targets, Tensor) or not isinstance(scores, Tensor) or scores.ndim < 2: return
     outputs = scores.shape[1]
     if scores.ndim > 2 and targets.shape == scores.shape[:-1] and targets.shape[1:] != scores.shape[2:]:
-        yield error("classes_in_last_axis", f"predictions are {tuple(scores.shape)} for targets {tuple(targets.shape)}: "
-                    "cross-entropy takes the classes in dimension 1",
-                    "Use predictions.movedim(-1, 1), or flatten both: predictions.flatten(0, -2), targets.flatten()")
+        yield error("classes_in_last_axis", f"predictions are {tuple(scores.shape)} for targets "
+                    f"{tuple(targets.shape)}: cross-entropy takes the classes in dimension 1",
+                    "Use predictions.movedim(-1, 1), or flatten both: predictions.flatten(0, -2), "
+                    "targets.flatten()")
     elif targets.is_floating_point():
         if targets.shape == scores.shape and sums_to_one(targets.float(), 1): return
         if targets.shape == scores.shape:
-            yield error("cross_entropy_for_several_labels", "the targets have a number for each class that do not sum to "
-                        "one, so a sample may have several labels", "Use BCEWithLogitsLoss")
+            yield error("cross_entropy_for_several_labels", "the targets have a number for each class that "
+                        "do not sum to one, so a sample may have several labels",
+                        "Use BCEWithLogitsLoss")
         else:
-            yield error("float_class_targets", f"the targets are {describe(targets)}; class numbers are int64 (batch,)",
+            yield error("float_class_targets", f"the targets are {describe(targets)}; class numbers are "
+                        "int64 (batch,)",
                         "Use targets.long() for classes, or MSELoss for quantities")
     elif targets.shape == scores.shape and targets.ndim == 2:
         yield error("one_hot_targets", f"the targets are {describe(targets)}, one column for each class",
                     "Use class numbers: targets.argmax(1)")
     else: yield from check_class_range(seen, outputs)
 
+# %% ../../nbs/api/use/03e_loss_checks.ipynb #d3e8ed7f
 def check_class_range(seen: Evidence, outputs: int) -> Iterator[Finding]:
     "Class numbers that do not fit the number of outputs"
     ignored = getattr(seen, "loss_fn", None)
     ignored = getattr(ignored, "ignore_index", -100)
-    parts = [batch.targets.flatten().cpu() for batch in seen.train.batches if isinstance(batch.targets, Tensor)]
+    given = [batch.targets for batch in seen.train.batches]
+    parts = [targets.flatten().cpu() for targets in given if isinstance(targets, Tensor)]
     targets = torch.cat(parts) if parts else seen.targets.flatten().cpu()
     targets = targets[targets != ignored]
     if not len(targets): return
     low, high = int(targets.min()), int(targets.max())
-    span = f"class numbers run from {low} to {high}, and the model has {outputs} outputs, for 0 to {outputs - 1}"
+    span = (f"class numbers run from {low} to {high}, and the model has {outputs} outputs, for 0 to "
+            f"{outputs - 1}")
     if low == 1 and high == outputs:
         yield error("targets_start_at_1", span, "Subtract 1 from the targets")
     elif low < 0 or high >= outputs:
-        yield error("targets_out_of_range", span, f"Give the last layer {high + 1} outputs, or mend the targets"
+        yield error("targets_out_of_range", span,
+                    f"Give the last layer {high + 1} outputs, or mend the targets"
                     if low >= 0 else "Mend the negative targets, or give them to the loss as ignore_index")
     elif len(targets) >= 20 * outputs and low == 1 and len(targets.unique()) == outputs - 1:
         yield warning("targets_start_at_1", f"{span}; class 0 never occurs in {len(targets)} targets",
@@ -134,29 +152,47 @@ def check_class_range(seen: Evidence, outputs: int) -> Iterator[Finding]:
                       f"If there are {high + 1} classes, give the last layer as many outputs")
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #6f4c490d
+def loss_of(seen: Evidence, predictions: Any, targets: Any, size: int) -> float:
+    "What the step's loss gives for other predictions or targets; NaN where it fails"
+    step = seen.trainer.step
+    if not isinstance(step, SupervisedStep): return math.nan
+    output = StepOutput(predictions=predictions)
+    try:
+        with torch.no_grad(): step.loss(output, Batch(seen.batch.inputs, targets, size))
+    except Exception: return math.nan
+    return math.nan if output.loss is None or output.loss.ndim else float(output.loss)
+
+def broadcasts(seen: Evidence) -> bool:
+    "Whether a loss of the user's gives another value when predictions have the shape of the targets"
+    scores, targets, n = seen.predictions.detach(), seen.targets, seen.batch.size
+    if not targets.is_floating_point() or scores.numel() != targets.numel(): return False
+    given, other = (loss_of(seen, one, targets, n) for one in (scores, scores.reshape(targets.shape)))
+    return abs(given - other) > 1e-3 * abs(given)
+
+# %% ../../nbs/api/use/03e_loss_checks.ipynb #840bc409
 def check_shapes(seen: Evidence) -> Iterator[Finding]:
     "Predictions and targets that a loss broadcasts, or that are not of the same kind"
     scores, targets, kind = seen.predictions, seen.targets, seen.kind
     if not isinstance(scores, Tensor) or not isinstance(targets, Tensor) or not scores.ndim: return
     whole, alike = not targets.is_floating_point(), scores.shape == targets.shape
     if scores.shape[0] != seen.batch.size and targets.shape[:1] == (seen.batch.size,):
-        yield error("batch_size_changed", f"{seen.batch.size} samples go in and predictions for {scores.shape[0]} come out: "
-                    f"{describe(scores)}", "Look for a view or reshape that mixes the batch with other dimensions; "
-                    "flatten(1) keeps it")
+        yield error("batch_size_changed", f"{seen.batch.size} samples go in and predictions for "
+                    f"{scores.shape[0]} come out: {describe(scores)}",
+                    "Look for a view or reshape that mixes the batch with other dimensions; flatten(1) "
+                    "keeps it")
     elif kind == "elementwise" and whole and scores.ndim == 2 and scores.shape[1] > 1 and targets.ndim == 1:
-        yield error("regression_loss_for_classes", f"the targets are class numbers, {describe(targets)}, and the "
-                    f"predictions have {scores.shape[1]} columns", "Use CrossEntropyLoss")
-    elif kind in ("elementwise", "bce", "bce_logits") and not alike:
-        yield error("shapes_broadcast", f"predictions are {tuple(scores.shape)} and targets {tuple(targets.shape)}, and this "
-                    "loss compares them element by element",
+        yield error("regression_loss_for_classes", f"the targets are class numbers, {describe(targets)}, "
+                    f"and the predictions have {scores.shape[1]} columns",
+                    "Use CrossEntropyLoss")
+    elif not alike and (broadcasts(seen) if seen.wrapped else kind in ("elementwise", "bce", "bce_logits")):
+        yield error("shapes_broadcast", f"predictions are {tuple(scores.shape)} and targets "
+                    f"{tuple(targets.shape)}, and the loss compares them element by element",
                     "Make the shapes equal, with targets[:, None] or predictions.squeeze(1)")
-    elif kind == "other" and not whole and not alike and scores.numel() == targets.numel() > 1:
-        yield warning("shapes_broadcast", f"predictions are {tuple(scores.shape)} and targets {tuple(targets.shape)}; a "
-                      "difference of the two is no longer one number per sample",
-                      "Make the shapes equal, with targets[:, None] or predictions.squeeze(1)")
+    elif seen.wrapped: return
     elif kind in ("bce", "bce_logits") and bool(((targets < 0) | (targets > 1)).any()):
-        yield error("targets_out_of_range", f"targets run from {targets.min():.4g} to {targets.max():.4g}; a binary loss takes "
-                    "0 to 1", "Use CrossEntropyLoss for several classes, or map the targets to 0 and 1")
+        yield error("targets_out_of_range", f"targets run from {targets.min():.4g} to {targets.max():.4g}; "
+                    "a binary loss takes 0 to 1",
+                    "Use CrossEntropyLoss for several classes, or map the targets to 0 and 1")
     elif kind in ("elementwise", "bce", "bce_logits") and whole:
         yield error("integer_targets", f"the targets are {describe(targets)}; this loss takes floating point",
                     "Use targets.float()")
@@ -165,6 +201,7 @@ def check_shapes(seen: Evidence) -> Iterator[Finding]:
 def chance(seen: Evidence) -> tuple[float, str] | None:  # None: not known for this loss
     "The loss of a model that knows nothing, and how it comes about"
     scores, targets = seen.predictions, seen.targets
+    if seen.wrapped: return None
     if seen.kind in ("cross_entropy", "nll") and isinstance(scores, Tensor) and scores.ndim > 1:
         return math.log(max(scores.shape[1], 1)), f"log {scores.shape[1]}"
     if seen.kind in ("bce", "bce_logits"): return math.log(2), "log 2"
@@ -182,37 +219,31 @@ def check_chance(seen: Evidence) -> Iterator[Finding]:
         return
     loss, expected = float(seen.loss.detach()), chance(seen)
     if not math.isfinite(loss):
-        yield error("loss_not_finite", f"the loss of the first batch is {loss}", "Look for a logarithm or a division of "
-                    "zero in model and loss, and for numbers that are not finite in the data")
+        yield error("loss_not_finite", f"the loss of the first batch is {loss}",
+                    "Look for a logarithm or a division of zero in model and loss, and for numbers that "
+                    "are not finite in the data")
     elif expected is not None:
         guess, how = expected
         if seen.kind == "elementwise":
             size = seen.targets.float().square().mean().item()
             if loss > 10 * max(guess, size) + 1e-12:
-                yield warning("loss_far_from_chance", f"the loss is {loss:.4g}; always answering the mean of the targets "
-                              f"would give {guess:.4g}, their variance", "Scale the inputs, and begin with smaller weights")
+                yield warning("loss_far_from_chance", f"the loss is {loss:.4g}; always answering the mean "
+                              f"of the targets would give {guess:.4g}, their variance",
+                              "Scale the inputs, and begin with smaller weights")
             elif guess > 400 or size > 30 * guess > 0 and size > 30:
                 yield warning("targets_not_scaled", f"the targets run from {seen.targets.min():.4g} to "
                               f"{seen.targets.max():.4g}, far from where a model begins",
                               "Standardise them with the mean and deviation of the training targets")
         elif loss > 2 * guess + 2:
-            yield warning("loss_far_from_chance", f"the loss is {loss:.4g}; a model that knows nothing would have "
-                          f"{guess:.4g} ({how})", "Scale the inputs, and begin with smaller weights in the last layer")
+            yield warning("loss_far_from_chance", f"the loss is {loss:.4g}; a model that knows nothing "
+                          f"would have {guess:.4g} ({how})",
+                          "Scale the inputs, and begin with smaller weights in the last layer")
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #ceabfebc
-def loss_of(seen: Evidence, predictions: Any, targets: Any, size: int) -> float:
-    "What the step's loss gives for other predictions or targets; NaN where it fails"
-    step = seen.trainer.step
-    if not isinstance(step, SupervisedStep): return math.nan
-    output = StepOutput(predictions=predictions)
-    try:
-        with torch.no_grad(): step.loss(output, Batch(seen.batch.inputs, targets, size))
-    except Exception: return math.nan
-    return math.nan if output.loss is None or output.loss.ndim else float(output.loss)
-
 def other_targets(targets: Tensor, outputs: int) -> Tensor:
     "Targets that are wrong wherever the given ones are right"
-    if targets.is_floating_point(): return 1 - targets if 0 <= targets.min() <= targets.max() <= 1 else targets + 1
+    if targets.is_floating_point():
+        return 1 - targets if 0 <= targets.min() <= targets.max() <= 1 else targets + 1
     return torch.where(targets < 0, targets, (targets + 1) % max(outputs, 2))
 
 def check_reduction(seen: Evidence) -> Iterator[Finding]:
@@ -225,8 +256,9 @@ def check_reduction(seen: Evidence) -> Iterator[Finding]:
     parts = [loss_of(seen, scores[cut], targets[cut], half) for cut in (slice(half), slice(half, 2 * half))]
     if n % 2: whole = loss_of(seen, scores[:2 * half], targets[:2 * half], 2 * half)
     if abs(whole) > 1e-6 and abs(sum(parts) - whole) < 1e-3 * abs(whole):
-        yield error("loss_sums_over_batch", f"the loss of a batch, {whole:.4g}, is the sum of those of its halves, so its "
-                    "gradient grows with the batch size", "Take the mean over the samples, and raise the learning rate")
+        yield error("loss_sums_over_batch", f"the loss of a batch, {whole:.4g}, is the sum of those of its "
+                    "halves, so its gradient grows with the batch size",
+                    "Take the mean over the samples, and raise the learning rate")
     varied = scores + torch.linspace(0, 1, scores.numel(), device=scores.device).view(scores.shape)
     outputs = scores.shape[1] if scores.ndim > 1 else 1
     answers = [loss_of(seen, varied, one, n) for one in (targets, other_targets(targets, outputs))]
@@ -244,8 +276,9 @@ def check_failure(seen: Evidence) -> Iterator[Finding]:
     lines = str(failure).strip().splitlines()
     text = f"{type(failure).__name__}: {lines[0].rstrip('.') if lines else ''}"
     mend = advice(seen.trainer, failure)
-    yield error(f"{stage}_fails", f"the {stage} stage raised {text}; inputs {describe(seen.batch.inputs)}, targets "
-                f"{describe(seen.targets)}", mend[0].upper() + mend[1:] if mend else HINTS[stage])
+    held = f"inputs {describe(seen.batch.inputs)}, targets {describe(seen.targets)}"
+    mend = mend[0].upper() + mend[1:] if mend else HINTS[stage]
+    yield error(f"{stage}_fails", f"the {stage} stage raised {text}; {held}", mend)
 
 HINTS = {"forward": "Compare the shapes of the inputs with those that the first layers expect",
          "loss": "Compare predictions and targets with what the loss function expects",

@@ -37,17 +37,20 @@ def listed(names: Iterable[str]) -> str:
 def check_settings(seen: Evidence) -> Iterator[Finding]:
     "Learning rates and weight decay that cannot be meant, and dropout of everything"
     groups = [group for slot in seen.trainer.engine.slots.values() for group in slot.optimizer.param_groups]
-    rates, decays = [float(group["lr"]) for group in groups], [group.get("weight_decay", 0) for group in groups]
+    rates = [float(group["lr"]) for group in groups]
+    decays = [group.get("weight_decay", 0) for group in groups]
     if max(rates) == 0 or min(rates) < 0 or not all(math.isfinite(rate) for rate in rates):
         yield error("lr_not_positive", f"the learning rates are {rates}, so nothing is learned",
                     "Set a rate above 0; a schedule may have left it at its end")
     if max(decays) > 1 or min(decays) < 0:
-        yield error("weight_decay_absurd", f"the weight decay is {max(decays, key=abs):g}; usual are 0 to 0.1",
+        yield error("weight_decay_absurd", f"the weight decay is {max(decays, key=abs):g}; usual are 0 to "
+                    "0.1",
                     "Look at the order of the optimizer's arguments")
     dropped = [name for name, one in seen.trainer.model.named_modules()
                if isinstance(one, DROPOUTS) and one.p >= 0.95]
     if dropped:
-        yield error("dropout_of_everything", f"dropout at {listed(dropped)} leaves out 95% or more of the units",
+        yield error("dropout_of_everything", f"dropout at {listed(dropped)} leaves out 95% or more of the "
+                    "units",
                     "p is the share that is left out: usual are 0.1 to 0.5")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #908839f7
@@ -56,15 +59,19 @@ def check_membership(seen: Evidence) -> Iterator[Finding]:
     slots = seen.trainer.engine.slots.values()
     held = {id(p): p for slot in slots for p in slot.params}
     ours = {id(p) for module in modules_of(seen.trainer) for p in module.parameters()}
-    missing = [name for name, p in seen.trainer.model.named_parameters() if p.requires_grad and id(p) not in held]
+    named = seen.trainer.model.named_parameters()
+    missing = [name for name, p in named if p.requires_grad and id(p) not in held]
     if missing:
-        yield error("not_in_optimizer", f"{len(missing)} trainable parameters are in no optimizer and never change: "
-                    f"{listed(missing)}", "Make the optimizer after the model is complete, or freeze them with "
+        yield error("not_in_optimizer",
+                    f"{len(missing)} trainable parameters are in no optimizer and never change: "
+                    f"{listed(missing)}",
+                    "Make the optimizer after the model is complete, or freeze them with "
                     "requires_grad_(False)")
     strange = [p for key, p in held.items() if key not in ours]
     if strange:
-        yield error("optimizer_has_other_parameters", f"{len(strange)} parameters in an optimizer are not the model's, "
-                    f"the first of shape {tuple(strange[0].shape)}", "Make the optimizer after the model is complete")
+        yield error("optimizer_has_other_parameters", f"{len(strange)} parameters in an optimizer are not "
+                    f"the model's, the first of shape {tuple(strange[0].shape)}",
+                    "Make the optimizer after the model is complete")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #38456a71
 def frozen_layers(seen: Evidence) -> list[tuple[str, bool]]:  # in the order of their calls
@@ -83,7 +90,8 @@ def check_frozen(seen: Evidence) -> Iterator[Finding]:
     late = [layers[k][0] for k in frozen if not all(is_frozen for _, is_frozen in layers[:k])]
     if not late or not seen.trainer.step.automatic: return
     if layers[-1][1] or 2 * len(frozen) <= len(layers):
-        yield warning("frozen_by_accident", f"layers before them are trained, but these are frozen: {listed(late)}",
+        yield warning("frozen_by_accident", "layers before them are trained, but these are frozen: "
+                      f"{listed(late)}",
                       "Unfreeze them with requires_grad_(True), or freeze what comes before them too")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #188db47b
@@ -101,18 +109,21 @@ def check_gradients(seen: Evidence) -> Iterator[Finding]:
                     "Look for detach, no_grad, .item(), argmax or numpy between model and loss")
     if detached or not seen.trial.gradients: return
     known = {name for step in seen.trial.gradients for name in step}
-    without = [name for name, p in seen.trainer.model.named_parameters() if p.requires_grad and name not in known]
-    called = called_names(seen)
-    cut, unused = [name for name in without if name in called], [name for name in without if name not in called]
+    named, called = seen.trainer.model.named_parameters(), called_names(seen)
+    without = [name for name, p in named if p.requires_grad and name not in known]
+    cut = [name for name in without if name in called]
+    unused = [name for name in without if name not in called]
     if cut:
         yield error("detached", f"these took part in the forward pass and got no gradient: {listed(cut)}",
-                    "Look for detach, no_grad, argmax or numpy behind these layers; freeze them if it is meant")
+                    "Look for detach, no_grad, argmax or numpy behind these layers; freeze them if it is "
+                    "meant")
     if unused:
         yield warning("unused_parameters", f"these took no part in the loss: {listed(unused)}",
                       "Call these layers in forward, or remove them")
     broken = [name for name, one in seen.trial.gradients[0].items() if not one.finite]
     if broken and seen.loss is not None and bool(seen.loss.isfinite()):
-        yield error("gradient_not_finite", f"the loss is finite, and the gradients of {listed(broken)} are not",
+        yield error("gradient_not_finite", f"the loss is finite, and the gradients of {listed(broken)} are "
+                    "not",
                     "Look for a square root, norm or logarithm at zero, and add a small number inside of it")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #84079eb2
@@ -134,26 +145,31 @@ def check_flow(seen: Evidence) -> Iterator[Finding]:
     if len(found) > 1 and seen.trainer.step.automatic:
         (first, early), (last, late) = found[0], found[-1]
         if 0 < early.rms < 1e-5 * late.rms:
-            yield error("vanishing_gradients", f"the gradient of {first} is {early.rms:.1e} and that of {last} {late.rms:.1e}",
-                        "Use ReLU instead of sigmoid or tanh, normalization layers, or shortcuts around layers")
+            yield error("vanishing_gradients", f"the gradient of {first} is {early.rms:.1e} and that of "
+                        f"{last} {late.rms:.1e}",
+                        "Use ReLU instead of sigmoid or tanh, normalization layers, or shortcuts around "
+                        "layers")
     layers = [call for call in seen.calls if math.isfinite(call.input_rms) and math.isfinite(call.output_rms)]
     if not layers: return
     largest = max(layers, key=lambda call: call.output_rms)
     if largest.output_rms > 100 * max(1.0, layers[0].input_rms):
-        yield error("exploding_activations", f"{largest.name} gives numbers of size {largest.output_rms:.3g}, from inputs of "
-                    f"size {layers[0].input_rms:.3g}", "Begin with smaller weights: torch's own initialisation keeps the "
-                    "size; or add normalization layers")
+        yield error("exploding_activations", f"{largest.name} gives numbers of size "
+                    f"{largest.output_rms:.3g}, from inputs of size {layers[0].input_rms:.3g}",
+                    "Begin with smaller weights: torch's own initialisation keeps the size; or add "
+                    "normalization layers")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #e1ee5d4f
 def check_units(seen: Evidence) -> Iterator[Finding]:
     "Layers whose units are dead, and stay so"
     if seen.batch.size < 8: return
-    gradients = weight_gradients(seen, -1)
-    dead = [name for name, one in gradients.items() if one.finite and one.zero_rows > 0.9]
+    first, last = weight_gradients(seen), weight_gradients(seen, -1)
+    dead = [name for name, one in last.items()
+            if one.finite and one.zero_rows > 0.9 and name in first and first[name].zero_rows > 0.9]
     if not dead or nothing_left(seen): return
     yield error("dead_units", f"more than 90% of the units of {listed(dead)} get no gradient from any of "
-                f"{seen.batch.size} samples", "Look at the initialisation: a large negative bias, or weights of zero, "
-                "leave a ReLU at zero; and scale the inputs")
+                f"{seen.batch.size} samples",
+                "Look at the initialisation: a large negative bias, or weights of zero, leave a ReLU at "
+                "zero; and scale the inputs")
 
 def nothing_left(seen: Evidence) -> bool:
     "Whether the loss is so small that nothing is left to learn"
@@ -173,7 +189,8 @@ def check_symmetry(seen: Evidence, before: list[str], after: list[str]) -> Itera
     "Layers whose units are equal before and after a few steps"
     stuck = [name for name in after if name in before]
     if stuck:
-        yield error("equal_units", f"all units of {listed(stuck)} have the same weights and stay equal when trained",
+        yield error("equal_units",
+                    f"all units of {listed(stuck)} have the same weights and stay equal when trained",
                     "Initialise with random numbers; torch's layers do so by themselves")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #deb00476
@@ -183,31 +200,38 @@ def check_outputs(seen: Evidence) -> Iterator[Finding]:
     inputs = seen.batch.inputs
     varied = not isinstance(inputs, torch.Tensor) or not bool((inputs == inputs[:1]).all())
     if varied and max(one.spread for one in seen.probes) < 1e-6:
-        yield error("outputs_ignore_inputs", f"the model gives the same output for all {seen.batch.size} samples of a batch, "
-                    "also after a few steps", "Look for units that are dead, an average over the batch, or a part of "
-                    "forward whose result is not used")
+        yield error("outputs_ignore_inputs", f"the model gives the same output for all {seen.batch.size} "
+                    "samples of a batch, also after a few steps",
+                    "Look for units that are dead, an average over the batch, or a part of forward whose "
+                    "result is not used")
     mixing = max(one.mixing for one in seen.probes)
     if mixing > 1e-3:
-        yield error("samples_influence_each_other", "when other samples of a batch are replaced, the output of a sample "
-                    f"changes by {mixing:.1%}, in evaluation mode too", "Look for a view or reshape that mixes the batch "
-                    "with other dimensions, or a mean, softmax or attention over dimension 0")
+        yield error("samples_influence_each_other", "when other samples of a batch are replaced, the "
+                    f"output of a sample changes by {mixing:.1%}, in evaluation mode too",
+                    "Look for a view or reshape that mixes the batch with other dimensions, or a mean, "
+                    "softmax or attention over dimension 0")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #95b57ed8
 def check_steps(seen: Evidence) -> Iterator[Finding]:
     "A loss that does not fall on the batch it is trained on"
     losses = seen.trial.losses
     if len(losses) < 2 or not math.isfinite(losses[0]) or abs(losses[0]) < 1e-6: return
-    rates = [float(group["lr"]) for slot in seen.trainer.engine.slots.values() for group in slot.optimizer.param_groups]
+    optimizers = [slot.optimizer for slot in seen.trainer.engine.slots.values()]
+    rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     path, moved = " > ".join(f"{loss:.4g}" for loss in losses), max(abs(loss - losses[0]) for loss in losses)
     gets_gradient = any(one.rms > 0 for one in seen.trial.gradients[0].values())
     if moved <= 3e-6 * abs(losses[0]) and gets_gradient and max(rates) < 1e-5:
-        yield error("lr_too_low", f"with the learning rate {max(rates):.2g}, five steps leave the loss at {losses[0]:.4g}",
+        yield error("lr_too_low", f"with the learning rate {max(rates):.2g}, five steps leave the loss at "
+                    f"{losses[0]:.4g}",
                     "Try 1e-3 with Adam, or 1e-2 with SGD")
     elif did_not_fall(losses):
         slower = seen.slower.losses if seen.slower is not None else []
         if slower and not did_not_fall(slower):
-            yield error("lr_too_high", f"on one batch the loss goes {path} with the learning rate {max(rates):.2g}, and falls "
-                        "with a small part of it", f"Try {max(rates) / 10:.2g}, or look for the rate with a finder")
+            yield error("lr_too_high", f"on one batch the loss goes {path} with the learning rate "
+                        f"{max(rates):.2g}, and falls with a small part of it",
+                        f"Try {max(rates) / 10:.2g}, or look for the rate with a finder")
         else:
-            yield error("loss_does_not_fall", f"trained on one batch, its loss goes {path}, and a smaller rate does not help",
-                        "See the other findings; else look at the sign of the loss, and at what is detached from it")
+            yield error("loss_does_not_fall", f"trained on one batch, its loss goes {path}, and a smaller "
+                        "rate does not help",
+                        "See the other findings; else look at the sign of the loss, and at what is "
+                        "detached from it")

@@ -115,7 +115,8 @@ def undisturbed(
 ) -> Iterator[None]:
     "Let the block do what it likes with a run; afterwards it is as before. `RuntimeError` during a fit"
     if trainer.plan is not None:
-        raise RuntimeError("a look at the set-up was asked for during a fit; it comes before, or between fits")
+        raise RuntimeError("a look at the set-up was asked for during a fit; it comes before, or between "
+                           "fits")
     slots = trainer.engine.slots.values()
     params = [p for slot in slots for p in slot.params]
     with isolated_rng(), torch.enable_grad(), ExitStack() as undo:
