@@ -175,6 +175,13 @@ def _():
     return trainer_of(model, nn.CrossEntropyLoss()), data(words, words % 5)
 
 
+@planted("as many words as classes, and classes in the last axis", "classes_in_last_axis")
+def _():
+    words = torch.randint(20, (200, 7), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 7))
+    return trainer_of(model, nn.CrossEntropyLoss()), data(words, words % 7)
+
+
 # data
 plant(
     "labels shuffled against inputs",

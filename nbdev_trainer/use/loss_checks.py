@@ -26,9 +26,9 @@ from .evidence import Evidence, last_node, operation
 from .findings import Finding, error, warning
 
 # %% auto #0
-__all__ = ['LINEAR', 'RANGES', 'HINTS', 'scores_of', 'sums_to_one', 'check_ending', 'check_reach', 'check_classes',
-           'check_class_range', 'loss_of', 'broadcasts', 'check_shapes', 'chance', 'check_chance', 'other_targets',
-           'check_reduction', 'check_failure']
+__all__ = ['LINEAR', 'RANGES', 'HINTS', 'scores_of', 'sums_to_one', 'check_ending', 'check_reach', 'ends_in_linear',
+           'check_classes', 'check_class_range', 'loss_of', 'broadcasts', 'check_shapes', 'chance', 'check_chance',
+           'other_targets', 'check_reduction', 'check_failure']
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #b5f2d304
 def scores_of(seen: Evidence) -> Tensor | None:
@@ -99,6 +99,12 @@ def check_reach(seen: Evidence) -> Iterator[Finding]:
                     "Leave out the activation after the last layer, or scale the targets")
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #87315d89
+def ends_in_linear(scores: Tensor) -> bool:
+    "Whether predictions are what a linear layer gave, without a transposition"
+    node = scores.grad_fn
+    while operation(node) in ("View", "UnsafeView") and node is not None: node = node.next_functions[0][0]
+    return operation(node) in ("Addmm", "Mm")
+
 def check_classes(seen: Evidence) -> Iterator[Finding]:
     "Targets that cross-entropy cannot take, or takes for something else"
     scores, targets = seen.predictions, seen.targets
@@ -110,6 +116,10 @@ def check_classes(seen: Evidence) -> Iterator[Finding]:
                     f"{tuple(targets.shape)}: cross-entropy takes the classes in dimension 1",
                     "Use predictions.movedim(-1, 1), or flatten both: predictions.flatten(0, -2), "
                     "targets.flatten()")
+    elif scores.ndim == 3 and outputs == scores.shape[2] and ends_in_linear(scores):
+        yield warning("classes_in_last_axis", f"predictions are {tuple(scores.shape)} from a linear layer, "
+                      "whose outputs stand last, and cross-entropy takes the classes in dimension 1; both sizes "
+                      f"are {outputs}, so nothing fails", "Use predictions.movedim(-1, 1)")
     elif targets.is_floating_point():
         if targets.shape == scores.shape and sums_to_one(targets.float(), 1): return
         if targets.shape == scores.shape:
