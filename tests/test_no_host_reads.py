@@ -15,7 +15,10 @@ from nbdev_trainer.loop.schedules import linear, one_cycle
 from nbdev_trainer.loop.steps import ManualStep, SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.base import Mean
-from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.metrics.classification import Accuracy, TopKAccuracy
+from nbdev_trainer.metrics.confusion import CohenKappa, ConfusionMatrix, F1Score
+from nbdev_trainer.metrics.probabilities import CalibrationError, LogLoss
+from nbdev_trainer.metrics.ranking import AUROC, AveragePrecision
 
 TARGETS = arrays()[1]
 
@@ -78,6 +81,14 @@ def fit_on_meta(loss_fn, options, fit, callbacks=(), step=None):
     metrics = [
         Accuracy(),
         Accuracy("kept", ignore_index=1),
+        TopKAccuracy(2),
+        F1Score("multiclass", 3, ignore_index=1),
+        CohenKappa("multiclass", 3, distance="linear"),
+        ConfusionMatrix("multiclass", 3),
+        LogLoss("multiclass", 3),
+        CalibrationError("multiclass", 3),
+        AUROC("multiclass", 3, n_bins=10),
+        AveragePrecision("multiclass", 3),
         largest_score,
         top_score,
         Mean(top_score, name="mean_top"),

@@ -145,10 +145,12 @@ class ClassScore(ClassCounts):
         "The average over the classes, or the value of each; raises `ValueError` for wrong values"
         counts, often, valid = read_counts(self)
         if self.average == "micro": counts = counts.sum(1, keepdim=True)
-        values = self.values(*counts) * valid
-        if self.task.kind == "binary" or self.average == "micro": return values[-1]
+        values = self.values(*counts)
+        if self.task.kind == "binary" or self.average == "micro": return values[-1] * valid
         present = counts[1] + counts[2] > 0 if self.skip_absent else torch.ones_like(values, dtype=torch.bool)
-        return averaged(values, present, often, self.average, self.task.names)
+        result = averaged(values, present, often, self.average, self.task.names)
+        if not isinstance(result, dict): return result * valid
+        return {name: one * valid for name, one in result.items()}
 
 # %% ../../nbs/api/metrics/05_confusion.ipynb #59bea1a8
 class PrecisionScore(ClassScore):

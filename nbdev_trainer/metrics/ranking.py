@@ -172,10 +172,12 @@ class Ranking(RankingState):
         scores, weights = rows
         if self.average == "micro": scores, weights = scores.reshape(1, -1), weights.reshape(2, 1, -1)
         often = weights.sum(2)
-        values = torch.where(often.sum() > 0, self.value(scores, weights), float("nan"))
-        if len(values) == 1 and self.average != "per_class": return values[0]
+        values, valid = self.value(scores, weights), torch.where(often.sum() > 0, 1.0, float("nan"))
+        if len(values) == 1 and self.average != "per_class": return values[0] * valid
         present = (often > 0).all(0) if self.skip_absent else torch.ones_like(values, dtype=torch.bool)
-        return averaged(values, present, often[1], self.average, self.task.names)
+        result = averaged(values, present, often[1], self.average, self.task.names)
+        if not isinstance(result, dict): return result * valid
+        return {name: one * valid for name, one in result.items()}
 
 # %% ../../nbs/api/metrics/06_ranking.ipynb #d2135ed7
 def wrong_numbers(

@@ -71,11 +71,11 @@ def averaged(
     average: str,       # "macro", "weighted", "micro" or "per_class"
     names: Sequence[str],
 ) -> Tensor | dict[str, Tensor]:
-    "The values of the classes as one, or by name"
+    "The values of the classes as one, or by name; 0 where no class counts, as in scikit-learn"
     if average == "per_class": return dict(zip(names, torch.where(present, values, float("nan"))))
     if average == "weighted": present, values = weights > 0, values * weights
     total = torch.where(present, values, 0.0).sum()
-    return total / (weights.sum() if average == "weighted" else present.sum())
+    return divide(total, weights.sum() if average == "weighted" else present.sum())
 
 # %% ../../nbs/api/metrics/04_tasks.ipynb #1f735823
 def check_average(average: str, task: str, metric: str) -> None:
