@@ -118,7 +118,7 @@ def check_classes(seen: Evidence) -> Iterator[Finding]:
                     "targets.flatten()")
     elif scores.ndim == 3 and outputs == scores.shape[2] and ends_in_linear(scores):
         yield warning("classes_in_last_axis", f"predictions are {tuple(scores.shape)} from a linear layer, "
-                      "whose outputs stand last, and cross-entropy takes the classes in dimension 1; both sizes "
+                      "whose outputs stand last, and cross-entropy takes them in dimension 1; both sizes "
                       f"are {outputs}, so nothing fails", "Use predictions.movedim(-1, 1)")
     elif targets.is_floating_point():
         if targets.shape == scores.shape and sums_to_one(targets.float(), 1): return
