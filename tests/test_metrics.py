@@ -80,7 +80,9 @@ def samples(draw, weighted=True):
 
 def classes(generator, n, n_classes):
     """Class numbers of which some may be missing."""
-    return torch.randint(max(1, n_classes - int(torch.randint(3, (), generator=generator))), (n,), generator=generator)
+    return torch.randint(
+        max(1, n_classes - int(torch.randint(3, (), generator=generator))), (n,), generator=generator
+    )
 
 
 def distinct(generator, *shape):
@@ -98,7 +100,9 @@ def measured(metric, predictions, targets, batch_size, n_shards, weights, genera
     whole, shards = copy.deepcopy(metric), [copy.deepcopy(metric) for _ in range(n_shards)]
     for i, start in enumerate(range(0, len(targets), batch_size)):
         part = slice(start, start + batch_size)
-        batch = Batch(None, targets[part], len(targets[part]), None, None if weights is None else weights[part])
+        batch = Batch(
+            None, targets[part], len(targets[part]), None, None if weights is None else weights[part]
+        )
         for one in (whole, shards[i % n_shards]):
             one.update(StepOutput(predictions=predictions[part]), batch)
     order = torch.randperm(n_shards, generator=generator).tolist()
@@ -284,7 +288,9 @@ def test_multiclass_auroc_equals_that_of_scikit_learn(data):
         metric = AveragePrecision("multiclass", n_classes, average=average)
         got = measured(metric, scores, targets, batch_size, n_shards, weights, generator)
         one_hot = F.one_hot(targets, n_classes)
-        close(got, quiet(sk.average_precision_score, one_hot, chances, average=average, sample_weight=weights))
+        close(
+            got, quiet(sk.average_precision_score, one_hot, chances, average=average, sample_weight=weights)
+        )
 
 
 @often
@@ -388,7 +394,9 @@ def test_a_weight_of_two_is_as_if_a_sample_were_there_twice(data):
     targets, weights = distinct(generator, n), torch.randint(1, 4, (n,), generator=generator)
     predictions = targets + distinct(generator, n)
     repeated = predictions.repeat_interleave(weights), targets.repeat_interleave(weights)
-    got = measured(PearsonCorrelation(), predictions, targets, batch_size, n_shards, weights.double(), generator)
+    got = measured(
+        PearsonCorrelation(), predictions, targets, batch_size, n_shards, weights.double(), generator
+    )
     close(got, measured(PearsonCorrelation(), *repeated, batch_size, n_shards, None, generator))
 
 
@@ -609,7 +617,10 @@ def test_a_metric_that_saw_nothing_is_nan_and_merges(pair):
     one, other = copy.deepcopy(fresh), copy.deepcopy(fresh)
     one.update(StepOutput(predictions=scores), Batch(None, targets, 8))
     expected = as_numbers(one.compute())
-    empty = StepOutput(predictions=scores[:0]), Batch(None, targets[:0], 0)  # a rank may get no sample of a batch
+    empty = (
+        StepOutput(predictions=scores[:0]),
+        Batch(None, targets[:0], 0),
+    )  # a rank may get no sample of a batch
     other.update(*empty)
     one.update(*empty)
     for shard in (fresh, other):
