@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import re
 import sys
 import time
@@ -29,7 +28,6 @@ from fastcore.script import anno_parser
 from torch import Tensor, nn
 
 from .apps.models import RelativeSquaredError, make_model
-from .callbacks.loggers import JSONLines
 from .core.errors import did_you_mean
 from .core.seeding import check_seed, seed_everything
 from .data.datasets import digits
@@ -42,7 +40,8 @@ from .loop.optimizers import default_optimizer
 from .metrics.base import Mean
 from .metrics.classification import Accuracy
 from .store.curves import curves_svg
-from .store.files import write_json, write_text
+from .store.files import write_text
+from .store.run import holds_run
 from .use.choices import check_lr
 from .use.data_report import report_on
 from .use.environment import environment_report
@@ -50,8 +49,8 @@ from .use.environment import environment_report
 # %% auto #0
 __all__ = ['MAX_CLASSES', 'HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits',
            'prepare_folder', 'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings',
-           'mean_absolute_error', 'make_learner', 'n_threads', 'plan_lines', 'make_directory', 'versions', 'train',
-           'result_line', 'fit', 'check', 'env', 'complain', 'parse', 'run_command', 'main']
+           'mean_absolute_error', 'make_learner', 'n_threads', 'plan_lines', 'free_directory', 'train', 'result_line',
+           'fit', 'check', 'env', 'complain', 'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -196,7 +195,12 @@ def mean_absolute_error(predictions: Tensor, targets: Tensor) -> Tensor:
     "How far predictions are from the targets, in the units of the targets"
     return (predictions - targets).abs().mean()
 
-def make_learner(prepared: Prepared, settings: Settings) -> Learner:
+def make_learner(
+    prepared: Prepared,
+    settings: Settings,
+    directory: Path | None = None,         # where the run is kept; None: nowhere
+    config: dict[str, Any] | None = None,  # what to keep there besides what the learner knows
+) -> Learner:
     "The learner of a run; raises `ValueError` for a model that does not exist or does not fit"
     (inputs, targets), regression = prepared.train, prepared.task == "regression"
     seed_everything(settings.seed)
@@ -208,8 +212,9 @@ def make_learner(prepared: Prepared, settings: Settings) -> Learner:
     loaders = Loaders.from_arrays(inputs, targets, valid=prepared.valid, batch_size=settings.batch_size,
                                   drop_last=drop_last, seed=settings.seed)
     return Learner(model, loaders, loss_fn, optimizer=default_optimizer, lr=settings.lr, metrics=[metric],
-                   device=settings.device, seed=settings.seed)
+                   device=settings.device, seed=settings.seed, run_dir=directory, config=config)
 
+# %% ../nbs/api/cli.ipynb #c8cc1136
 @contextmanager
 def n_threads(n: int) -> Iterator[None]:
     "The block computes with `n` threads; afterwards there are as many as before"
@@ -233,11 +238,11 @@ def plan_lines(prepared: Prepared, settings: Settings, learner: Learner) -> list
             f"seed: {settings.seed}, device: {settings.device}, threads: {settings.threads}"]
 
 # %% ../nbs/api/cli.ipynb #9bb04234
-def make_directory(
+def free_directory(
     out: str | None,  # None: runs/<name>-<date>-<time>
     name: str,        # of the data
 ) -> Path:
-    "A new directory for a run; raises `ValueError` for one that is in use"
+    "The directory for a new run; raises `ValueError` for one that is in use"
     path = Path(out) if out else Path("runs")/f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is None:
         first, number = path, 1
@@ -247,24 +252,17 @@ def make_directory(
     if path.is_file(): raise ValueError(f"--out {str(path)!r} is a file; expected a new or empty directory")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"--out {str(path)!r} exists and is not empty; expected a new or empty directory")
-    path.mkdir(parents=True, exist_ok=True)
     return path
-
-def versions() -> dict[str, str]:
-    "What the run was made with"
-    return {"nbdev_trainer": version("nbdev_trainer"), "torch": str(torch.__version__),
-            "python": platform.python_version()}
 
 # %% ../nbs/api/cli.ipynb #b318d2f7
 def train(learner: Learner, settings: Settings, directory: Path) -> None:
     "Train, and fill the directory"
-    history_file = directory/"history.jsonl"
-    write_text(history_file, "")
-    try: learner.fit_one_cycle(settings.epochs, callbacks=[JSONLines(history_file)])
+    try: learner.fit_one_cycle(settings.epochs)
     except BaseException as error:
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        print(f"{what} after {len(learner.history)} of {settings.epochs} epochs; "
-              f"kept config.json and history.jsonl in {directory}", file=sys.stderr, flush=True)
+        kept = f"config.json and history.jsonl in {directory}" if holds_run(directory) else "nothing"
+        print(f"{what} after {len(learner.history)} of {settings.epochs} epochs; kept {kept}",
+              file=sys.stderr, flush=True)
         raise
     learner.save(directory/"model.safetensors")
     write_text(directory/"curves.svg", curves_svg(learner.history))
@@ -296,13 +294,11 @@ def fit(
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed)
         settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
-        learner = make_learner(prepared, settings)
-        directory = make_directory(out, prepared.name)
-    write_json(directory/"config.json", {
-        "data": None if data is None else str(Path(data).resolve()), "drop": dropped, **prepared.facts,
-        "task": prepared.task, "input_shape": list(prepared.train[0].shape[1:]),
-        "n_outputs": prepared.n_outputs, **vars(settings),
-        "optimizer": "AdamW", "schedule": "one_cycle", "versions": versions()})
+        directory = free_directory(out, prepared.name)
+        learner = make_learner(prepared, settings, directory, {
+            "data": None if data is None else str(Path(data).resolve()), "drop": dropped, **prepared.facts,
+            "task": prepared.task, "input_shape": list(prepared.train[0].shape[1:]),
+            "n_outputs": prepared.n_outputs, **vars(settings), "schedule": "one_cycle"})
     print(*plan_lines(prepared, settings, learner), sep="\n", flush=True)
     try:
         with n_threads(settings.threads): train(learner, settings, directory)
@@ -322,7 +318,8 @@ def check(
 ) -> int:  # exit code: 1 when something is odd
     "Look at data before any training: what is there, and every item that is odd"
     with one_line_errors():
-        prepared = prepare(data, target, [name.strip() for name in drop.split(",") if name.strip()], task, seed)
+        dropped = [name.strip() for name in drop.split(",") if name.strip()]
+        prepared = prepare(data, target, dropped, task, seed)
     n_classes = prepared.n_outputs if prepared.task == "classification" else None
     report = report_on(prepared.train, prepared.valid, n_classes, prepared.facts.get("columns"))
     print(f"data: {prepared.name}", report, sep="\n")
