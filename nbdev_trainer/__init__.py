@@ -4,7 +4,7 @@ Modules:
 
 - `nbdev_trainer.apps.models`: Small models to begin with, and the scaling of their inputs and outputs
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
-- `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves and a table that stays
+- `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
@@ -39,8 +39,11 @@ Modules:
 - `nbdev_trainer.metrics.classification`: How often a classifier is right: one class of many, yes or no, several labels, the first k
 - `nbdev_trainer.metrics.collection`: All metrics of one data set, read in one go
 - `nbdev_trainer.metrics.confusion`: Precision, recall, F-beta, Dice, IoU, MCC, kappa: all that follows from which class was taken for which
+- `nbdev_trainer.metrics.probabilities`: Log loss, Brier score, calibration: whether a probability of 0.8 is right in eight of ten cases
+- `nbdev_trainer.metrics.ranking`: AUROC and average precision: how well scores sort, whatever the threshold
 - `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
+- `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
@@ -65,7 +68,7 @@ from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
-from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.callbacks.stopping import EarlyStopping, FiniteLoss
 from nbdev_trainer.callbacks.trackers import MLflow, TensorBoard, WeightsAndBiases
 from nbdev_trainer.core.duration import Duration
 from nbdev_trainer.core.seeding import seed_everything
@@ -85,18 +88,38 @@ from nbdev_trainer.loop.state import State
 from nbdev_trainer.loop.steps import ManualStep, Step, SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.adapters import WholeSet
-from nbdev_trainer.metrics.base import Loss, Mean, Metric
-from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.metrics.base import Additive, Kept, Loss, Mean, Metric
+from nbdev_trainer.metrics.classification import Accuracy, BinaryAccuracy, MultilabelAccuracy, TopKAccuracy
+from nbdev_trainer.metrics.confusion import (
+    CohenKappa, ConfusionMatrix, Dice, F1Score, FBetaScore, IoU, MatthewsCorrelation, PrecisionScore,
+    RecallScore, confusion_matrix,
+)
+from nbdev_trainer.metrics.probabilities import BrierScore, CalibrationError, LogLoss
+from nbdev_trainer.metrics.ranking import AUROC, AveragePrecision
+from nbdev_trainer.metrics.regression import (
+    ExplainedVariance, MeanAbsoluteError, MeanAbsolutePercentageError, MeanSquaredError, PearsonCorrelation,
+    R2, RootMeanSquaredError, SpearmanCorrelation,
+)
+from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
+from nbdev_trainer.use.check import check
+from nbdev_trainer.use.findings import CheckReport, Finding
+from nbdev_trainer.use.summary import ModelSummary, summarize
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Accuracy", "Batch", "CSVTable", "Callback", "Duration", "EarlyStopping", "Event", "FusedAdamW", "History",
-    "JSONLines", "Learner", "Loader", "Loaders", "Loss", "MLflow", "ManualStep", "Mean", "Metric", "Precision",
-    "Predictions", "Progress", "Recorder", "Run", "RunDirectory", "RunTable", "Schedule", "State", "Step",
-    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "Trainer", "WeightsAndBiases", "WholeSet", "chained",
-    "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "plot_histories", "random_split",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "warm_up",
+    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
+    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa", "ConfusionMatrix",
+    "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
+    "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner", "Loader", "Loaders", "LogLoss",
+    "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
+    "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary", "MultilabelAccuracy",
+    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Progress", "R2",
+    "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "Schedule",
+    "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard",
+    "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained", "check",
+    "confusion_matrix", "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "plot_histories",
+    "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "summarize", "warm_up",
 ]

@@ -40,7 +40,10 @@ from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
 from .store.files import read_tensors, write_tensors
 from .store.history import History
+from .use.check import check
 from .use.choices import make_optimizers, make_step, spread_lr
+from .use.findings import CheckReport
+from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
 
 # %% auto #0
@@ -271,6 +274,26 @@ class Learner:
         return "\n".join([*lines, f"step: {trainer.step}", f"device: {trainer.device}", f"metrics: {metrics}",
                           f"accumulate: {engine.accumulate}, clip_norm: {engine.clip_norm}",
                           trainer.describe_callbacks()])
+
+    def check(self) -> CheckReport:
+        "Send one batch through everything and say what is wrong, and how to mend it; nothing is changed"
+        return check(self.trainer, self.loaders.train, self.loaders.valid_sets)
+
+    def overfit(self,
+        batches: int = 2,  # how many of the training batches to learn by heart
+        *,
+        steps: int = 300,  # at most
+    ) -> CheckReport:
+        "Whether the model can learn a few batches by heart, as any sound one can; nothing is changed"
+        return overfit(self.trainer, self.loaders.train, batches, steps=steps)
+
+    def dry_run(self,
+        batches: int = 2,  # of training, and of each validation set
+        *,
+        callbacks: Iterable[Callback] = (),  # those that a fit is going to get
+    ) -> CheckReport:
+        "Run a little of everything, validation, callbacks and saving included; then all is as before"
+        return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
 
     def summary(self,
         loader: Iterable[Any] | None = None,  # its first batch is used; None: the training data

@@ -21,7 +21,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")  # the parameters of a function
+R = TypeVar("R")   # what it returns
 
 # %% auto #0
 __all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'checked_keywords', 'Problems', 'MissingPackage', 'require']

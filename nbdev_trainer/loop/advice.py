@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
 from ..core.nested import tensors
-from ..data.batch import Batch, StepOutput
+from ..data.batch import StepOutput
 from .state import State
 
 # %% auto #0
@@ -40,7 +40,8 @@ def about_inputs(inputs: Tensor, dtype: torch.dtype | None) -> str | None:
     if inputs.is_floating_point():
         return f"the inputs are {inputs.dtype} and the model is {dtype}: convert one, with inputs.to({dtype})"
     if inputs.dtype == torch.uint8:
-        return f"the inputs are bytes, torch.uint8, and the model is {dtype}: scale them, with inputs.float() / 255"
+        return (f"the inputs are bytes, torch.uint8, and the model is {dtype}: scale them, with "
+                "inputs.float() / 255")
     return None  # whole numbers may be meant as such, for an embedding
 
 def about_targets(targets: Any, error: BaseException) -> str | None:
@@ -60,7 +61,8 @@ def about_targets(targets: Any, error: BaseException) -> str | None:
 def about_loss(loss: Any, error: BaseException) -> str | None:
     "What is wrong with a loss that cannot be followed back, if it shows"
     if isinstance(loss, (int, float)):
-        return f"the loss is {describe(loss)}; expected a tensor that remembers how it was computed: leave out .item()"
+        return (f"the loss is {describe(loss)}; expected a tensor that remembers how it was computed: leave "
+                "out .item()")
     if not isinstance(loss, Tensor): return None
     if loss.ndim: return f"the loss is {describe(loss)}; expected a scalar, such as its mean: loss.mean()"
     if not loss.requires_grad and "does not require grad" in str(error):
@@ -70,9 +72,9 @@ def about_loss(loss: Any, error: BaseException) -> str | None:
 
 def about_state(error: BaseException) -> str | None:
     "Which field of the state was meant, when there is none of that name"
-    if not isinstance(error, AttributeError) or "'State' object has no attribute" not in str(error): return None
-    wrong = str(error).rpartition("attribute ")[2].strip("'")
-    return did_you_mean(wrong, [field.name for field in fields(State)], what="field")
+    what, _, wrong = str(error).partition("'State' object has no attribute ")
+    if not isinstance(error, AttributeError) or what or not wrong: return None
+    return did_you_mean(wrong.strip("'"), [field.name for field in fields(State)], what="field")
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #c9262f45
 def advice(
@@ -89,4 +91,5 @@ def advice(
     dtype = next((p.dtype for p in trainer.model.parameters()), None)
     found = None if inputs is None else about_inputs(inputs, dtype)
     if found is None and isinstance(output, StepOutput): found = about_loss(output.loss, error)
-    return found if found is not None or isinstance(error, AttributeError) else about_targets(batch.targets, error)
+    if found is not None or isinstance(error, AttributeError): return found
+    return about_targets(batch.targets, error)

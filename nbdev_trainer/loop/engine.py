@@ -42,8 +42,8 @@ def find_device(
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
         here = ", which torch calls 'cuda'," if str(device).lower() == "gpu" else ""
-        raise ValueError(f"{device!r}{here} names no device; this machine has {available}, and 'auto' takes the "
-                         "first") from None
+        raise ValueError(f"{device!r}{here} names no device; this machine has {available}, and 'auto' takes "
+                         "the first") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
@@ -57,8 +57,9 @@ def move_model(
     "The model to its device; raises `ValueError` for parameters that hold no numbers yet"
     empty = [name for name, p in model.named_parameters() if p.device.type == "meta" != device.type]
     if empty:
-        raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which holds no "
-                         f"numbers. Make room with model.to_empty(device={str(device)!r}), then initialise them.")
+        raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which "
+                         f"holds no numbers. Make room with model.to_empty(device={str(device)!r}), then "
+                         "initialise them.")
     model.to(device)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3

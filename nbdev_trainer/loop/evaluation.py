@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import concatenate, detach, tensors, to_device
+from ..core.nested import concatenate, detach, to_device
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, own_generators
@@ -28,7 +28,6 @@ from .advice import advice, whereabouts
 from .callback import handler_table
 from .control import Control
 from .engine import Engine
-from .state import State
 from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 

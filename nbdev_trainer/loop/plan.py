@@ -164,8 +164,8 @@ def make_plan(
 def check_schedule(schedule: Any) -> None:
     "Raise `TypeError` for what is no function, `ValueError` for one whose values cannot be factors"
     if not callable(schedule):
-        raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as cosine() or "
-                        "one_cycle()")
+        raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as "
+                        "cosine() or one_cycle()")
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
         factor = schedule(progress)
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:

@@ -179,13 +179,15 @@ def what_it_was_given(
 ) -> str:
     "A note for an error that a loss function raised"
     predictions = output.predictions
-    note = f"{function_text(loss_fn)} was given predictions {describe(predictions)} and targets {describe(targets)}"
+    note = (f"{function_text(loss_fn)} was given predictions {describe(predictions)} and targets "
+            f"{describe(targets)}")
     if isinstance(predictions, (tuple, list)):
         return f"{note}; say which part it takes, with forward=lambda model, inputs: model(inputs)[0]"
     if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note
     several = predictions.ndim == targets.ndim + 1 and predictions.shape[1] > 1
     if several and targets.is_floating_point():
-        return f"{note}; class numbers are whole numbers: targets.long(). For numbers to approach: nn.MSELoss()"
+        return (f"{note}; class numbers are whole numbers: targets.long(). For numbers to approach: "
+                "nn.MSELoss()")
     return note
 
 def function_text(fn: Any) -> str:

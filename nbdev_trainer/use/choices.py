@@ -102,10 +102,10 @@ def trainable(
     params = [p for p in part.parameters() if p.requires_grad]
     if params: return params
     if not any(True for _ in part.parameters()):
-        raise ValueError(f"{type(part).__name__} has no parameters, so there is nothing to train; expected layers such "
-                         "as nn.Linear, as attributes of the model or in an nn.ModuleList")
-    raise ValueError(f"all parameters of {type(part).__name__} are frozen, so there is nothing to train; unfreeze "
-                     "some, with requires_grad_(True)")
+        raise ValueError(f"{type(part).__name__} has no parameters, so there is nothing to train; expected "
+                         "layers such as nn.Linear, as attributes of the model or in an nn.ModuleList")
+    raise ValueError(f"all parameters of {type(part).__name__} are frozen, so there is nothing to train; "
+                     "unfreeze some, with requires_grad_(True)")
 
 # %% ../../nbs/api/use/03_choices.ipynb #6013f44c
 def make_optimizers(
@@ -127,8 +127,8 @@ def make_optimizers(
             continue
         make: Any = default_optimizer if one is None else one
         if not callable(make):
-            raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function that makes one, such as "
-                            "torch.optim.Adam")
+            raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function that makes one, "
+                            "such as torch.optim.Adam")
         if lr is None and "lr" in getattr(make, "keywords", {}):  # functools.partial(SGD, lr=...): theirs
             made[name] = make(trainable(model if name == "main" else submodule(model, name)))
             continue

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['FEW', 'Oddity', 'numbered', 'groups_of_equal', 'odd_samples', 'odd_columns', 'odd_classes', 'DataReport',
-           'range_text', 'report_on']
+__all__ = ['FEW', 'Oddity', 'numbered', 'groups_of_equal', 'empty_samples', 'repeated_samples', 'odd_columns', 'odd_classes',
+           'DataReport', 'range_text', 'report_on']
 
 # %% ../../nbs/api/use/05_data_report.ipynb #4fa771ca
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Oddity:
     items: tuple[str, ...] = ()  # which samples, columns or classes
 
     def __str__(self) -> str:
-        shown = ", ".join(self.items[:8]) + (f" and {len(self.items) - 8} more" if len(self.items) > 8 else "")
+        more = f" and {len(self.items) - 8} more" if len(self.items) > 8 else ""
+        shown = ", ".join(self.items[:8]) + more
         return f"{self.what}{': ' if shown else ''}{shown}. {self.mend}"
 
 def numbered(rows: Tensor, name: str = "") -> tuple[str, ...]:
@@ -46,32 +47,41 @@ def groups_of_equal(
     rows = inputs.flatten(1).contiguous().numpy()
     return torch.tensor([keys.setdefault(row.tobytes(), len(keys)) for row in rows])
 
-def odd_samples(
+def empty_samples(
+    inputs: Tensor,  # (samples, ...)
+) -> Iterator[Oddity]:
+    "Samples that have the same value everywhere"
+    rows = inputs.flatten(1)
+    flat = (rows == rows[:, :1]).all(1).nonzero()
+    if len(flat):
+        yield Oddity(f"Samples with the same value everywhere ({len(flat)})",
+                     "An empty picture teaches nothing: leave them out, or see why they are empty.",
+                     numbered(flat))
+
+# %% ../../nbs/api/use/05_data_report.ipynb #a3f45879
+def repeated_samples(
     inputs: Tensor,   # (samples, ...)
     targets: Tensor,  # (samples, ...)
     n_train: int,     # the first so many are trained on, the others are held out
 ) -> Iterator[Oddity]:
-    "Samples that are constant, contradict each other, or stand on both sides"
-    rows = inputs.flatten(1)
-    if inputs.ndim > 2:
-        flat = (rows == rows[:, :1]).all(1).nonzero()
-        if len(flat): yield Oddity(f"Samples with the same value everywhere ({len(flat)})",
-                                   "An empty picture teaches nothing: leave them out, or see why they are empty.",
-                                   numbered(flat))
-    group = groups_of_equal(inputs)
-    first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
-    again = first[group] < torch.arange(len(group))
-    differs = again & (targets != targets[first[group]]).reshape(len(group), -1).any(1)
-    if differs.any(): yield Oddity(f"Samples equal to an earlier one, with another target ({int(differs.sum())})",
-                                   "No model can learn both: decide which is right.", numbered(differs.nonzero()))
-    across = again & (first[group] < n_train) & (torch.arange(len(group)) >= n_train)
-    if across.any(): yield Oddity(f"Held-out samples that are also trained on ({int(across.sum())})",
-                                  "The held-out score is too good: leave them out of one side.", numbered(across.nonzero()))
-    within = again & (torch.arange(len(group)) < n_train)
-    if within.any(): yield Oddity(f"Training samples that are copies of an earlier one ({int(within.sum())})",
-                                  "They count double: leave them out, unless that is meant.", numbered(within.nonzero()))
+    "Samples that contradict an earlier one, stand on both sides, or count double"
+    group, place = groups_of_equal(inputs), torch.arange(len(inputs))
+    first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce_(0, group, place, "amin")[group]
+    again = first < place
+    differs = again & (targets != targets[first]).reshape(len(group), -1).any(1)
+    across = again & (first < n_train) & (place >= n_train)
+    within = again & (place < n_train)
+    for which, what, mend in (
+        (differs, "Samples equal to an earlier one, with another target",
+         "No model can learn both: decide which is right."),
+        (across, "Held-out samples that are also trained on",
+         "The held-out score is too good: leave them out of one side."),
+        (within, "Training samples that are copies of an earlier one",
+         "They count double: leave them out, unless that is meant."),
+    ):
+        if which.any(): yield Oddity(f"{what} ({int(which.sum())})", mend, numbered(which.nonzero()))
 
-# %% ../../nbs/api/use/05_data_report.ipynb #a3f45879
+# %% ../../nbs/api/use/05_data_report.ipynb #c0fbb903
 def odd_columns(
     inputs: Tensor,          # (samples, columns)
     targets: Tensor,         # (samples,) or (samples, 1)
@@ -79,20 +89,25 @@ def odd_columns(
 ) -> Iterator[Oddity]:
     "Columns that never change, tell the target, or hold a value far from all others"
     inputs, wanted = inputs.double(), targets.double().flatten()
+    def named(which: Tensor) -> tuple[str, ...]:
+        return tuple(name for name, is_meant in zip(names, which.tolist()) if is_meant)
     still = (inputs == inputs[:1]).all(0)
-    if still.any(): yield Oddity(f"Columns with one value only ({int(still.sum())})", "They tell nothing: --drop them.",
-                                 tuple(names[i] for i in still.nonzero().flatten().tolist()))
+    if still.any():
+        yield Oddity(f"Columns with one value only ({int(still.sum())})", "They tell nothing: --drop them.",
+                     named(still))
     centred, goal = inputs - inputs.mean(0), wanted - wanted.mean()
     scale = (centred.square().sum(0) * goal.square().sum()).sqrt()
     telling = torch.where(scale > 0, (centred * goal[:, None]).sum(0).abs() / scale, 0) > 0.9999
-    if telling.any(): yield Oddity(f"Columns that are the target under another name ({int(telling.sum())})",
-                                   "They will not be there when it counts: --drop them.",
-                                   tuple(names[i] for i in telling.nonzero().flatten().tolist()))
-    low, middle, high = torch.quantile(inputs[:: max(1, len(inputs) // 10_000)], torch.tensor([0.25, 0.5, 0.75]).double(), 0)
+    if telling.any():
+        yield Oddity(f"Columns that are the target under another name ({int(telling.sum())})",
+                     "They will not be there when it counts: --drop them.", named(telling))
+    some, quarters = inputs[:: max(1, len(inputs) // 10_000)], torch.tensor([0.25, 0.5, 0.75]).double()
+    low, middle, high = torch.quantile(some, quarters, 0)
     far = ((inputs - middle).abs() > 100 * (high - low)) & (high > low)
-    if far.any(): yield Oddity(f"Values far from all others of their column ({int(far.sum())})",
-                               "A missing value written as 999999, perhaps: look at them.",
-                               tuple(f"{names[c]} of sample {r}" for r, c in far.nonzero().tolist()))
+    if far.any():
+        yield Oddity(f"Values far from all others of their column ({int(far.sum())})",
+                     "A missing value written as 999999, perhaps: look at them.",
+                     tuple(f"{names[column]} of sample {row}" for row, column in far.nonzero().tolist()))
 
 # %% ../../nbs/api/use/05_data_report.ipynb #c7552efa
 FEW = 10  # samples of a class below which it is odd
@@ -104,19 +119,22 @@ def odd_classes(
 ) -> Iterator[Oddity]:
     "Classes that are missing or rare, and a class that is nearly all"
     here, there = torch.bincount(train, minlength=n_classes), torch.bincount(valid, minlength=n_classes)
-    unseen = ((here == 0) & (there > 0)).nonzero()
-    if len(unseen): yield Oddity(f"Classes that are held out and never trained on ({len(unseen)})",
-                                 "Split anew, or leave them out.", numbered(unseen, "class"))
-    rare = ((here > 0) & (here < FEW)).nonzero().flatten()
-    if len(rare): yield Oddity(f"Classes with fewer than {FEW} samples to train on ({len(rare)})",
-                               "Collect more, or join them.", tuple(f"class {i} ({int(here[i])})" for i in rare.tolist()))
-    absent = ((here == 0) & (there == 0)).nonzero()
-    if len(absent): yield Oddity(f"Classes between 0 and {n_classes - 1} without any sample ({len(absent)})",
-                                 "The model gets outputs for them: number the classes without gaps.",
-                                 numbered(absent, "class"))
+    unseen, absent = ((here == 0) & (there > 0)).nonzero(), ((here == 0) & (there == 0)).nonzero()
+    rare = ((here > 0) & (here < FEW)).nonzero().flatten().tolist()
+    if len(unseen):
+        yield Oddity(f"Classes that are held out and never trained on ({len(unseen)})",
+                     "Split anew, or leave them out.", numbered(unseen, "class"))
+    if rare:
+        yield Oddity(f"Classes with fewer than {FEW} samples to train on ({len(rare)})",
+                     "Collect more, or join them.", tuple(f"class {i} ({int(here[i])})" for i in rare))
+    if len(absent):
+        yield Oddity(f"Classes between 0 and {n_classes - 1} without any sample ({len(absent)})",
+                     "The model gets outputs for them: number the classes without gaps.",
+                     numbered(absent, "class"))
     share = float(here.max() / here.sum())
-    if share > 0.9: yield Oddity(f"Class {int(here.argmax())} is {share:.0%} of the training data",
-                                 f"Always answering it is {share:.0%} right: look at another metric, such as F1.")
+    if share > 0.9:
+        yield Oddity(f"Class {int(here.argmax())} is {share:.0%} of the training data",
+                     f"Always answering it is {share:.0%} right: look at another metric, such as F1.")
 
 # %% ../../nbs/api/use/05_data_report.ipynb #4a62503a
 @dataclass(frozen=True)
@@ -148,8 +166,10 @@ def report_on(
     if n_classes is None: facts.append(f"targets: {range_text(targets)}")
     else:
         counts = torch.bincount(train[1], minlength=n_classes)
-        facts.append(f"targets: {n_classes} classes, {int(counts.min()):,} to {int(counts.max()):,} samples each")
-    found = list(odd_samples(inputs, targets, len(train[0])))
+        each = f"{int(counts.min()):,} to {int(counts.max()):,} samples each"
+        facts.append(f"targets: {n_classes} classes, {each}")
+    found = list(empty_samples(inputs)) if inputs.ndim > 2 else []
+    found += repeated_samples(inputs, targets, len(train[0]))
     if inputs.ndim == 2:
         found += odd_columns(inputs, targets, names or [f"column {i}" for i in range(inputs.shape[1])])
     if n_classes is not None: found += odd_classes(train[1], valid[1], n_classes)

@@ -40,8 +40,9 @@ def devices() -> dict[str, str]:  # by torch's name of the device
     found = {"cpu": cores}
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):  # pragma: gpu
         facts = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = (f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}."
-                              f"{facts.minor}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+        size, level = f"{facts.total_memory / 2**30:.0f} GiB", f"{facts.major}.{facts.minor}"
+        software = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        found[f"cuda:{i}"] = f"{facts.name}, {size}, capability {level}, {software}"
     if torch.backends.mps.is_available(): found["mps"] = "Apple silicon"  # pragma: gpu
     return found
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
 
 from ..core.nested import tensors
@@ -27,7 +26,7 @@ from ..loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['short_number', 'shape_text', 'LayerSummary', 'list_layers', 'watching', 'kept_per_parameter', 'memory_parts',
-           'ModelSummary', 'summarize']
+           'aligned', 'ModelSummary', 'summarize']
 
 # %% ../../nbs/api/use/01_summary.ipynb #6bfbe59d
 def short_number(
@@ -74,6 +73,7 @@ def list_layers(
                                       sum(p.numel() for p in params), trainable)
     return listed
 
+# %% ../../nbs/api/use/01_summary.ipynb #fa37e4b7
 @contextmanager
 def watching(
     layers: dict[nn.Module, LayerSummary],  # of one model; completed
@@ -121,6 +121,19 @@ def memory_parts(
             "optimizer": state, "activations": sum(layer.n_bytes for layer in layers if layer.is_leaf)}
 
 # %% ../../nbs/api/use/01_summary.ipynb #47cffe1e
+def aligned(
+    rows: Sequence[Sequence[str]],  # of cells, all as long
+    n_texts: int = 3,               # columns that are read from the left
+) -> list[str]:
+    "The lines of a table"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    def line(row: Sequence[str]) -> str:
+        texts = [cell.ljust(width) for cell, width in zip(row[:n_texts], widths)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[n_texts:], widths[n_texts:])]
+        return "  ".join(texts + numbers).rstrip()
+    return [line(row) for row in rows]
+
+# %% ../../nbs/api/use/01_summary.ipynb #b804d663
 @dataclass
 class ModelSummary:
     "The layers of a model with what they made of one batch"
@@ -150,17 +163,11 @@ class ModelSummary:
         text = f"{whole.kind}: {whole.n_parameters:,} parameters, {frozen:,} of them frozen"
         if self.n_samples is None: return f"{text}; not run: the step does not say how to predict"
         parts = ", ".join(f"{name} {short_number(n, 'B')}" for name, n in self.memory.items())
+        total = short_number(sum(self.memory.values()), "B")
         return (f"{text}; inputs {self.inputs}, {short_number(whole.flops / self.n_samples)} FLOPs a sample\n"
-                f"memory to train with this batch, about {short_number(sum(self.memory.values()), 'B')}: {parts}")
+                f"memory to train with this batch, about {total}: {parts}")
 
-    def __repr__(self) -> str:
-        rows = [self.COLUMNS, *self.lines()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.COLUMNS))]
-        def aligned(row: Sequence[str]) -> str:
-            cells = zip(row[:3], widths), zip(row[3:], widths[3:])
-            texts = [cell.ljust(width) for cell, width in cells[0]] + [cell.rjust(width) for cell, width in cells[1]]
-            return "  ".join(texts).rstrip()
-        return "\n".join([*map(aligned, rows), self.totals()])
+    def __repr__(self) -> str: return "\n".join([*aligned([self.COLUMNS, *self.lines()]), self.totals()])
 
     def _repr_html_(self) -> str:
         def row(cells: Sequence[str], tag: str) -> str:
