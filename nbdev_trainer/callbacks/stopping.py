@@ -122,8 +122,8 @@ class FiniteLoss(Callback):
         "Raise `FloatingPointError` unless the mean training loss so far is a finite number"
         loss = trainer.state.metrics.get("train_loss", 0.0)
         if math.isfinite(loss) or trainer.device.type == "meta": return  # that device holds no numbers
+        lr, batches = float(current_lr(trainer)), trainer.state.batch
         raise FloatingPointError(
-            f"the training loss is {loss} after {trainer.state.batch} batches, and so are probably the "
-            f"weights. Usual causes: a learning rate that is too high (it is {float(current_lr(trainer)):g}), NaN "
-            "in the data, or log(0) or a division by 0 in the loss. learner.check() looks for them; "
-            "clip_norm=1.0 keeps gradients in bounds.")
+            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Usual causes: a "
+            f"learning rate that is too high (it is {lr:g}), NaN in the data, or log(0) or a division by 0 in the "
+            "loss. learner.check() looks for them; clip_norm=1.0 keeps gradients in bounds.")
