@@ -1,7 +1,8 @@
-"""What a run shows while it trains: a bar that moves and a table that stays
+"""What a run shows while it trains: a bar that moves, a table and a curve that stay
 
 Somebody watches. In a terminal and in a notebook a bar shows how far the epoch is and what the loss is, and a table
-with a line for every epoch stays. Where nobody can see a bar move, in a log file or a pipe, there are only the lines.
+with a line for every epoch stays; a notebook draws loss and metrics below it while they come in. Where nobody can see
+a bar move, in a log file or a pipe, there are only the lines.
 Watching must not cost: the loss is read about ten times a second, whatever the number of steps, and on an
 accelerator the value shown is the one asked for at the last look, so nothing waits for it.
 
@@ -24,13 +25,17 @@ from tqdm import tqdm
 
 from .recorder import RowWriter
 from ..loop.plan import length_of
+from ..loop.state import State
 from ..metrics.collection import read_scalars
+from ..store.curves import curves_svg
+from ..store.history import History
 from ..store.tables import format_line, format_row, shown_columns, table_html, table_text
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['SHOWN_ROWS', 'Glance', 'Lines', 'TerminalBar', 'Terminal', 'Output', 'Notebook', 'open_display', 'Progress']
+__all__ = ['SHOWN_ROWS', 'NOTED_POINTS', 'Glance', 'Pace', 'Lines', 'TerminalBar', 'Terminal', 'Output', 'show_table', 'Live',
+           'Notebook', 'open_display', 'point_inside', 'Progress']
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #597e9ea6
 class Glance:
@@ -55,6 +60,27 @@ class Glance:
         buffer.copy_(scalar.detach(), non_blocking=True)
         arrived.record()
         self.copy = buffer, arrived
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #ddf96226
+class Pace:
+    "When something may be shown again"
+    def __init__(self,
+        interval: float,      # seconds between two times, at least; 0: whenever asked, whatever it costs
+        share: float = 0.005, # of all time that it may take, at most
+    ) -> None:
+        self.interval, self.share = interval, share
+        self.next_time = float("-inf")  # by the clock
+
+    def is_due(self) -> bool:
+        "Whether it may be shown now"
+        return time.monotonic() >= self.next_time
+
+    def shown(self,
+        began: float,  # by the clock: when showing it began
+    ) -> None:
+        "Note that it has just been shown"
+        now = time.monotonic()
+        if self.interval: self.next_time = now + max(self.interval, (now - began) / self.share)
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #c5df1c2a
 class Lines:
@@ -81,8 +107,11 @@ class Lines:
     def show_bar(self, done: int, total: int | None, title: str, text: str) -> None:
         "Nothing: nobody would see it move"
 
-    def clear_bar(self) -> None:
-        "Nothing: there is none"
+    def note(self, point: Mapping[str, Any]) -> None:
+        "Nothing: there is no curve"
+
+    def finish(self) -> None:
+        "Nothing: all is shown"
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #f6d0560b
 class TerminalBar(tqdm):
@@ -119,107 +148,162 @@ class Terminal(Lines):
         if self.bar is not None: self.bar.close()
         self.bar = None
 
-# %% ../../nbs/api/callbacks/03_progress.ipynb #ba8f8c23
-SHOWN_ROWS = 200  # of the table in a notebook, the last ones
+    def finish(self) -> None: self.clear_bar()
 
+# %% ../../nbs/api/callbacks/03_progress.ipynb #ba8f8c23
 class Output:
     "An output of a notebook cell whose content can be replaced"
     handle: Any = None
 
     def show(self,
-        html: str,
-        text: str,  # for viewers without HTML
+        text: str,              # for viewers without anything else
+        content: str = "",
+        kind: str = "text/html",  # of the content
     ) -> None:
         "Show this from now on"
         from IPython.display import display
-        data = {"text/html": html, "text/plain": text}
+        data = {kind: content, "text/plain": text}
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
 
-class Notebook(Lines):
-    "Shows the table as HTML, and below it a bar"
-    has_bar = True
+# %% ../../nbs/api/callbacks/03_progress.ipynb #ac31dffe
+SHOWN_ROWS = 200   # of the table in a notebook, the last ones
+NOTED_POINTS = 400 # of an epoch that is going on, at most
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Mapping[str, Any]] = []
-        self.table, self.bar = Output(), Output()
-        self.title, self.began = "", time.monotonic()
+def show_table(output: Output, history: History) -> None:
+    "Show the last rows, or an empty place"
+    rows, columns = history.rows[-SHOWN_ROWS:], shown_columns(history.columns)
+    if rows: output.show(table_text(rows, columns), table_html(rows, columns))
+    else: output.show("")
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #f4e1a9bb
+class Live:
+    "A table and curves that are replaced when there is something new, and it is time"
+    def __init__(self,
+        curve: bool = True,  # whether to draw curves
+    ) -> None:
+        self.history = History()  # the rows so far
+        self.noted = History()    # points of the epoch that is going on
+        self.table, self.picture, self.pace = Output(), Output(), Pace(1.0)
+        self.curve, self.is_new = curve, False
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        "Show the table with one row more"
-        self.clear_bar()
-        self.rows = [*self.rows, row][-SHOWN_ROWS:]
-        self.columns = shown_columns([*self.columns, *row])
-        self.table.show(table_html(self.rows, self.columns), table_text(self.rows, self.columns))
+        "Take a row"
+        self.history.rows.append(dict(row))
+        self.noted.rows, self.is_new = [], True
+        if self.pace.is_due(): self.refresh()
+
+    def note(self, point: Mapping[str, Any]) -> None:
+        "Take a point of the epoch that is going on"
+        self.noted.rows.append(dict(point))
+        if len(self.noted) > NOTED_POINTS: del self.noted.rows[::2]
+        if self.pace.is_due() and (self.curve or self.is_new): self.refresh()
+
+    def refresh(self) -> None:
+        "Show what is there"
+        began, self.is_new = time.monotonic(), False
+        show_table(self.table, self.history)
+        drawn = History()
+        drawn.rows = [*self.history.rows, *self.noted.rows]
+        if self.curve and len(drawn) > 1: self.picture.show("", curves_svg(drawn), "image/svg+xml")
+        elif self.picture.handle is None: self.picture.show("")
+        self.pace.shown(began)
+
+    def finish(self) -> None:
+        "Show the history as it is in the end"
+        if not self.is_new and not self.noted.rows: return
+        self.noted.rows = []
+        self.refresh()
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #44af31a0
+class Notebook(Lines):
+    "Shows the table as HTML, below it the curves, and below them a bar"
+    has_bar = True
+
+    def __init__(self,
+        curve: bool = True,  # whether to draw curves
+    ) -> None:
+        super().__init__()
+        self.live, self.bar = Live(curve), Output()
+        self.title, self.began = "", time.monotonic()
+
+    def add_row(self, row: Mapping[str, Any]) -> None: self.live.add_row(row)
+    def note(self, point: Mapping[str, Any]) -> None: self.live.note(point)
 
     def show_bar(self, done: int, total: int | None, title: str, text: str) -> None:
         "Show the bar as it is now"
-        if self.table.handle is None: self.table.show("", "")  # so that the bar comes below
+        if self.live.table.handle is None: self.live.refresh()  # so that the bar comes below
         if title != self.title: self.title, self.began = title, time.monotonic()
         elapsed = time.monotonic() - self.began
         bar = tqdm.format_meter(done, total, elapsed, ncols=100, prefix=title, unit="batch", postfix=text)
-        self.bar.show(f"<pre>{bar}</pre>", bar)
+        self.bar.show(bar, f"<pre>{bar}</pre>")
 
-    def clear_bar(self) -> None:
-        "Show no bar"
-        if self.bar.handle is not None: self.bar.show("", "")
-        self.title = ""
+    def finish(self) -> None:
+        "Show all that is there, and no bar"
+        self.live.finish()
+        if self.bar.handle is not None: self.bar.show("")
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #10dbca55
 def open_display(
     file: TextIO | None = None,  # None: standard output
+    curve: bool = True,          # whether a notebook draws curves
 ) -> Lines:
     "What suits the place where a run is watched"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if file is None and hasattr(shell, "kernel"): return Notebook()
+    if file is None and hasattr(shell, "kernel"): return Notebook(curve)
     is_terminal = getattr(file or sys.stdout, "isatty", None)
     return Terminal(file) if is_terminal is not None and is_terminal() else Lines(file)
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #4b62d8b6
+def point_inside(state: State, length: int | None, loss: float) -> dict[str, Any]:
+    "A point of the loss inside an epoch; `length` in batches, where it is known"
+    epoch = state.epoch + state.epoch_batch / length if length else None
+    return {"epoch": epoch, "batch": state.batch, "train_loss": loss}
+
+# %% ../../nbs/api/callbacks/03_progress.ipynb #37e43b64
 class Progress(RowWriter):
     "Shows a bar for the epoch and a line for each row of the history"
     def __init__(self,
         interval: float = 0.1,       # seconds between two looks
         file: TextIO | None = None,  # where to write; None: the notebook, or standard output
+        curve: bool = True,          # whether a notebook draws loss and metrics below the table
     ) -> None:
         if not interval >= 0: raise ValueError(f"interval is {interval}; expected seconds, 0 or more")
-        self.interval, self.file = interval, file
-        self.display, self.glance = Lines(file), Glance()
-        self.next_look = float("inf")  # by the clock; a bar that does not exist is never due
+        self.interval, self.file, self.curve = interval, file, curve
+        self.display, self.glance, self.pace = Lines(file), Glance(), Pace(interval)
         self.evaluated, self.said = 0, 0  # batches of this evaluation; requests that are told already
 
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
-        self.display, self.glance, self.said = open_display(self.file), Glance(), len(trainer.state.control)
-        self.next_look = time.monotonic() + self.interval if self.display.has_bar else float("inf")
+        self.display, self.glance = open_display(self.file, self.curve), Glance()
+        self.pace, self.said = Pace(self.interval), len(trainer.state.control)
+        self.pace.next_time = time.monotonic() + self.interval if self.display.has_bar else float("inf")
 
     def after_batch(self, trainer: Trainer) -> None:
-        if time.monotonic() < self.next_look: return
-        state, plan, measured = trainer.state, trainer.plan, trainer.train_metrics
+        if time.monotonic() < self.pace.next_time: return
+        began, state, measured = time.monotonic(), trainer.state, trainer.train_metrics
         loss = self.glance.look(measured.metrics[0].mean.compute()) if measured.has_loss else None
         text = "" if loss is None else f"loss {loss:.4f}"
-        self.show(state.epoch_batch, None if plan is None else plan.length, f"epoch {state.epoch + 1}", text)
+        length = None if trainer.plan is None else trainer.plan.length
+        self.display.show_bar(state.epoch_batch, length, f"epoch {state.epoch + 1}", text)
+        self.pace.shown(began)
+        if loss is not None: self.display.note(point_inside(state, length, loss))
 
     def before_evaluate(self, trainer: Trainer) -> None: self.evaluated = 0
 
     def after_evaluate_batch(self, trainer: Trainer) -> None:
         self.evaluated += 1
-        if trainer.plan is None or time.monotonic() < self.next_look: return
-        name, plan = str(trainer.state.loader), trainer.plan
+        if trainer.plan is None or time.monotonic() < self.pace.next_time: return
+        began, name, plan = time.monotonic(), str(trainer.state.loader), trainer.plan
         loader = plan.valid_sets.get(name)  # None: a callback evaluates on data of its own
         total = None if loader is None else length_of(loader, plan.limit_batches)
-        self.show(self.evaluated, total, name, "")
-
-    def show(self, done: int, total: int | None, title: str, text: str) -> None:
-        "Show the bar, and note when to look again"
-        self.display.show_bar(done, total, title, text)
-        self.next_look = time.monotonic() + self.interval
+        self.display.show_bar(self.evaluated, total, name, "")
+        self.pace.shown(began)
 
     def write_row(self, row: Mapping[str, Any]) -> None: self.display.add_row(row)
 
     def after_fit(self, trainer: Trainer) -> None:
         super().after_fit(trainer)
-        self.display.clear_bar()
+        self.display.finish()
         for entry in trainer.state.control[self.said:][-5:]:
             self.display.say(f"{entry['what']} after batch {entry['batch']}: {entry['why']}")
