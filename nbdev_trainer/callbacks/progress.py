@@ -190,7 +190,7 @@ class Live:
     def add_row(self, row: Mapping[str, Any]) -> None:
         "Take a row"
         self.history.rows.append(dict(row))
-        self.noted.rows, self.is_new = [], True
+        self.noted.rows, self.is_new = [], True  # the row takes their place
         if self.pace.is_due(): self.refresh()
 
     def note(self, point: Mapping[str, Any]) -> None:
@@ -201,8 +201,9 @@ class Live:
 
     def refresh(self) -> None:
         "Show what is there"
-        began, self.is_new = time.monotonic(), False
-        show_table(self.table, self.history)
+        began = time.monotonic()
+        if self.is_new or self.table.handle is None: show_table(self.table, self.history)
+        self.is_new = False
         drawn = History()
         drawn.rows = [*self.history.rows, *self.noted.rows]
         if self.curve and len(drawn) > 1: self.picture.show("", curves_svg(drawn), "image/svg+xml")
