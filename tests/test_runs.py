@@ -87,7 +87,7 @@ def test_a_stop_and_its_reason_are_kept(loaders, tmp_path):
 def test_what_is_no_number_is_kept_as_json_and_read_as_nan(loaders, tmp_path):
     learner = make(loaders, tmp_path / "run")
     values = iter([1.0, float("nan"), float("inf")])
-    learner.on("after_epoch", lambda trainer: trainer.log("ratio", next(values)))
+    learner.on("before_epoch", lambda trainer: trainer.log("ratio", next(values)))
     learner.fit(3)
     for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
