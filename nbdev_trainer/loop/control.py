@@ -24,9 +24,10 @@ from .plan import FitPlan
 from .state import State
 from .steps import Step
 from ..metrics.collection import MetricSet
+from ..store.history import COUNTERS
 
 # %% auto #0
-__all__ = ['ROW_NAMES', 'Requests', 'reason', 'Control', 'call_each', 'check_events']
+__all__ = ['Requests', 'reason', 'Control', 'call_each', 'check_events']
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a983107
 class Requests:
@@ -72,13 +73,11 @@ class Requests:
         if self.measuring is not None: return self.measuring.log(name, value)
         if self.state.phase is None or self.state.ending is not None:
             raise RuntimeError(f"log({name!r}) was called outside of a fit, where nothing records it")
-        if f"{name}_".startswith(self.result_sets) or name in ROW_NAMES:
+        if f"{name}_".startswith(self.result_sets) or name in COUNTERS:
             raise ValueError(f"cannot log {name!r}: a result or a counter has that name. Choose another.")
         self.logged.log(name, value)
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a626bc8
-ROW_NAMES = ("epoch", "batch", "step", "samples", "lr", "seconds")  # of the history, besides results
-
 def reason(
     what: str,  # what is asked for
     why: str,   # the reason, not empty
