@@ -37,8 +37,8 @@ from .data.splits import random_split
 from .learner import Learner
 from .loop.engine import find_device
 from .loop.optimizers import default_optimizer
-from .metrics.base import Mean
 from .metrics.classification import Accuracy
+from .metrics.regression import MeanAbsoluteError
 from .store.curves import curves_svg
 from .store.files import write_text
 from .store.run import holds_run
@@ -47,10 +47,10 @@ from .use.data_report import report_on
 from .use.environment import environment_report
 
 # %% auto #0
-__all__ = ['MAX_CLASSES', 'HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'prepare_digits',
-           'prepare_folder', 'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings',
-           'mean_absolute_error', 'make_learner', 'n_threads', 'plan_lines', 'free_directory', 'train', 'result_line',
-           'fit', 'check', 'env', 'complain', 'parse', 'run_command', 'main']
+__all__ = ['MAX_CLASSES', 'HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'places_of',
+           'prepare_digits', 'prepare_folder', 'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings',
+           'make_learner', 'n_threads', 'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'env',
+           'complain', 'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -73,6 +73,7 @@ class Prepared:
     n_outputs: int            # classes, or 1
     model: str                # which model to take if none is asked for
     facts: dict[str, Any] = field(default_factory=dict)  # for config.json: columns, class values
+    places: Sequence[str] | None = None  # where each sample stands in the source, those held out last
 
 def hold_out(inputs: Tensor, targets: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
     "Samples to train on, and a fifth of all held out"
@@ -81,10 +82,16 @@ def hold_out(inputs: Tensor, targets: Tensor, seed: int) -> list[tuple[Tensor, T
     split = random_split(valid=0.2, seed=seed)(len(inputs))
     return [(inputs[rows], targets[rows]) for rows in (split.train, split.valid)]
 
+def places_of(n: int, seed: int, name: str, first: int) -> list[str]:
+    "What each of `n` samples is called, in the order in which `hold_out` puts them"
+    split = random_split(valid=0.2, seed=seed)(n)
+    return [f"{name} {first + row}" for rows in (split.train, split.valid) for row in rows.tolist()]
+
 def prepare_digits(seed: int) -> Prepared:
     "The digits that come with the library"
     train, valid = hold_out(*digits(), seed)
-    return Prepared("digits", train, valid, "classification", 10, "small_cnn")
+    places = places_of(len(train[0]) + len(valid[0]), seed, "image", 0)
+    return Prepared("digits", train, valid, "classification", 10, "small_cnn", places=places)
 
 # %% ../nbs/api/cli.ipynb #0784cf19
 def prepare_folder(path: Path) -> Prepared:
@@ -96,7 +103,9 @@ def prepare_folder(path: Path) -> Prepared:
     if n_classes < 2: raise ValueError(f"all labels in '{path}' are 0; expected at least two classes")
     train, valid = (folder.train_images, folder.train_labels), (folder.test_images, folder.test_labels)
     model = "small_cnn" if min(train[0].shape[2:]) >= 4 else "multilayer_perceptron"
-    return Prepared(path.resolve().name, train, valid, "classification", n_classes, model)
+    places = [f"{part} image {i}" for part, (_, labels) in (("train", train), ("t10k", valid))
+              for i in range(len(labels))]
+    return Prepared(path.resolve().name, train, valid, "classification", n_classes, model, places=places)
 
 # %% ../nbs/api/cli.ipynb #4364ee98
 MAX_CLASSES = 20  # distinct values up to which integers are taken for classes
@@ -127,7 +136,8 @@ def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | Non
         facts["classes"], n_outputs = classes.tolist(), len(classes)
     name = path.name.removesuffix(".gz").removesuffix(".csv")
     train, valid = hold_out(table.inputs, targets, seed)
-    return Prepared(name, train, valid, task, n_outputs, "multilayer_perceptron", facts)
+    places = places_of(len(targets), seed, "row", 1)
+    return Prepared(name, train, valid, task, n_outputs, "multilayer_perceptron", facts, places)
 
 # %% ../nbs/api/cli.ipynb #6f2066d4
 def prepare(
@@ -191,10 +201,6 @@ def choose_settings(
     return Settings(model or prepared.model, epochs, batch_size, lr, check_seed(seed), str(where), threads)
 
 # %% ../nbs/api/cli.ipynb #5c91253a
-def mean_absolute_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    "How far predictions are from the targets, in the units of the targets"
-    return (predictions - targets).abs().mean()
-
 def make_learner(
     prepared: Prepared,
     settings: Settings,
@@ -206,7 +212,7 @@ def make_learner(
     seed_everything(settings.seed)
     model = make_model(settings.model, inputs, prepared.n_outputs, targets if regression else None)
     loss_fn = RelativeSquaredError(targets) if regression else nn.CrossEntropyLoss()
-    metric = Mean(mean_absolute_error, higher_is_better=False) if regression else Accuracy()
+    metric = MeanAbsoluteError() if regression else Accuracy()
     # a last batch of one sample has no variance, which batch normalization needs
     drop_last = len(inputs) > settings.batch_size and len(inputs) % settings.batch_size == 1
     loaders = Loaders.from_arrays(inputs, targets, valid=prepared.valid, batch_size=settings.batch_size,
@@ -321,7 +327,8 @@ def check(
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed)
     n_classes = prepared.n_outputs if prepared.task == "classification" else None
-    report = report_on(prepared.train, prepared.valid, n_classes, prepared.facts.get("columns"))
+    columns = prepared.facts.get("columns")
+    report = report_on(prepared.train, prepared.valid, n_classes, columns, prepared.places)
     print(f"data: {prepared.name}", report, sep="\n")
     return int(bool(report.oddities))
 

@@ -103,7 +103,7 @@ def test_amounts_are_predicted_in_their_own_units(tmp_path):
     write_table(tmp_path / "t.csv", n=200)
     process = run("fit t.csv --target amount --drop kind,name --epochs 60 --device cpu --out run", tmp_path)
     assert process.returncode == 0 and "task: regression" in process.stdout
-    assert result(process)["valid_mean_absolute_error"] < 3 and result(process)["valid_loss"] < 0.05
+    assert result(process)["valid_mae"] < 3 and result(process)["valid_loss"] < 0.05
     table = read_numeric_csv(tmp_path / "t.csv", "amount", drop=["kind", "name"])
     model = make_model("multilayer_perceptron", table.inputs[:2], 1)
     load_weights(model, read_tensors(tmp_path / "run" / "model.safetensors"), "the run")

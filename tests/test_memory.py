@@ -114,8 +114,8 @@ def growth_over(n, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_flat_over_many_steps(name):
-    objects, kilobytes = growth_over(900, name)
-    assert objects < 40 and kilobytes < 12
+    objects, kilobytes = growth_over(1800, name)  # 600 steps in a third: a float kept at each would be 14 kB
+    assert objects < 40 and kilobytes < 14  # scalars wait to be added up, some more or fewer of them
 
 
 @pytest.mark.slow

@@ -12,16 +12,20 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/apps/models.html.md"""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import Problems, describe, did_you_mean
+from ..learner import load_weights
+from ..store.files import read_tensors
+from ..store.run import Run
 
 # %% auto #0
 __all__ = ['MODELS', 'check_sizes', 'multilayer_perceptron', 'linear_model', 'small_cnn', 'mean_and_std', 'Standardized',
-           'RelativeSquaredError', 'make_model']
+           'RelativeSquaredError', 'make_model', 'model_of_run']
 
 # %% ../../nbs/api/apps/00_models.ipynb #19155cda
 def check_sizes(
@@ -165,3 +169,20 @@ def make_model(
         build = multilayer_perceptron if name == "multilayer_perceptron" else linear_model
         model = build(inputs[0].numel(), n_outputs)
     return Standardized(model, inputs, targets)
+
+# %% ../../nbs/api/apps/00_models.ipynb #1a494933
+def model_of_run(
+    directory: str | Path,  # of a run that `nbdev-trainer fit` has made
+) -> Standardized:
+    "The trained model of a run, in evaluation mode; raises `ValueError` for a run that was made otherwise"
+    run = Run.open(directory)
+    missing = [name for name in ("model", "input_shape", "n_outputs", "task") if name not in run.config]
+    if missing or run.config["model"] not in MODELS:
+        what = f"its config.json has no {', '.join(missing)}" if missing else f"model {run.config['model']!r}"
+        raise ValueError(f"'{directory}' was not made by `nbdev-trainer fit`: {what}. Build the model as it "
+                         f"was, and load {run.directory / 'model.safetensors'} with learner.load.")
+    samples = torch.zeros(2, *run.config["input_shape"])
+    targets = torch.zeros(2, run.config["n_outputs"]) if run.config["task"] == "regression" else None
+    model = make_model(run.config["model"], samples, run.config["n_outputs"], targets)
+    load_weights(model, read_tensors(run.weights), str(run.weights))
+    return model.eval()

@@ -124,6 +124,6 @@ class FiniteLoss(Callback):
         if math.isfinite(loss) or trainer.device.type == "meta": return  # that device holds no numbers
         lr, batches = float(current_lr(trainer)), trainer.state.batch
         raise FloatingPointError(
-            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Usual causes: a "
-            f"learning rate that is too high (it is {lr:g}), NaN in the data, or log(0) or a division by 0 in the "
-            "loss. learner.check() looks for them; clip_norm=1.0 keeps gradients in bounds.")
+            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Usual "
+            f"causes: a learning rate that is too high (it is {lr:g}), NaN in the data, or log(0) or a "
+            "division by 0 in the loss. learner.check() looks for them; clip_norm=1.0 limits the gradients.")

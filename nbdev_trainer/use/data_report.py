@@ -34,8 +34,9 @@ class Oddity:
         shown = ", ".join(self.items[:8]) + more
         return f"{self.what}{': ' if shown else ''}{shown}. {self.mend}"
 
-def numbered(rows: Tensor, name: str = "") -> tuple[str, ...]:
-    "Positions of samples as texts"
+def numbered(rows: Tensor, name: str | Sequence[str] = "") -> tuple[str, ...]:
+    "Positions of samples as texts: with a name before the number, or by a name for each"
+    if not isinstance(name, str): return tuple(name[i] for i in rows.flatten().tolist())
     return tuple(f"{name} {i}".strip() for i in rows.flatten().tolist())
 
 # %% ../../nbs/api/use/05_data_report.ipynb #dd812740
@@ -48,7 +49,8 @@ def groups_of_equal(
     return torch.tensor([keys.setdefault(row.tobytes(), len(keys)) for row in rows])
 
 def empty_samples(
-    inputs: Tensor,  # (samples, ...)
+    inputs: Tensor,                   # (samples, ...)
+    places: str | Sequence[str] = "", # what each is called
 ) -> Iterator[Oddity]:
     "Samples that have the same value everywhere"
     rows = inputs.flatten(1)
@@ -56,13 +58,14 @@ def empty_samples(
     if len(flat):
         yield Oddity(f"Samples with the same value everywhere ({len(flat)})",
                      "An empty picture teaches nothing: leave them out, or see why they are empty.",
-                     numbered(flat))
+                     numbered(flat, places))
 
 # %% ../../nbs/api/use/05_data_report.ipynb #a3f45879
 def repeated_samples(
     inputs: Tensor,   # (samples, ...)
     targets: Tensor,  # (samples, ...)
     n_train: int,     # the first so many are trained on, the others are held out
+    places: str | Sequence[str] = "",  # what each is called
 ) -> Iterator[Oddity]:
     "Samples that contradict an earlier one, stand on both sides, or count double"
     group, place = groups_of_equal(inputs), torch.arange(len(inputs))
@@ -79,13 +82,14 @@ def repeated_samples(
         (within, "Training samples that are copies of an earlier one",
          "They count double: leave them out, unless that is meant."),
     ):
-        if which.any(): yield Oddity(f"{what} ({int(which.sum())})", mend, numbered(which.nonzero()))
+        if which.any(): yield Oddity(f"{what} ({int(which.sum())})", mend, numbered(which.nonzero(), places))
 
 # %% ../../nbs/api/use/05_data_report.ipynb #c0fbb903
 def odd_columns(
     inputs: Tensor,          # (samples, columns)
     targets: Tensor,         # (samples,) or (samples, 1)
     names: Sequence[str],    # of the columns
+    places: str | Sequence[str] = "sample",  # what each sample is called
 ) -> Iterator[Oddity]:
     "Columns that never change, tell the target, or hold a value far from all others"
     inputs, wanted = inputs.double(), targets.double().flatten()
@@ -107,7 +111,7 @@ def odd_columns(
     if far.any():
         yield Oddity(f"Values far from all others of their column ({int(far.sum())})",
                      "A missing value written as 999999, perhaps: look at them.",
-                     tuple(f"{names[column]} of sample {row}" for row, column in far.nonzero().tolist()))
+                     tuple(f"{names[int(c)]} of {numbered(r, places)[0]}" for r, c in far.nonzero()))
 
 # %% ../../nbs/api/use/05_data_report.ipynb #c7552efa
 FEW = 10  # samples of a class below which it is odd
@@ -158,19 +162,22 @@ def report_on(
     valid: tuple[Tensor, Tensor],      # held out
     n_classes: int | None = None,      # None: the targets are quantities
     names: Sequence[str] | None = None,  # of the columns, for a table
+    places: Sequence[str] | None = None, # what each sample is called, those held out last; None: numbers
 ) -> DataReport:
     "Look at every sample, column and class of a data set that fits into memory"
     inputs, targets = (torch.cat([a, b]) for a, b in zip(train, valid))
-    facts = [f"{len(train[0]):,} samples to train on, {len(valid[0]):,} held out (numbered after them)",
+    called = "" if places else " (numbered after them)"
+    facts = [f"{len(train[0]):,} samples to train on, {len(valid[0]):,} held out{called}",
              f"inputs: {tuple(inputs.shape[1:])} each, {range_text(inputs)}"]
     if n_classes is None: facts.append(f"targets: {range_text(targets)}")
     else:
         counts = torch.bincount(train[1], minlength=n_classes)
         each = f"{int(counts.min()):,} to {int(counts.max()):,} samples each"
         facts.append(f"targets: {n_classes} classes, {each}")
-    found = list(empty_samples(inputs)) if inputs.ndim > 2 else []
-    found += repeated_samples(inputs, targets, len(train[0]))
+    found = list(empty_samples(inputs, places or "")) if inputs.ndim > 2 else []
+    found += repeated_samples(inputs, targets, len(train[0]), places or "")
     if inputs.ndim == 2:
-        found += odd_columns(inputs, targets, names or [f"column {i}" for i in range(inputs.shape[1])])
+        names = names or [f"column {i}" for i in range(inputs.shape[1])]
+        found += odd_columns(inputs, targets, names, places or "sample")
     if n_classes is not None: found += odd_classes(train[1], valid[1], n_classes)
     return DataReport(tuple(facts), tuple(found))
