@@ -12,11 +12,13 @@ import argparse
 import ast
 import base64
 import inspect
+import itertools
 import os.path
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -33,14 +35,26 @@ root, notebooks = config.config_path, config.nbs_path
 site_url = config.doc_url.rstrip("/") + "/"
 
 # The side bar: caption -> what the address of its pages starts with. A page that fits none fails the build.
-layers = ["core", "store", "data", "metrics", "loop", "callbacks", "scale", "use", "apps"]
 contents = {"Tutorials": "tutorials/", "How-to": "howto/", "Explanations": "explanations/"}
-contents |= {"Benchmarks": "benchmarks/"} | {layer: f"api/{layer}/" for layer in layers} | {"Top": "api/"}
-top_order = ["learner", "cli", "testing"]
+contents |= {"Reference": "api/", "Benchmarks": "benchmarks/"}
+top_order = ["learner", "cli", "testing"]  # then the layers, each with a page that lists its modules
+layers = {
+    "core": "What all other layers use: errors, nested data, seeds, durations",
+    "store": "What is kept in files and read again: tables, histories, curves, runs",
+    "data": "From files, arrays and datasets to batches",
+    "metrics": "What is measured while a model trains, and afterwards",
+    "loop": "The loop and its parts: steps, events, schedules, optimizers, state",
+    "callbacks": "What happens beside training: records, progress, stopping, runs in a directory, trackers",
+    "scale": "More than one device, and smaller numbers",
+    "use": "Looking before training starts: a check of everything, summaries, reports",
+    "apps": "Models and data that are ready to train",
+}
 
 image_types = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", "image/gif": "gif"}
 directive = re.compile(r"#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
 source_link = re.compile(r'\]\(([^)\s]+)\)\{target="_blank"[^}]*\}')
+columns = re.compile(r"\S {2,}\S.* {2,}\S")  # a line of a table
+no_signature = re.compile(r"```python\n+def \w+\(\s*\*args, \*\*kwargs\s*\):\n+```\n*")
 terminal_color = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -75,7 +89,9 @@ def fence(text, language=""):
 
 
 def plain(text):
-    return fence(terminal_color.sub("", joined(text)).rstrip("\n"), "text") if joined(text).strip() else ""
+    """Text that a cell wrote. Long lines are broken on the site, but not those of a table."""
+    text = terminal_color.sub("", joined(text)).rstrip("\n")
+    return fence(text, "text" if columns.search(text) else "output") if text.strip() else ""
 
 
 def only_imports(source):
@@ -83,19 +99,37 @@ def only_imports(source):
     return all(imports.match(ast.unparse(statement)) for statement in ast.parse(source).body)
 
 
+def is_entry(cell):
+    return cell.cell_type == "code" and "show_doc(" in cell.source
+
+
+def entries_in_order(cells):
+    """Neighbouring API entries as their code is ordered; nbdev turns the names of a cell around."""
+
+    def line(cell):
+        found = re.search(r"\.py#L(\d+)\)", "".join(str(output) for output in cell.outputs))
+        return int(found[1]) if found else 0
+
+    for entries, group in itertools.groupby(cells, is_entry):
+        yield from sorted(group, key=line) if entries else group
+
+
 class Page:
     """One notebook, as nbdev processed it, to be written as Markdown for the site or for GitHub."""
 
     def __init__(self, processed, name, for_github, images):
-        self.cells, self.name, self.for_github = processed.cells, PurePosixPath(name), for_github
+        first, *self.cells = processed.cells
+        self.facts = yaml.safe_load(joined(first.source).strip().strip("-"))  # title and description
+        self.name, self.for_github = PurePosixPath(name), for_github
         self.url = nbpath2html(self.name).as_posix()
-        self.images, self.n_images = images, 0
+        self.images, self.n_images, self.entries = images, 0, set()
 
     def link(self, url):
         """Where a link leads to: relative within the site, absolute from GitHub."""
         parts = urlsplit(url)
         if url.startswith(site_url):
             path = url[len(site_url) :].split("#")[0]
+            parts = parts._replace(fragment=parts.fragment.split(".")[0])  # a method's entry is its class's
         elif parts.path.endswith(".ipynb") and not parts.netloc:
             path = os.path.normpath(self.name.parent / nbpath2html(parts.path))
         else:
@@ -118,11 +152,13 @@ class Page:
         return "\n".join(lines)
 
     def api_entry(self, text):
-        """The entry of an exported name, with the anchor that nbdev's links to the name use."""
-        text = re.sub(r"\A\s*---\s*\n", "", text)
-        name = re.search(r"^#+ (\S+)\s*$", text, re.M)
-        anchor = f'<a class="api-anchor" id="{name[1].lower()}"></a>\n\n' if name else ""
-        return anchor + self.markdown(text)
+        """The entry of an exported name. Its target becomes the id that nbdev's links use (sphinx/conf.py)."""
+        text = no_signature.sub("", re.sub(r"\A\s*---\s*\n", "", text))
+        heading = re.search(r"^#+ (\S+)\s*$", text, re.M)
+        if heading and (name := heading[1].lower()) not in self.entries:
+            self.entries.add(name)
+            text = f"{text[: heading.start()]}(api:{self.url}:{name})=\n{text[heading.start() :]}"
+        return self.markdown(text)
 
     def image(self, data, extension, is_figure):
         self.n_images += 1
@@ -183,24 +219,24 @@ class Page:
         for source in sources:
             yield f"<details{state}><summary>Code</summary>\n\n{fence(source, 'python')}\n\n</details>"
 
-    def header(self, facts):
-        yield f"# {facts['title']}"
-        if "description" in facts:
-            text = facts["description"]
-            yield f"> {text}" if self.for_github else f'<p class="subtitle">{text}</p>'
+    def header(self):
+        yield f"# {self.facts['title']}"
+        if text := self.facts.get("description"):
+            yield f"> {text}" if self.for_github else f"{{.subtitle}}\n{text}"
         if not self.for_github:
-            place = f"{config.user}/{config.repo}/blob/{config.branch}/{notebooks.name}/{self.name}"
-            colab = f"[Open in Colab](https://colab.research.google.com/github/{place})"
-            yield f"[Notebook on GitHub](https://github.com/{place}) · {colab}"
+            place = f"blob/{config.branch}/{notebooks.name}/{self.name}"
+            colab = urlsplit(config.git_url)._replace(netloc="colab.research.google.com")
+            colab = f"{colab._replace(path='/github' + colab.path).geturl()}/{place}"
+            links = f"[Notebook on GitHub]({config.git_url}/{place}) · [Open in Colab]({colab})"
+            yield f"{{.notebook}}\n{links}, after `%pip install git+{config.git_url}`"
 
     def render(self):
-        first, *cells = self.cells
-        parts = [*self.header(yaml.safe_load(joined(first.source).strip().strip("-")))]
-        code, after_entry = ({} if self.for_github else self.exported()), False
-        for cell in cells:
+        parts, after_entry = [*self.header()], False
+        code = {} if self.for_github else self.exported()
+        for cell in entries_in_order(self.cells):
             parts += self.folded(code.pop(cell.id, ()), after_entry)
             parts += self.cell(cell)
-            after_entry = cell.cell_type == "code" and "show_doc(" in cell.source
+            after_entry = is_entry(cell)
         parts += self.folded(code.get("end", ()), after_entry)
         return re.sub(r"\n{3,}", "\n\n", "\n\n".join(part for part in parts if part.strip())).strip() + "\n"
 
@@ -216,16 +252,31 @@ def write_readme(check):
         sys.exit("README.md is stale: run `python tools/docs.py readme`")
 
 
+def toctree(caption, pages):
+    options = [":hidden:"] + ([f":caption: {caption}"] if caption else [])
+    return "\n".join(["```{toctree}", *options, "", *pages, "```", ""])
+
+
+def layer_page(layer, modules):
+    """A page that lists the modules of a layer; `modules` maps an address to what the page begins with."""
+    names = [PurePosixPath(url).name for url in modules]
+    lines = [f"- [{name}]({name}.html): {text}" for name, text in zip(names, modules.values())]
+    return "\n".join([f"# {layer}", "", "{.subtitle}", layers[layer], "", *lines, "", toctree("", names)])
+
+
 def table_of_contents(pages):
     """The side bar as Sphinx reads it. Pages come in the order of their file names."""
     left = [nbpath2html(page).with_suffix("").as_posix() for page in pages if page.name != config.readme_nb]
     for caption, start in contents.items():
         here = [page for page in left if page.startswith(start)]
         left = [page for page in left if page not in here]
-        if caption == "Top":
-            here.sort(key=lambda page: top_order.index(page.removeprefix(start)))
+        if caption == "Reference":
+            top = [page for page in here if page.count("/") == 1]
+            top.sort(key=lambda page: top_order.index(page.removeprefix(start)))
+            present = {page.split("/")[1] for page in here if page not in top}
+            here = top + [f"api/{layer}/index" for layer in sorted(present, key=[*layers].index)]
         if here:
-            yield "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *here, "```", ""])
+            yield toctree(caption, here)
     if left:
         sys.exit(f"These pages are in no part of the side bar (`contents` in tools/docs.py): {left}")
 
@@ -240,12 +291,18 @@ def build_site():
             (markdown / file.relative_to(processed)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, markdown / file.relative_to(processed))
     pages = sorted(file.relative_to(processed) for file in processed.rglob("*.ipynb"))
+    modules = defaultdict(dict)
     for page in pages:
         file = markdown / nbpath2html(page).with_suffix(".md")
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = Page(read_nb(processed / page), page, False, file.parent / "images").render()
+        page_on_site = Page(read_nb(processed / page), page, False, file.parent / "images")
+        text = page_on_site.render()
+        if (layer := PurePosixPath(page_on_site.url).parent).parent.name == "api":
+            modules[layer.name][page_on_site.url.removesuffix(".html")] = page_on_site.facts["description"]
         side_bar = "\n".join(["", *table_of_contents(pages)]) if page.name == config.readme_nb else ""
         file.write_text(text + side_bar, encoding="utf-8")
+    for layer in modules:
+        (markdown / "api" / layer / "index.md").write_text(layer_page(layer, modules[layer]), encoding="utf-8")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", markdown, site]
     subprocess.run(sphinx, check=True)
     for page in pages:  # the plain text of a page, which the `Docs:` line of its module points to
