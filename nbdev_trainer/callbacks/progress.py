@@ -66,7 +66,7 @@ class Pace:
     "When something may be shown again"
     def __init__(self,
         interval: float,      # seconds between two times, at least; 0: whenever asked, whatever it costs
-        share: float = 0.005, # of all time that it may take, at most
+        share: float = 0.003, # of all time that it may take, at most
     ) -> None:
         self.interval, self.share = interval, share
         self.next_time = float("-inf")  # by the clock
