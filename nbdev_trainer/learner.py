@@ -111,7 +111,7 @@ def load_weights(
             problems.add(f"{name} is {saved} in the file and {own} in the model")
     for name in tensors:
         if name not in expected: problems.add(f"{name} is not in the model")
-    problems.raise_if_any(f"the weights in {source} do not fit the model")
+    problems.raise_if_any(f"the weights in {source} do not fit the model; build it as it was when they were saved")
     model.load_state_dict(dict(tensors))
 
 # %% ../nbs/api/learner.ipynb #8b8e0f02

@@ -124,6 +124,7 @@ class FiniteLoss(Callback):
         if math.isfinite(loss) or trainer.device.type == "meta": return  # that device holds no numbers
         lr, batches = float(current_lr(trainer)), trainer.state.batch
         raise FloatingPointError(
-            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Usual "
-            f"causes: a learning rate that is too high (it is {lr:g}), NaN in the data, or log(0) or a "
-            "division by 0 in the loss. learner.check() looks for them; clip_norm=1.0 limits the gradients.")
+            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Build "
+            "model and learner anew and call learner.check(), which looks for NaN in the data and in the "
+            f"loss. If it finds nothing: a smaller learning rate (it is {lr:g}), or Learner(..., "
+            "clip_norm=1.0).")

@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/batch.html.md"""
 # %% ../../nbs/api/data/00_batch.ipynb #87d605d5
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..core.errors import describe, did_you_mean
 from ..core.nested import size_of
 
 # %% auto #0
-__all__ = ['Batch', 'StepOutput', 'count_samples', 'to_batch', 'from_dict']
+__all__ = ['Batch', 'StepOutput', 'count_samples', 'to_batch', 'reader_for', 'from_dict']
 
 # %% ../../nbs/api/data/00_batch.ipynb #7d4225c7
 @dataclass(slots=True)
@@ -53,9 +53,10 @@ def count_samples(
     if targets is None: return size
     n_targets = targets.shape[0] if type(targets) is Tensor and targets.ndim else size_of(targets)
     if n_targets != size:
-        raise ValueError(f"inputs hold {size} samples but targets hold {n_targets}. "
-                         f"inputs: {describe(inputs)}; targets: {describe(targets)}. "
-                         "Both need one entry per sample: look at the collate function.")
+        raise ValueError(f"inputs hold {size} samples but targets hold {n_targets}. inputs: "
+                         f"{describe(inputs)}; targets: {describe(targets)}. Both need one entry per "
+                         "sample: look where the batch is put together: collate_fn, as_batch, or your list "
+                         "of batches.")
     return size
 
 # %% ../../nbs/api/data/00_batch.ipynb #eb236981
@@ -71,9 +72,18 @@ def to_batch(
         inputs, targets = raw
         return Batch(inputs, targets, count_samples(inputs, targets))
     if not needs_targets: return Batch(raw, None, size_of(raw))
-    raise TypeError(f"the loader gave {describe(raw)}; expected a Batch or a pair (inputs, targets). "
-                    "Say how to read it, for example as_batch=lambda raw: Batch(raw[0], targets=raw[1]), "
-                    'or as_batch=from_dict("image", targets="label") for a dict.')
+    raise TypeError(f"the loader gave {describe(raw)}; expected a Batch or a pair (inputs, targets). Say "
+                    f"which part is what: Learner(..., as_batch={reader_for(raw)})")
+
+def reader_for(raw: Any) -> str:
+    "An `as_batch` for what a loader yielded, to begin with: the last part is taken for the targets"
+    if isinstance(raw, Mapping) and len(raw) > 1:
+        *inputs, targets = raw
+        return f"from_dict({', '.join(map(repr, inputs))}, targets={targets!r})"
+    if isinstance(raw, (tuple, list)) and len(raw) > 2:
+        return (f"lambda raw: Batch(raw[:{len(raw) - 1}], targets=raw[{len(raw) - 1}])), if the last part "
+                f"holds the targets; to leave a part out: Batch(raw[0], targets=raw[{len(raw) - 1}]")
+    return "lambda raw: Batch(inputs, targets=targets)"
 
 # %% ../../nbs/api/data/00_batch.ipynb #bc8d4972
 def from_dict(

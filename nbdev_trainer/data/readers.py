@@ -173,8 +173,8 @@ def _numbers(name: str, texts: Sequence[str], lines: list[int], problems: Proble
                      f"(first: line {lines[missing[0]]})")
     if no_number:
         first = no_number[0]
-        problems.add(f"column {name!r} holds {len(no_number)} values that are no finite numbers "
-                     f"(first: line {lines[first]}, {describe(texts[first].strip())})")
+        problems.add(f"column {name!r} holds {describe(texts[first].strip())} in line {lines[first]}, and "
+                     f"{len(no_number)} such values in all; expected finite numbers")
     return np.zeros(0)
 
 # %% ../../nbs/api/data/04_readers.ipynb #08b55c2c

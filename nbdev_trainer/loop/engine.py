@@ -41,9 +41,9 @@ def find_device(
     if str(device) == "auto": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
-        here = ", which torch calls 'cuda'," if str(device).lower() == "gpu" else ""
-        raise ValueError(f"{device!r}{here} names no device; this machine has {available}, and 'auto' takes "
-                         "the first") from None
+        here = " (torch says 'cuda')" if str(device).lower() == "gpu" else ""
+        raise ValueError(f"{device!r} names no device{here}; this machine has {available}. Pass one of "
+                         "them, or device='auto'.") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
@@ -58,8 +58,9 @@ def move_model(
     empty = [name for name, p in model.named_parameters() if p.device.type == "meta" != device.type]
     if empty:
         raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which "
-                         f"holds no numbers. Make room with model.to_empty(device={str(device)!r}), then "
-                         "initialise them.")
+                         "holds no numbers. Build the model outside of torch.device('meta'); or make room, "
+                         f"with model.to_empty(device={str(device)!r}), and fill it, with "
+                         "load_state_dict(...).")
     model.to(device)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3

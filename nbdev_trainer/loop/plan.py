@@ -189,13 +189,18 @@ def check_data(
     if not isinstance(train, Iterable):
         raise TypeError(f"the training data is {describe(train)}; expected an iterable that yields batches")
     if by_epoch and (length_of(train, limit_batches) is None or isinstance(train, Iterator)):
-        raise ValueError(f"{describe(train)} has no length or can be read only once, so an epoch has no "
-                         'known end. Give the duration in batches: fit("500ba").')
-    if length_of(train) == 0: raise ValueError("the training loader has no batch; expected at least one")
+        raise ValueError(f"the training data is {describe(train)}, which has no length or can be read only "
+                         "once, so an epoch has no known end. Pass a list or a DataLoader, or give the "
+                         "duration in "
+                         'batches: fit("500ba").')
+    if length_of(train) == 0:
+        raise ValueError(f"the training loader ({describe(train)}) has no batch; expected at least one. "
+                         "Usual causes: an empty dataset, or drop_last=True with fewer samples than "
+                         "batch_size")
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
             raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for "
-                            "each evaluation")
+                            "each evaluation, such as a DataLoader or a list: leave out iter()")
 
 # %% ../../nbs/api/loop/07_plan.ipynb #1b59e9d3
 def plan_state(plan: FitPlan) -> dict[str, Any]:

@@ -101,8 +101,10 @@ def unreduced(
         return lambda scores, targets: functional(scores, targets, reduction="none")
     reduction = getattr(loss_fn, "reduction", None)
     if reduction == "sum":
-        raise ValueError(f"{loss_fn} sums over the batch, so its gradient depends on the batch size; use "
-                         "reduction='mean' and a learning rate that is larger by the batch size")
+        raise ValueError(f"{type(loss_fn).__name__} has reduction='sum': it sums over the batch, so its "
+                         "gradient grows with the batch size. Use reduction='mean'; with plain SGD "
+                         "multiply the learning rate by the batch size to keep the same steps, with Adam "
+                         "leave it as it is")
     if reduction not in ("mean", "none"): return None
     each: Any = copy.copy(loss_fn)
     each.reduction = "none"
@@ -182,12 +184,12 @@ def what_it_was_given(
     note = (f"{function_text(loss_fn)} was given predictions {describe(predictions)} and targets "
             f"{describe(targets)}")
     if isinstance(predictions, (tuple, list)):
-        return f"{note}; say which part it takes, with forward=lambda model, inputs: model(inputs)[0]"
+        return f"{note}; it takes one tensor: Learner(..., forward=lambda model, inputs: model(inputs)[0])"
     if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note
     several = predictions.ndim == targets.ndim + 1 and predictions.shape[1] > 1
     if several and targets.is_floating_point():
-        return (f"{note}; class numbers are whole numbers: targets.long(). For numbers to approach: "
-                "nn.MSELoss()")
+        return (f"{note}; class numbers are whole numbers: targets.long(). For quantities: nn.MSELoss() "
+                "and one output for each")
     return note
 
 def function_text(fn: Any) -> str:

@@ -287,5 +287,7 @@ class Mean(Metric):
 def function_name(fn: Callable[..., Any]) -> str:
     "A name for a metric made of a function; raises `ValueError` for a lambda, which has none"
     name = getattr(fn, "__name__", type(fn).__name__)
-    if name == "<lambda>": raise ValueError("a lambda has no name to put in the history; pass name=")
+    if name == "<lambda>": raise ValueError(
+        "a lambda has no name to put in the history. Define the function with def, or name it: Mean(lambda "
+        'predictions, targets: ..., name="my_metric")')
     return snake_case(name)

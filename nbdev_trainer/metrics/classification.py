@@ -64,7 +64,8 @@ def check_scores(
         if scores.ndim == 1 or scores.ndim > 1 and shape[1] == 1:
             hint = "A single score for each target is a binary model: use BinaryAccuracy, or task \"binary\"."
         elif shape == targets.shape:
-            hint = "One-hot targets: pass targets.argmax(1). Several labels each: use task \"multilabel\"."
+            hint = ("One-hot targets: pass targets.argmax(1). Several labels each: MultilabelAccuracy, or "
+                    "task \"multilabel\". Quantities: MeanAbsoluteError.")
     classes = "at least two classes" if n_classes is None else f"n_classes={n_classes}"
     raise ValueError(f"{name} got predictions {describe(scores)} and targets {describe(targets)}; expected "
                      f"scores (batch, classes, ...), {classes}, and integer class numbers (batch, "

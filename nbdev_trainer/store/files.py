@@ -113,7 +113,8 @@ def existing_file(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot read '{path}': there is no directory '{path.parent}'.")
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
-    raise FileNotFoundError(f"there is no file '{path}'. {did_you_mean(path.name, names, what='file')}")
+    known = did_you_mean(path.name, names, what="file") if names else f"'{path.parent}' holds no file."
+    raise FileNotFoundError(f"there is no file '{path}'. {known}")
 
 
 def read_json(

@@ -52,6 +52,10 @@ def infer_loss(
     if isinstance(targets, Tensor):
         if targets.dtype == torch.int64 and targets.ndim == 1: return nn.CrossEntropyLoss()
         if targets.is_floating_point(): return nn.MSELoss()
+    if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], str):
+        raise ValueError(f"the targets are texts ({describe(targets)}), and losses need numbers. Number the "
+                         "classes in the data: classes = sorted(set(labels)), then classes.index(label) "
+                         "for each")
     raise ValueError(f"no loss is obvious for targets {describe(targets)}; pass loss_fn=, a function of "
                      "(predictions, targets), or step= for a model that is trained differently")
 
