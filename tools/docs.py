@@ -55,6 +55,7 @@ directive = re.compile(r"#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
 source_link = re.compile(r'\]\(([^)\s]+)\)\{target="_blank"[^}]*\}')
 columns = re.compile(r"\S {2,}\S.* {2,}\S")  # a line of a table
 no_signature = re.compile(r"```python\n+def \w+\(\s*\*args, \*\*kwargs\s*\):\n+```\n*")
+sphinx_only = re.compile(r"^(\(api:.*\)=|\{\.\w+\})\n", re.M)
 terminal_color = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -307,7 +308,8 @@ def build_site():
     subprocess.run(sphinx, check=True)
     for page in pages:  # the plain text of a page, which the `Docs:` line of its module points to
         url = nbpath2html(page)
-        shutil.copy2(markdown / url.with_suffix(".md"), site / f"{url}.md")
+        text = (markdown / url.with_suffix(".md")).read_text(encoding="utf-8")
+        (site / f"{url}.md").write_text(sphinx_only.sub("", text), encoding="utf-8")
     if (notebooks / "llms.txt").exists():
         shutil.copy2(notebooks / "llms.txt", site)
     (site / ".nojekyll").touch()  # or GitHub Pages leaves out _static/

@@ -14,7 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from nbdev.config import get_config, nbpath2html
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 config = get_config(Path(__file__).parent)
 site, notebooks = config.config_path / "_docs", config.nbs_path
@@ -32,9 +32,13 @@ searched = {  # a name, and the page that has to be among the first `n_first` th
     "SupervisedStep": "api/loop/steps",
     "one_cycle": "api/loop/schedules",
 }
-too_wide = """[...document.querySelectorAll("article *")].filter(one =>
-    one.getBoundingClientRect().right > innerWidth && !one.closest(".highlight, .nb-html, .table-wrapper, .math")
-).slice(0, 3).map(one => one.tagName + " " + one.textContent.trim().slice(0, 40))"""
+# What reaches beyond the screen, but for what scrolls within a box. The page as a whole may hide it.
+too_wide = """[...document.querySelectorAll("article, .content *")].filter(one => {
+    if (one.getBoundingClientRect().right <= innerWidth + 1) return false;
+    for (let box = one.parentElement; !box.matches(".content"); box = box.parentElement)
+        if (["auto", "scroll"].includes(getComputedStyle(box).overflowX)) return false;
+    return true;
+}).slice(0, 3).map(one => `${one.tagName} ${one.textContent.trim().slice(0, 40)}`)"""
 brightness = """getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)
     .reduce((sum, part) => sum + Number(part) / 3, 0)"""
 
@@ -56,8 +60,9 @@ def width_and_links(tab, base):
     for file in sorted(site.rglob("*.html")):
         url = file.relative_to(site).as_posix()
         tab.goto(base + url)
-        if (width := tab.evaluate("document.scrollingElement.scrollWidth")) > phone["width"]:
-            yield f"{url} is {width} px wide on a phone: {tab.evaluate(too_wide)}"
+        width, wide = tab.evaluate("document.scrollingElement.scrollWidth"), tab.evaluate(too_wide)
+        if width > phone["width"] or wide:
+            yield f"{url} is {width} px wide on a phone; beyond the screen: {wide}"
         links = tab.evaluate("[...document.querySelectorAll('article a')].map(link => link.href)")
         for host in ["github.com", "colab.research.google.com"]:
             if url in pages and not any(host in link and link.endswith(f"/{pages[url]}") for link in links):
@@ -114,7 +119,11 @@ def problems(browser, base):
         tab.on("console", lambda line: line.type == "error" and found.append(f"{tab.url}: {line.text}"))
         tab.on("request", lambda asked: asked.url.startswith((base, "data:")) or found.append(
             f"{tab.url} asks for {asked.url}: the site has to do without other servers"))
-        found += check(tab, base)
+        tab.set_default_timeout(10_000)
+        try:
+            found += check(tab, base)
+        except Error as error:  # such as a link that is not there
+            found.append(f"{tab.url} in {check.__name__}: {error.message}")
         tab.close()
     return found
 
