@@ -73,8 +73,8 @@ class History:
         columns = self.columns
         if name in columns: return [row.get(name) for row in self.rows]
         if not columns:
-            raise KeyError(f"the history is empty, so it has no {name!r}: call fit first, which adds a row for "
-                           "each epoch")
+            raise KeyError(f"the history is empty, so it has no {name!r}: call fit first, which adds a row "
+                           "for each epoch")
         raise KeyError(f"the history has no {name!r}. {did_you_mean(name, columns, what='column')}")
 
     def __repr__(self) -> str:
