@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import checked_keywords
 from .recorder import RowWriter
 from ..store.files import append_line, write_text
 from ..store.lines import as_json, continue_file
@@ -36,6 +37,7 @@ def check_directory(
 # %% ../../nbs/api/callbacks/02_loggers.ipynb #3b2c6071
 class JSONLines(RowWriter):
     "Appends each row of the history to a file, as one line of JSON"
+    @checked_keywords
     def __init__(self,
         path: str | Path,  # of the file; its directory must exist
     ) -> None:
@@ -66,6 +68,7 @@ def check_table(
 
 class CSVTable(RowWriter):
     "Keeps a CSV file with all rows of the history"
+    @checked_keywords
     def __init__(self,
         path: str | Path,  # of the file; its directory must exist
     ) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..core.errors import checked_keywords
 from ..core.duration import Duration
 from ..loop.callback import Callback
 from ..metrics.collection import read_scalars
@@ -96,6 +97,7 @@ class Recorder(Callback):
     seconds = 0.0               # spent in fits that have ended
     began: float | None = None  # when the running fit began, by the clock
 
+    @checked_keywords
     def __init__(self,
         every: str | None = "10st",  # how often to record a step, in steps; None: never
     ) -> None:

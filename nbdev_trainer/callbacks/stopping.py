@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .recorder import Recorder, current_lr
-from ..core.errors import did_you_mean
+from ..core.errors import checked_keywords, did_you_mean
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
 
@@ -59,6 +59,7 @@ class Patience:
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e32175f4
 class EarlyStopping(Callback):
     "Stops the fit when a result has not improved for `patience` looks at it"
+    @checked_keywords
     def __init__(self,
         monitor: str = "valid_loss",           # the name of a result
         *,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .recorder import RowWriter
 from .run_directory import check_config, describe_training
-from ..core.errors import require
+from ..core.errors import checked_keywords, require
 from ..store.history import quantities
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -98,6 +98,7 @@ class TensorBoard(Tracker):
     "Writes the curves of a run for TensorBoard (needs tensorboard)"
     writer: Any = None
 
+    @checked_keywords
     def __init__(self,
         directory: str | Path,                    # for its files; made if need be
         config: Mapping[str, Any] | None = None,  # facts to add to the description of the run
@@ -129,6 +130,7 @@ class WeightsAndBiases(Tracker):
     run: Any = None
     run_id: str | None = None  # of the run, as soon as there is one
 
+    @checked_keywords
     def __init__(self,
         project: str,
         *,
@@ -167,6 +169,7 @@ class MLflow(Tracker):
     client: Any = None
     run_id: str | None = None  # of the run, as soon as there is one
 
+    @checked_keywords
     def __init__(self,
         experiment: str,                          # its name
         *,

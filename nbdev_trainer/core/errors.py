@@ -52,7 +52,7 @@ def describe(
     if isinstance(value, np.ndarray): return f"numpy {value.dtype} {value.shape}"
     kind = type(value).__name__
     if isinstance(value, type): return f"class {value.__qualname__}"
-    if is_dataclass(value): value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if is_dataclass(value): value = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
     if isinstance(value, (list, tuple, Mapping)):
         if not value: return f"empty {kind}"
         if depth < 1: return f"{kind} of {len(value)}"
@@ -93,7 +93,9 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "test_size": "valid", "random_state": "seed", "accumulate_grad_batches": "accumulate",
             "gradient_accumulation_steps": "accumulate", "gradient_clip_val": "clip_norm",
             "max_grad_norm": "clip_norm", "accelerator": "device", "scheduler": "schedule",
-            "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir"}
+            "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir",
+            "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
+            "top_k": "k", "num_bins": "n_bins", "mode": "higher_is_better"}
 
 def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     "The function; a keyword that it does not have is answered with the one that was meant"
@@ -103,10 +105,10 @@ def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     def call(*values: P.args, **options: P.kwargs) -> R:
         for name in options:
             if name in known: continue
-            here = SYNONYMS.get(name)
-            meant = f"Here it is called {here!r}. " if here in known else ""
-            raise TypeError(f"{fn.__qualname__}() has no argument {name!r}. {meant}"
-                            f"{did_you_mean(name, known, what='argument')}")
+            here, called = SYNONYMS.get(name), fn.__qualname__
+            if fn.__name__ == "__init__": called = type(values[0]).__name__
+            meant = f"Here it is called {here!r}." if here in known else did_you_mean(name, known, what="argument")
+            raise TypeError(f"{called}() has no argument {name!r}. {meant}")
         return fn(*values, **options)
     return call
 

@@ -23,7 +23,7 @@ from ..data.batch import StepOutput
 from .state import State
 
 # %% auto #0
-__all__ = ['whereabouts', 'about_inputs', 'about_targets', 'about_loss', 'about_state', 'advice']
+__all__ = ['whereabouts', 'about_inputs', 'about_targets', 'about_loss', 'about_state', 'advice', 'add_notes']
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #16be26df
 def whereabouts(state: State) -> str:
@@ -55,6 +55,9 @@ def about_targets(targets: Any, error: BaseException) -> str | None:
     least, most = int(targets.min()), int(targets.max())
     known = f"targets run from {least} to {most}; a model with n outputs knows the classes 0 to n - 1"
     if least == 1: return f"{known}. If the classes are numbered from 1: targets - 1"
+    if least < 0:
+        return (f"{known}. A number below 0 is no class: number them from 0; what shall not count is named by "
+                "ignore_index= of the loss")
     return f"{known}. Give it {most + 1} outputs, if {most} is a class"
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #0c46ac09
@@ -91,5 +94,15 @@ def advice(
     dtype = next((p.dtype for p in trainer.model.parameters()), None)
     found = None if inputs is None else about_inputs(inputs, dtype)
     if found is None and isinstance(output, StepOutput): found = about_loss(output.loss, error)
-    if found is not None or isinstance(error, AttributeError): return found
+    if found is not None or isinstance(error, AttributeError) or state.phase == "predict": return found
     return about_targets(batch.targets, error)
+
+# %% ../../nbs/api/loop/08b_advice.ipynb #bf426917
+def add_notes(
+    trainer: Any,          # in whose loop the error was raised
+    error: BaseException,
+) -> None:
+    "Note where an error happened and what to do about it, once"
+    if any(note.startswith("in epoch ") for note in getattr(error, "__notes__", ())): return
+    for note in (whereabouts(trainer.state), advice(trainer, error)):
+        if note: error.add_note(note)

@@ -24,7 +24,7 @@ from ..core.nested import concatenate, detach, to_device
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, own_generators
-from .advice import advice, whereabouts
+from .advice import add_notes
 from .callback import handler_table
 from .control import Control
 from .engine import Engine
@@ -66,8 +66,7 @@ def evaluating(
             yield
             trainer.call("after_evaluate")
     except BaseException as error:
-        for note in (whereabouts(state), advice(trainer, error)):
-            if note: error.add_note(note)
+        add_notes(trainer, error)
         raise
     finally:
         trainer.handlers = handlers
@@ -100,13 +99,15 @@ def outputs(
     if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #48e5fa10
-@dataclass
+@dataclass(repr=False)
 class Predictions:
     "What a model says about each sample; tensors or lists with one entry per sample, on the CPU"
     predictions: Any             # joined on dimension 0; a list where sizes differ
     targets: Any = None          # likewise; None when the data had none
     ids: Tensor | None = None    # (n,) positions in the data set; None when the loader does not tell
     losses: Tensor | None = None # (n,) None when the loss function does not give them
+
+    def __repr__(self) -> str: return describe(self)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
 class Evaluation(Control):

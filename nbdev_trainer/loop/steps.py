@@ -27,8 +27,8 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'CountedLoss', 'check_loss',
-           'what_it_was_given', 'function_text', 'SupervisedStep', 'ManualStep']
+__all__ = ['ELEMENTWISE', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'function_text', 'CountedLoss',
+           'check_loss', 'what_it_was_given', 'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -115,9 +115,17 @@ ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 def no_match(loss_fn: Callable[..., Any], output: StepOutput, targets: Any) -> ValueError:
     "The error for predictions and targets that a loss would broadcast"
-    shapes = f"predictions are {describe(output.predictions)} and targets {describe(targets)}"
-    return ValueError(f"{shapes}: {loss_fn} would broadcast them. Make the shapes equal, with "
-                      "targets[:, None] or predictions.squeeze(1).")
+    scores = output.predictions
+    many = scores.shape[1] if scores.ndim == 2 and targets.ndim == 1 else 1
+    mend = "Make the shapes equal, with targets[:, None] or predictions.squeeze(1)."
+    if many > 1: mend = (f"The model gives {many} numbers for each target, and this loss needs one: give it a single "
+                         "output and targets[:, None]. If the targets are classes, use nn.CrossEntropyLoss().")
+    return ValueError(f"predictions are {describe(scores)} and targets {describe(targets)}: "
+                      f"{function_text(loss_fn)} would broadcast them. {mend}")
+
+def function_text(fn: Any) -> str:
+    "A function or module as a user wrote it"
+    return repr(fn) if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
 
 # %% ../../nbs/api/loop/03_steps.ipynb #fb28a8fc
 class CountedLoss:
@@ -191,10 +199,6 @@ def what_it_was_given(
         return (f"{note}; class numbers are whole numbers: targets.long(). For quantities: nn.MSELoss() "
                 "and one output for each")
     return note
-
-def function_text(fn: Any) -> str:
-    "A function or module as a user wrote it"
-    return repr(fn) if isinstance(fn, nn.Module) else getattr(fn, "__name__", type(fn).__name__)
 
 # %% ../../nbs/api/loop/03_steps.ipynb #1fda71b7
 class SupervisedStep(Step):

@@ -25,7 +25,7 @@ from ..core.messages import tell
 from ..core.seeding import set_rng_state
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import Loader, named_sets
-from .advice import advice, whereabouts
+from .advice import add_notes
 from .callback import Callback, check_callbacks, handler_table, in_order
 from .control import call_each, check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device, move_model
@@ -265,8 +265,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
             trainer.open_plan = None
         except BaseException as error:
             state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            for note in (whereabouts(state), advice(trainer, error)):
-                if note: error.add_note(note)
+            add_notes(trainer, error)
             for other in call_each(trainer, "after_fit"): error.add_note(f"after_fit failed too: {other!r}")
             raise
         if errors := call_each(trainer, "after_fit"): raise errors[0]

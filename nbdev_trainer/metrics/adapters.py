@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..core.nested import concatenate, detach
 from ..data.batch import Batch, StepOutput
 from .base import Kept, Metric, function_name, snake_case, targets_of
@@ -30,6 +30,7 @@ __all__ = ['WholeSet', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
 class WholeSet(Kept):
     "`fn(predictions, targets)` called once, on everything since the last reset"
+    @checked_keywords
     def __init__(self,
         fn: Callable[[Any, Any], Any],  # (predictions, targets) of the whole set to a number
         name: str | None = None,        # None: the name of the function
@@ -50,6 +51,7 @@ class WholeSet(Kept):
 # %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
 class FunctionMetric(Metric):
     "A function of (predictions, targets), averaged where it answers per sample, else called on the whole set"
+    @checked_keywords
     def __init__(self,
         fn: Callable[[Any, Any], Any],  # (predictions, targets) to (batch,) values or to one number
         name: str | None = None,        # None: the name of the function
@@ -96,6 +98,7 @@ class FunctionMetric(Metric):
 # %% ../../nbs/api/metrics/02_adapters.ipynb #4f4c3682
 class TorchMetric(Metric):
     "A metric of torchmetrics"
+    @checked_keywords
     def __init__(self,
         metric: Any,              # a `torchmetrics.Metric` with update(predictions, targets)
         name: str | None = None,  # None: its class name in snake case

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
 
 # %% auto #0
@@ -266,6 +266,7 @@ class Loss(Metric):
 # %% ../../nbs/api/metrics/00_base.ipynb #256c6a20
 class Mean(Metric):
     "The mean over batches of `fn(predictions, targets)`, weighted by their sizes"
+    @checked_keywords
     def __init__(self,
         fn: Callable[[Any, Any], Tensor],  # (predictions, targets) to (), a mean over samples
         name: str | None = None,           # None: the name of the function

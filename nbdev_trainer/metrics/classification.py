@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
 from .base import Additive, Metric, RunningMean, targets_of
 
@@ -30,6 +30,7 @@ class Accuracy(Metric):
     "Share of targets whose class has the highest score"
     higher_is_better = True
 
+    @checked_keywords
     def __init__(self,
         name: str | None = None,          # None: "accuracy"
         ignore_index: int | None = None,  # targets with this value do not count, such as -100 for padding
@@ -41,7 +42,7 @@ class Accuracy(Metric):
         "Take in one batch; raises `ValueError` for shapes other than `check_scores` allows"
         scores, targets = output.predictions, targets_of(output, batch)
         check_scores(scores, targets, "Accuracy")
-        right = scores.argmax(1) == targets
+        right = output.winners() == targets
         if self.ignore_index is None and batch.weights is None:
             self.mean.add(right.sum(), targets.numel())
         else:
@@ -86,6 +87,7 @@ class TopKAccuracy(Metric):
     "Share of targets whose class is among the k with the highest scores"
     higher_is_better = True
 
+    @checked_keywords
     def __init__(self,
         k: int = 5,                       # answers among which the class may be, fewer than all classes
         *,
@@ -181,6 +183,7 @@ class BinaryAccuracy(Additive):
     "Share of targets, zeros and ones, that a threshold on the score gets right"
     higher_is_better = True
 
+    @checked_keywords
     def __init__(self,
         *,
         threshold: float = 0.5,           # of the probability, between 0 and 1
@@ -219,6 +222,7 @@ class BinaryAccuracy(Additive):
 # %% ../../nbs/api/metrics/01_classification.ipynb #c75e560e
 class MultilabelAccuracy(BinaryAccuracy):
     "Share of labels that a threshold on the score gets right, or of samples with all labels right"
+    @checked_keywords
     def __init__(self,
         *,
         exact: bool = False,              # True: a sample is right when all its labels are

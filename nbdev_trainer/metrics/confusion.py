@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from .base import Additive, raise_if_counted, targets_of
 from .classification import (
@@ -68,6 +69,7 @@ class ClassCounts(Additive):
     tasks: tuple[str, ...] = ("binary", "multiclass", "multilabel")
     short = "class_counts"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         task: str,                       # "binary", "multiclass" or "multilabel"
         n_classes: int | None = None,    # classes, or labels; None: binary, or as many as `classes`
@@ -87,7 +89,7 @@ class ClassCounts(Additive):
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes that do not fit the task"
         scores, targets = self.task.check(output.predictions, targets_of(output, batch))
-        if self.task.kind == "multiclass": return self.add(scores.argmax(1), targets, batch.weights)
+        if self.task.kind == "multiclass": return self.add(output.winners(), targets, batch.weights)
         positive = is_positive(scores, self.threshold, self.from_logits)
         wrong = wrong_values(scores, targets, self.from_logits, self.ignore_index)
         self.sums_on(scores.device)["wrong"] += wrong
@@ -120,6 +122,7 @@ def read_counts(
 # %% ../../nbs/api/metrics/05_confusion.ipynb #d838cd21
 class ClassScore(ClassCounts):
     "A formula over the counts of each class, averaged; subclasses define `values`"
+    @checked_keywords
     def __init__(self,
         task: str,                     # "binary", "multiclass" or "multilabel"
         n_classes: int | None = None,  # classes, or labels; None: binary, or as many as `classes`
@@ -180,6 +183,7 @@ class F1Score(ClassScore):
 # %% ../../nbs/api/metrics/05_confusion.ipynb #10f89002
 class FBetaScore(F1Score):
     "Mean of precision and recall in which recall counts `beta` times as much"
+    @checked_keywords
     def __init__(self,
         task: str,                     # "binary", "multiclass" or "multilabel"
         n_classes: int | None = None,  # classes, or labels; None: binary, or as many as `classes`
@@ -230,6 +234,7 @@ class CohenKappa(ClassCounts):
     tasks = ("binary", "multiclass")
     short = "cohen_kappa"
 
+    @checked_keywords
     def __init__(self,
         task: str,                       # "binary" or "multiclass"
         n_classes: int | None = None,    # None: binary
@@ -272,6 +277,7 @@ class ConfusionMatrix(ClassCounts):
     tasks = ("binary", "multiclass")
     short = "confusion"
 
+    @checked_keywords
     def __init__(self,
         task: str,                             # "binary" or "multiclass"
         n_classes: int | None = None,          # None: binary, or as many as `classes`

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from .base import Additive, raise_if_counted, targets_of
 from .classification import count_of_each
@@ -51,6 +52,7 @@ class ProbabilityMetric(Additive):
     higher_is_better = False
     short = "probability_metric"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         task: str,                       # "binary" or "multiclass"
         n_classes: int | None = None,    # None: binary
@@ -112,6 +114,7 @@ class CalibrationError(ProbabilityMetric):
     "Mean distance between confidence and frequency over bins of equal width"
     short = "calibration_error"
 
+    @checked_keywords
     def __init__(self,
         task: str,                       # "binary" or "multiclass"
         n_classes: int | None = None,    # None: binary

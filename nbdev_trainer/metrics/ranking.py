@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from .base import Additive, Kept, Metric, precise, raise_if_counted, targets_of
 from .classification import count_of_each, raise_if_wrong, wrong_values
@@ -97,6 +98,7 @@ class RankingState(Metric):
     higher_is_better = True
     short = "ranking"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         task: str,                     # "binary", "multiclass" or "multilabel"
         n_classes: int | None = None,  # classes, or labels; None: binary, or as many as `classes`

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
 from .base import Additive, Kept, Metric, precise, targets_of
 
@@ -47,6 +47,7 @@ class MeanSquaredError(Metric):
     higher_is_better = False
     short = "mse"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         name: str | None = None,  # None: the usual short name of the metric
     ) -> None:
@@ -91,6 +92,7 @@ class Moments(Additive):
     higher_is_better = True
     short = "moments"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         n_outputs: int = 1,         # numbers per sample, (batch, n_outputs); 1 also takes (batch,)
         *,
@@ -193,6 +195,7 @@ class SpearmanCorrelation(Kept):
     "Correlation of the ranks of predictions and targets, from -1 to 1; keeps all of them"
     higher_is_better = True
 
+    @checked_keywords
     def __init__(self,
         n_outputs: int = 1,       # numbers per sample, (batch, n_outputs); 1 also takes (batch,)
         *,

@@ -39,6 +39,9 @@ class Task:
         metric: str,                   # its name in messages
     ) -> None:
         one_of(kind, allowed, f"the task of {metric}")
+        if n_classes is None and not names and kind != "binary":
+            raise ValueError(f"{metric} needs the number of classes or labels for the task {kind!r}: "
+                             f"{metric}({kind!r}, n_classes=10), or their names: classes=[...]")
         if n_classes is None: n_classes = 2 if kind == "binary" else len(names or [])
         if n_classes < (1 if kind == "multilabel" else 2) or kind == "binary" and n_classes != 2:
             raise ValueError(f"{metric} got n_classes={n_classes} for the task {kind!r}; expected the number "

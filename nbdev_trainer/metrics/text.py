@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
 from .base import Additive, targets_of
 from .probabilities import LogLoss
@@ -31,6 +31,7 @@ class Perplexity(LogLoss):
     "Exponential of the mean negative logarithm of the probability of each token"
     short = "perplexity"
 
+    @checked_keywords
     def __init__(self,
         n_tokens: int,  # size of the vocabulary, dimension 1 of the scores
         *,
@@ -82,6 +83,7 @@ class WordErrorRate(Additive):
     higher_is_better = False
     short = "wer"  # the name in the history
 
+    @checked_keywords
     def __init__(self,
         name: str | None = None,  # None: "wer" or "cer"
     ) -> None:
@@ -128,6 +130,7 @@ class BLEU(Additive):
     "Agreement of runs of words with references, over a whole corpus"
     higher_is_better = True
 
+    @checked_keywords
     def __init__(self,
         max_n: int = 4,           # longest run of words
         *,

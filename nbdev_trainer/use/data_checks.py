@@ -80,7 +80,7 @@ def check_scales(seen: Evidence) -> Iterator[Finding]:
                       f"{each.max():.2g}, so the largest decides everything",
                       "Standardise each column with the mean and deviation of the training data")
     elif size > 15 or 0 < size < 3e-3:
-        pixels = 0 <= low and 100 < high <= 255
+        pixels = inputs.ndim > 3 and 0 <= low and 100 < high <= 255
         yield warning("inputs_not_scaled", f"the first layer receives numbers from {low:.4g} to {high:.4g} "
                       f"(root mean square {size:.3g}); layers are made for a size around 1",
                       "Divide pixels by 255" if pixels else

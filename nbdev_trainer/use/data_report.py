@@ -105,6 +105,11 @@ def odd_columns(
     if telling.any():
         yield Oddity(f"Columns that are the target under another name ({int(telling.sum())})",
                      "They will not be there when it counts: --drop them.", named(telling))
+    counting = (inputs.sort(0).values.diff(dim=0) == 1).all(0) & ~telling & torch.tensor(len(inputs) > 10)
+    if counting.any():
+        yield Oddity(f"Columns that number the rows ({int(counting.sum())})",
+                     "A model learns the order of the file from them: --drop them, unless the order is time.",
+                     named(counting))
     some, quarters = inputs[:: max(1, len(inputs) // 10_000)], torch.tensor([0.25, 0.5, 0.75]).double()
     low, middle, high = torch.quantile(some, quarters, 0)
     far = ((inputs - middle).abs() > 100 * (high - low)) & (high > low)
