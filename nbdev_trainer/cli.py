@@ -113,6 +113,7 @@ MAX_CLASSES = 20  # distinct values up to which integers are taken for classes
 def choose_task(
     targets: Tensor,     # int64 when written as integers, else float32
     asked: str | None,   # "classification", "regression", or None for the rule
+    named: bool = False, # whether the target holds names of classes
 ) -> tuple[str, str]:  # the task, and why
     "Classification or regression; raises `ValueError` for what has nothing to learn"
     whole, n_values = targets.dtype == torch.int64, len(targets.unique())
@@ -120,7 +121,10 @@ def choose_task(
         raise ValueError("the target has the same value in every row, so there is nothing to learn")
     if asked == "classification" and not whole:
         raise ValueError("--task classification needs a target written as integers, and this is not")
+    if named and asked == "regression":
+        raise ValueError("--task regression needs a target of numbers, and this holds names")
     if asked is not None: return asked, "as asked"
+    if named: return "classification", f"the target has {n_values} distinct names"
     kind = "integers" if whole else "numbers with fractions"
     task = "classification" if whole and n_values <= MAX_CLASSES else "regression"
     return task, f"the target has {n_values} distinct values, {kind}; --task overrules"
@@ -128,12 +132,12 @@ def choose_task(
 def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | None, seed: int) -> Prepared:
     "A CSV file of numbers"
     table = read_numeric_csv(path, target, drop=drop)
-    task, why = choose_task(table.targets, asked)
+    task, why = choose_task(table.targets, asked, table.classes is not None)
     facts: dict[str, Any] = {"target": target, "columns": list(table.columns), "task_because": why}
     targets, n_outputs = table.targets.float().unsqueeze(1), 1
     if task == "classification":
         classes, targets = table.targets.unique(return_inverse=True)
-        facts["classes"], n_outputs = classes.tolist(), len(classes)
+        facts["classes"], n_outputs = table.classes or classes.tolist(), len(classes)
     name = path.name.removesuffix(".gz").removesuffix(".csv")
     train, valid = hold_out(table.inputs, targets, seed)
     places = places_of(len(targets), seed, "row", 1)

@@ -111,9 +111,10 @@ def read_mnist_folder(
 class Table:
     "The numbers of a CSV file, a target column apart from the others."
     inputs: Tensor  # (n, features) float32
-    targets: Tensor  # (n,) int64 if every value is written as an integer, else float32
+    targets: Tensor  # (n,) int64 if every value is written as an integer or all are names, else float32
     columns: tuple[str, ...]  # names of the features, in the order of `inputs`
     target: str  # name of the target column
+    classes: tuple[str, ...] | None = None  # names of the classes 0, 1, ..., where the target holds names
 
 # %% ../../nbs/api/data/04_readers.ipynb #eab5814f
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
@@ -177,6 +178,13 @@ def _numbers(name: str, texts: Sequence[str], lines: list[int], problems: Proble
                      f"{len(no_number)} such values in all; expected finite numbers")
     return np.zeros(0)
 
+# %% ../../nbs/api/data/04_readers.ipynb #d72ef602
+def _class_names(texts: Sequence[str]) -> list[str] | None:
+    "The different names in a target column, in order; None when its values are not all names"
+    names = [text.strip() for text in texts]
+    if any(_is_number(name) or name.lower() in _MISSING for name in names): return None
+    return sorted(set(names)) if len(set(names)) < len(names) else None
+
 # %% ../../nbs/api/data/04_readers.ipynb #08b55c2c
 def read_numeric_csv(
     path: str | Path,  # a .csv or .csv.gz file with a header, in UTF-8
@@ -184,7 +192,7 @@ def read_numeric_csv(
     *,
     drop: Sequence[str] = (),  # names of columns to leave out
 ) -> Table:
-    "Read a CSV file in which every column, but those in `drop`, holds numbers."
+    "Read a CSV file in which every column holds numbers, but those in `drop`, and a target of class names."
     path = existing_file(path)
     names, rows, lines = _read_rows(path)
     _check_header(names, path)
@@ -199,12 +207,18 @@ def read_numeric_csv(
     if not rows: raise ValueError(f"'{path}' has a header and no data below it.")
     texts = dict(zip(names, zip(*rows)))
     problems = Problems()
-    numbers = {name: _numbers(name, texts[name], lines, problems) for name in (*columns, target)}
+    classes = _class_names(texts[target])
+    read = (*columns, target) if classes is None else columns
+    numbers = {name: _numbers(name, texts[name], lines, problems) for name in read}
     unusable = [name for name in columns if not len(numbers[name])]
     advice = f"clean it up, or drop the columns {', '.join(unusable)}" if unusable else "clean it up"
-    if not len(numbers[target]): advice = f"the target {target!r} must hold numbers, such as 0, 1, ..."
+    if classes is None and not len(numbers[target]):
+        advice = f"the target {target!r} must hold numbers only, or names of classes only"
     problems.raise_if_any(f"'{path}' is not a table of numbers ({advice})")
-    whole = all(re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", text) for text in texts[target])
-    targets = np.array(texts[target]).astype(np.int64) if whole else numbers[target].astype(np.float32)
     inputs = np.stack([numbers[name] for name in columns], axis=1).astype(np.float32)
-    return Table(torch.from_numpy(inputs), torch.from_numpy(targets), columns, target)
+    if classes is not None: targets = np.searchsorted(classes, [text.strip() for text in texts[target]])
+    elif all(re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", text) for text in texts[target]):
+        targets = np.array(texts[target]).astype(np.int64)
+    else: targets = numbers[target].astype(np.float32)
+    named = None if classes is None else tuple(classes)
+    return Table(torch.from_numpy(inputs), torch.from_numpy(targets), columns, target, named)
