@@ -20,23 +20,23 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import describe
-from ..core.nested import tensors
 from ..data.loaders import named_sets
 from ..loop.steps import SupervisedStep
 from ..loop.trainer import Trainer
 from .data_checks import (check_batch_size, check_labels, check_layout, check_relation,
                                            check_scales, check_validation, check_values)
 from .evidence import Evidence, Peek, did_not_fall, gather, peek, try_steps
-from .findings import CheckReport, Finding, bytes_text, error, summarize, warning
+from .findings import CheckReport, Finding, error, summarize, warning
 from .loss_checks import (chance, check_chance, check_classes, check_ending, check_failure,
                                            check_reach, check_reduction, check_shapes)
 from .model_checks import (check_flow, check_frozen, check_gradients, check_membership,
                                             check_outputs, check_settings, check_steps, check_symmetry,
                                             check_units, equal_rows)
+from .summary import memory_parts, memory_text
 from .undisturbed import undisturbed
 
 # %% auto #0
-__all__ = ['CONSEQUENCES', 'without_consequences', 'memory_text', 'stages_of', 'notes_of', 'judge', 'no_batches', 'look', 'check']
+__all__ = ['CONSEQUENCES', 'without_consequences', 'stages_of', 'notes_of', 'judge', 'no_batches', 'look', 'check']
 
 # %% ../../nbs/api/use/02_check.ipynb #5583bb4d
 CONSEQUENCES = {  # left out when one of the causes was found
@@ -71,17 +71,6 @@ def without_consequences(
     return [one for one in kept if one not in failed], [one.what for one in failed]
 
 # %% ../../nbs/api/use/02_check.ipynb #08930052
-def memory_text(seen: Evidence) -> str:
-    "What training with batches of this size needs, in bytes"
-    params = list(seen.trainer.model.parameters())
-    batch = *tensors(seen.batch.inputs), *tensors(seen.batch.targets)
-    sizes = {"weights": sum(p.nbytes for p in params),
-             "gradients": sum(p.nbytes for p in params if p.requires_grad),
-             "optimizer": seen.state_bytes, "activations": seen.saved_bytes,
-             "batch": sum(one.nbytes for one in batch)}
-    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items())
-    return f"about {bytes_text(sum(sizes.values()))}: {parts}"
-
 def stages_of(seen: Evidence) -> dict[str, str]:
     "What was seen at each stage, by name"
     read, losses, expected = seen.train.batches, seen.trial.losses, chance(seen)
@@ -94,7 +83,8 @@ def stages_of(seen: Evidence) -> dict[str, str]:
         by_chance = f"; by chance {expected[0]:.4g} ({expected[1]})" if expected else ""
         stages["loss"] = f"{float(seen.loss.detach()):.4g}{by_chance}"
     if len(losses) > 1: stages["steps"] = "loss of this batch " + " > ".join(f"{loss:.4g}" for loss in losses)
-    stages["memory"] = memory_text(seen)
+    optimizers = [slot.optimizer for slot in seen.trainer.engine.slots.values()]
+    stages["memory"] = memory_text(memory_parts(seen.trainer.model, optimizers, seen.saved_bytes))
     return stages
 
 def notes_of(seen: Evidence) -> list[str]:

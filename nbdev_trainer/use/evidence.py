@@ -32,12 +32,13 @@ from ..loop.steps import ELEMENTWISE, SupervisedStep
 from ..loop.trainer import Trainer
 from ..metrics.base import targets_of
 from ..metrics.collection import MetricSet
+from .summary import saved_memory
 
 # %% auto #0
 __all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'VIEWS', 'FUNCTIONS', 'NODES', 'MOST_TRIAL_SECONDS', 'Peek', 'fresh',
-           'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'saved_memory', 'operation', 'before_views',
-           'last_node', 'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall', 'try_steps',
-           'Probe', 'probe', 'Evidence', 'run_forward', 'gather']
+           'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'operation', 'before_views', 'last_node',
+           'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall', 'try_steps', 'Probe', 'probe',
+           'Evidence', 'run_forward', 'gather']
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #e5f4ab7e
 MOST_SAMPLES, MOST_BATCHES, MOST_SECONDS = 1024, 16, 1.0
@@ -102,17 +103,6 @@ def watched_layers(model: nn.Module) -> Iterator[list[Call]]:  # filled while th
     try: yield calls
     finally:
         for hook in hooks: hook.remove()
-
-# %% ../../nbs/api/use/03c_evidence.ipynb #516ac074
-@contextmanager
-def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by address, filled during the block
-    "Count what is kept for the backward pass"
-    known, pieces = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known: pieces[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): yield pieces
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #5348d31c
 VIEWS = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "Permute", "T", "ReshapeAlias", "Clone",
@@ -286,7 +276,6 @@ class Evidence:
     trial: Trial = field(default_factory=Trial)
     slower: Trial | None = None             # with a hundredth of the learning rate, if the loss did not fall
     probes: list[Probe] = field(default_factory=list)   # before and after the trial
-    state_bytes: int = 0                    # of the optimizers, after the trial
 
     @property
     def targets(self) -> Any:
@@ -343,6 +332,4 @@ def gather(
         stage = "backward" if trainer.step.automatic else "step"
         if seen.trial.failure: seen.failure = stage, seen.trial.failure
         seen.probes = [one for one in (first, probe(trainer, seen.batch)) if one is not None]
-        seen.state_bytes = sum(one.nbytes for slot in trainer.engine.slots.values()
-                               for state in slot.optimizer.state.values() for one in tensors(state))
     return seen

@@ -72,7 +72,7 @@ def summarize(
 # %% ../../nbs/api/use/03a_findings.ipynb #916d23ca
 def bytes_text(n: float) -> str:
     "A number of bytes as people write it"
-    for unit in ("bytes", "KB", "MB"):
+    for unit in ("bytes", "kB", "MB"):
         if n < 1000: return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} GB"

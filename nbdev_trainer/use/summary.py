@@ -12,32 +12,33 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/use/summary.html.md"""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 
 from ..core.nested import tensors
 from ..loop.evaluation import evaluating, outputs
 from ..loop.trainer import Trainer
+from .findings import bytes_text
 
 # %% auto #0
-__all__ = ['short_number', 'shape_text', 'LayerSummary', 'list_layers', 'watching', 'kept_per_parameter', 'memory_parts',
-           'aligned', 'ModelSummary', 'summarize']
+__all__ = ['short_number', 'shape_text', 'LayerSummary', 'list_layers', 'watching', 'saved_memory', 'kept_per_parameter',
+           'memory_parts', 'memory_text', 'aligned', 'ModelSummary', 'summarize']
 
 # %% ../../nbs/api/use/01_summary.ipynb #6bfbe59d
 def short_number(
-    value: float,   # not negative
-    unit: str = "", # appended, such as "B"
+    value: float,  # not negative
 ) -> str:
-    "A large number with three digits and a prefix: `12.3 k`, `4.56 MB`"
+    "A large number with three digits and a prefix: `12.3 k`, `4.56 M`"
     power = min(4, int(math.log10(value) // 3)) if value >= 1000 else 0
     digits = value / 1000 ** power
     text = f"{digits:.0f}" if power == 0 or digits >= 100 else f"{digits:.3g}"
-    return f"{text} {' kMGT'[power].strip()}{unit}".rstrip()
+    return f"{text} {' kMGT'[power].strip()}".rstrip()
 
 def shape_text(
     value: Any,  # what a layer returned
@@ -53,7 +54,6 @@ class LayerSummary:
     "What one layer did with a batch"
     name: str                # as in `model.named_modules()`
     kind: str                # its class
-    is_leaf: bool            # it has no parts
     n_parameters: int        # with those of its parts
     n_trainable: int         # of these, not frozen
     calls: int = 0           # in this batch
@@ -69,7 +69,7 @@ def list_layers(
     for name, module in model.named_modules():
         params = list(module.parameters())
         trainable = sum(p.numel() for p in params if p.requires_grad)
-        listed[module] = LayerSummary(name, type(module).__name__, not list(module.children()),
+        listed[module] = LayerSummary(name, type(module).__name__,
                                       sum(p.numel() for p in params), trainable)
     return listed
 
@@ -99,6 +99,18 @@ def watching(
         yield
 
 # %% ../../nbs/api/use/01_summary.ipynb #80c68b8c
+@contextmanager
+def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by address, filled during the block
+    "Count what is kept for the backward pass"
+    known, pieces = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if (place := storage.data_ptr()) not in known:  # a part of a large tensor keeps that part
+            pieces[place] = max(pieces.get(place, 0), min(tensor.nbytes, storage.nbytes()))
+        return tensor.detach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): yield pieces
+
+# %% ../../nbs/api/use/01_summary.ipynb #1744fb18
 def kept_per_parameter(
     optimizer: optim.Optimizer,
 ) -> int:
@@ -110,7 +122,7 @@ def kept_per_parameter(
 def memory_parts(
     model: nn.Module,
     optimizers: Iterable[optim.Optimizer],  # that train it
-    layers: Iterable[LayerSummary],         # of the model, after a batch
+    activations: int,                       # bytes that a forward pass keeps for the backward pass
 ) -> dict[str, int]:  # bytes
     "What training with such a batch keeps in memory"
     size = {p: p.numel() * p.element_size() for p in model.parameters()}
@@ -118,7 +130,12 @@ def memory_parts(
     state = sum(kept_per_parameter(one) * size.get(p, 0) for one in optimizers
                 for group in one.param_groups for p in group["params"])
     return {"weights": weights, "gradients": sum(size[p] for p in size if p.requires_grad),
-            "optimizer": state, "activations": sum(layer.n_bytes for layer in layers if layer.is_leaf)}
+            "optimizer": state, "activations": activations}
+
+def memory_text(parts: Mapping[str, int]) -> str:
+    "The parts and their sum"
+    listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
+    return f"about {bytes_text(sum(parts.values()))}: {listed}"
 
 # %% ../../nbs/api/use/01_summary.ipynb #47cffe1e
 def aligned(
@@ -154,7 +171,7 @@ class ModelSummary:
             return (indent + layer.name.rpartition(".")[2], layer.kind + called, layer.shape,
                     f"{layer.n_parameters:,}" if layer.n_parameters else "", f"{frozen:,}" if frozen else "",
                     short_number(layer.flops) if layer.flops else "",
-                    short_number(layer.n_bytes, "B") if layer.n_bytes else "")
+                    bytes_text(layer.n_bytes) if layer.n_bytes else "")
         return [line(layer) for layer in self.layers[1:] if layer.name.count(".") < self.depth]
 
     def totals(self) -> str:
@@ -162,10 +179,8 @@ class ModelSummary:
         whole, frozen = self.layers[0], self.layers[0].n_parameters - self.layers[0].n_trainable
         text = f"{whole.kind}: {whole.n_parameters:,} parameters, {frozen:,} of them frozen"
         if self.n_samples is None: return f"{text}; not run: the step does not say how to predict"
-        parts = ", ".join(f"{name} {short_number(n, 'B')}" for name, n in self.memory.items())
-        total = short_number(sum(self.memory.values()), "B")
         return (f"{text}; inputs {self.inputs}, {short_number(whole.flops / self.n_samples)} FLOPs a sample\n"
-                f"memory to train with this batch, about {total}: {parts}")
+                f"memory to train with this batch, {memory_text(self.memory)}")
 
     def __repr__(self) -> str: return "\n".join([*aligned([self.COLUMNS, *self.lines()]), self.totals()])
 
@@ -184,12 +199,13 @@ def summarize(
 ) -> ModelSummary:
     "What the model is made of, for the first batch of a loader; raises `ValueError` for `depth` below 1"
     if depth < 1: raise ValueError(f"depth is {depth}; expected at least 1, the parts of the model itself")
-    layers, inputs, size = list_layers(trainer.model), "", None
+    layers, inputs, size, kept = list_layers(trainer.model), "", None, dict[int, int]()
     optimizers = [slot.optimizer for slot in trainer.engine.slots.values()]
     try:
-        with evaluating(trainer, "summary", "predict", quiet=True), watching(layers):
+        with (evaluating(trainer, "summary", "predict", quiet=True), watching(layers), torch.enable_grad(),
+              saved_memory(trainer.model) as kept):
             for batch, _ in outputs(trainer, trainer.step.predict, loader, limit_batches=1):
                 inputs, size = shape_text(batch.inputs), batch.size
     except NotImplementedError: layers = list_layers(trainer.model)
-    memory = memory_parts(trainer.model, optimizers, layers.values())
+    memory = memory_parts(trainer.model, optimizers, sum(kept.values()))
     return ModelSummary(list(layers.values()), inputs, size, memory, depth)
