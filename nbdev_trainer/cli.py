@@ -119,15 +119,13 @@ def choose_task(
     whole, n_values = targets.dtype == torch.int64, len(targets.unique())
     if n_values < 2:
         raise ValueError("the target has the same value in every row, so there is nothing to learn")
-    if asked == "classification" and not whole:
-        raise ValueError("--task classification needs a target written as integers, and this is not")
-    if named and asked == "regression":
-        raise ValueError("--task regression needs a target of numbers, and this holds names")
+    kind = "names" if named else "integers" if whole else "numbers with fractions"
+    if asked == "classification" and not whole or asked == "regression" and named:
+        needed = "written as integers, or names" if asked == "classification" else "of numbers"
+        raise ValueError(f"--task {asked} needs a target {needed}, and this holds {kind}")
     if asked is not None: return asked, "as asked"
-    if named: return "classification", f"the target has {n_values} distinct names"
-    kind = "integers" if whole else "numbers with fractions"
-    task = "classification" if whole and n_values <= MAX_CLASSES else "regression"
-    return task, f"the target has {n_values} distinct values, {kind}; --task overrules"
+    task = "classification" if named or whole and n_values <= MAX_CLASSES else "regression"
+    return task, f"the target has {n_values} distinct values, {kind}" + ("" if named else "; --task overrules")
 
 def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | None, seed: int) -> Prepared:
     "A CSV file of numbers"

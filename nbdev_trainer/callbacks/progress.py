@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core.errors import checked_keywords
 from .recorder import RowWriter
 from ..loop.plan import length_of
 from ..loop.state import State
@@ -265,7 +264,6 @@ def point_inside(state: State, length: int | None, loss: float) -> dict[str, Any
 # %% ../../nbs/api/callbacks/03_progress.ipynb #37e43b64
 class Progress(RowWriter):
     "Shows a bar for the epoch and a line for each row of the history"
-    @checked_keywords
     def __init__(self,
         interval: float = 0.1,       # seconds between two looks
         file: TextIO | None = None,  # where to write; None: the notebook, or standard output

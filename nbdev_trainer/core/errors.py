@@ -52,7 +52,7 @@ def describe(
     if isinstance(value, np.ndarray): return f"numpy {value.dtype} {value.shape}"
     kind = type(value).__name__
     if isinstance(value, type): return f"class {value.__qualname__}"
-    if is_dataclass(value): value = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
+    if is_dataclass(value): value = {one.name: getattr(value, one.name) for one in fields(value) if one.repr}
     if isinstance(value, (list, tuple, Mapping)):
         if not value: return f"empty {kind}"
         if depth < 1: return f"{kind} of {len(value)}"
@@ -107,7 +107,8 @@ def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
             if name in known: continue
             here, called = SYNONYMS.get(name), fn.__qualname__
             if fn.__name__ == "__init__": called = type(values[0]).__name__
-            meant = f"Here it is called {here!r}." if here in known else did_you_mean(name, known, what="argument")
+            if here in known: meant = f"Here it is called {here!r}."
+            else: meant = did_you_mean(name, known, what="argument")
             raise TypeError(f"{called}() has no argument {name!r}. {meant}")
         return fn(*values, **options)
     return call

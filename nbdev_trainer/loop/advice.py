@@ -56,8 +56,8 @@ def about_targets(targets: Any, error: BaseException) -> str | None:
     known = f"targets run from {least} to {most}; a model with n outputs knows the classes 0 to n - 1"
     if least == 1: return f"{known}. If the classes are numbered from 1: targets - 1"
     if least < 0:
-        return (f"{known}. A number below 0 is no class: number them from 0; what shall not count is named by "
-                "ignore_index= of the loss")
+        return (f"{known}. A number below 0 is no class: number them from 0; what shall not count is named "
+                "by ignore_index= of the loss")
     return f"{known}. Give it {most + 1} outputs, if {most} is a class"
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #0c46ac09

@@ -126,6 +126,7 @@ def n_grams(
     "All runs of 1 to max_n words, with their counts"
     return Counter(tuple(words[i:i + n]) for n in range(1, max_n + 1) for i in range(len(words) - n + 1))
 
+# %% ../../nbs/api/metrics/09_text.ipynb #3b789574
 class BLEU(Additive):
     "Agreement of runs of words with references, over a whole corpus"
     higher_is_better = True

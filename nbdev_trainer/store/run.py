@@ -200,8 +200,8 @@ def read_table(directory: Path) -> RunTable:
     "The runs in a directory, by name; raises `FileNotFoundError` for none, `ValueError` for that of one run"
     if not directory.is_dir(): check_run(directory)  # which says what is there instead
     if holds_run(directory):
-        raise ValueError(f"'{directory}' is one run; expected the directory that holds the runs: "
-                         f"Run.table('{directory.resolve().parent}'). Run.open('{directory}') shows this one.")
+        raise ValueError(f"'{directory}' is one run, which Run.open shows; expected the directory that holds "
+                         f"the runs: Run.table('{directory.resolve().parent}')")
     runs, problems = [], {}
     for path in sorted(directory.iterdir()):
         if not holds_run(path): continue
