@@ -125,7 +125,8 @@ def choose_task(
         raise ValueError(f"--task {asked} needs a target {needed}, and this holds {kind}")
     if asked is not None: return asked, "as asked"
     task = "classification" if named or whole and n_values <= MAX_CLASSES else "regression"
-    return task, f"the target has {n_values} distinct values, {kind}" + ("" if named else "; --task overrules")
+    why = f"the target has {n_values} distinct values, {kind}"
+    return task, why if named else f"{why}; --task overrules"
 
 def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | None, seed: int) -> Prepared:
     "A CSV file of numbers"
@@ -136,10 +137,9 @@ def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | Non
     if task == "classification":
         classes, targets = table.targets.unique(return_inverse=True)
         facts["classes"], n_outputs = table.classes or classes.tolist(), len(classes)
-    name = path.name.removesuffix(".gz").removesuffix(".csv")
     train, valid = hold_out(table.inputs, targets, seed)
-    places = places_of(len(targets), seed, "row", 1)
-    return Prepared(name, train, valid, task, n_outputs, "multilayer_perceptron", facts, places)
+    return Prepared(path.name.removesuffix(".gz").removesuffix(".csv"), train, valid, task, n_outputs,
+                    "multilayer_perceptron", facts, places_of(len(targets), seed, "row", 1))
 
 # %% ../nbs/api/cli.ipynb #6f2066d4
 def prepare(

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbdev_trainer.apps.models import make_model
+from nbdev_trainer.apps.models import make_model, model_of_run
 from nbdev_trainer.cli import main
 from nbdev_trainer.data.datasets import digits
 from nbdev_trainer.data.readers import read_numeric_csv
 from nbdev_trainer.learner import load_weights
 from nbdev_trainer.store.files import read_json, read_tensors
+from nbdev_trainer.store.run import Run
 
 COMMAND = Path(sys.executable).with_name("nbdev-trainer")
 FILES = ["config.json", "curves.svg", "history.jsonl", "model.safetensors", "steps.jsonl"]
@@ -97,6 +98,18 @@ def test_a_column_of_few_integers_is_a_class(tmp_path):
     assert process.returncode == 0 and "classification, 2 classes" in process.stdout
     config = read_json(tmp_path / "run" / "config.json")
     assert (config["classes"], config["columns"], config["epochs"]) == ([3, 8], ["x", "y"], 3)
+
+
+def test_names_of_classes_are_learned_and_kept_with_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{i % 10},{(7 * i) % 5},{'low' if i % 10 < 5 else 'high'}" for i in range(100)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,y,level", *rows]) + "\n")
+    assert main("fit t.csv --target level --epochs 30 --device cpu --out run".split()) == 0
+    assert "classification, 2 classes (the target has 2 distinct values, names)" in capsys.readouterr().out
+    classes = Run.open("run").config["classes"]
+    with torch.no_grad():
+        answers = model_of_run("run")(torch.tensor([[1.0, 2.0], [8.0, 2.0]])).argmax(1)
+    assert [classes[i] for i in answers] == ["low", "high"]
 
 
 def test_amounts_are_predicted_in_their_own_units(tmp_path):

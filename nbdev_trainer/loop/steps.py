@@ -119,7 +119,7 @@ def no_match(loss_fn: Callable[..., Any], output: StepOutput, targets: Any) -> V
     many = scores.shape[1] if scores.ndim == 2 and targets.ndim == 1 else 1
     mend = "Make the shapes equal, with targets[:, None] or predictions.squeeze(1)."
     if many > 1: mend = (f"The model gives {many} numbers for each target, and this loss needs one: give it "
-                         "one output and targets[:, None]. If the targets are classes: nn.CrossEntropyLoss().")
+                         "one output and targets[:, None]. If the targets are classes: CrossEntropyLoss().")
     return ValueError(f"predictions are {describe(scores)} and targets {describe(targets)}: "
                       f"{function_text(loss_fn)} would broadcast them. {mend}")
 
