@@ -143,13 +143,14 @@ class WeightsAndBiases(Tracker):
         if mode not in (None, "online", "offline"):
             raise ValueError(f"mode is {mode!r}; expected 'online', 'offline' or None")
         self.project, self.name, self.mode = project, name, mode
-        self.directory = None if directory is None else str(directory)
+        self.directory = None if directory is None else Path(directory)
 
     def open(self, facts: dict[str, Any], goes_on: bool) -> None:
         wandb = require("wandb", extra="track", why="WeightsAndBiases")
         if not goes_on: self.run_id = None
         resume = "allow" if self.run_id and self.mode != "offline" else None
-        self.run = wandb.init(project=self.project, name=self.name, mode=self.mode, dir=self.directory,
+        folder = None if self.directory is None else str(self.directory)
+        self.run = wandb.init(project=self.project, name=self.name, mode=self.mode, dir=folder,
                               config=facts, id=self.run_id, resume=resume, reinit="create_new",
                               settings=wandb.Settings(console="off"))
         self.run_id = self.run.id

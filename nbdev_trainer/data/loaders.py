@@ -12,6 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/loaders.html.md"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -26,8 +27,8 @@ from .batch import Batch, count_samples, to_batch
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'as_loader', 'named_sets', 'draw_seed',
-           'array_loader', 'Loaders']
+__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader', 'named_sets',
+           'draw_seed', 'array_loader', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 @dataclass(eq=False)
@@ -133,6 +134,23 @@ def own_generators(loader: Any) -> list[torch.Generator]:
     owners = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
     found = (getattr(owner, "generator", None) for owner in owners)
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+# %% ../../nbs/api/data/01_loaders.ipynb #6582da1c
+@contextmanager
+def looking_at(loader: Any) -> Iterator[None]:
+    "Read from a loader inside of the block; afterwards the next epoch is what it would have been"
+    generators = [(one, one.get_state()) for one in own_generators(loader)]
+    state = loader.state_dict() if isinstance(loader, Loader) else None
+    with_workers: Any = loader if getattr(loader, "persistent_workers", False) else None
+    workers = getattr(with_workers, "_iterator", None)
+    if with_workers is not None: with_workers._iterator = None
+    try: yield
+    finally:
+        for one, before in generators: one.set_state(before)
+        if state is not None: loader.load_state_dict(state)
+        if with_workers is not None:
+            if with_workers._iterator is not None: with_workers._iterator._shutdown_workers()
+            with_workers._iterator = workers
 
 # %% ../../nbs/api/data/01_loaders.ipynb #99ab9861
 def as_loader(

@@ -118,7 +118,7 @@ class Window:
         key = share, loss.dtype, loss.device
         if key not in self.weights:
             if len(self.weights) >= 8: self.weights.clear()  # counts that hardly ever come again
-            self.weights[key] = torch.tensor(share, dtype=loss.dtype, device=loss.device)
+            self.weights[key] = torch.full((), share, dtype=loss.dtype, device=loss.device)  # never waits
         return self.weights[key]
 
     def correction(self) -> float | Tensor | None:  # None: the gradients are right as they are

@@ -11,34 +11,38 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/use/rehearsal.html.md"""
 # %% ../../nbs/api/use/03g_rehearsal.ipynb #98a291ca
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import Problems, describe
-from ..core.nested import map_tensors
+from ..core.nested import map_tensors, tensors
 from ..data.batch import Batch
-from ..data.loaders import named_sets
+from ..data.loaders import Loader, named_sets
 from ..loop.callback import Callback
 from ..loop.evaluation import module_modes
 from ..loop.plan import length_of
 from ..loop.snapshot import keyed, trainer_state
 from ..loop.trainer import Trainer, check_callbacks
+from ..metrics.base import targets_of
 from ..metrics.collection import MetricSet
 from ..store.files import find_unplain, read_tensors, write_tensors
-from .evidence import fresh, one_step, peek
+from .evidence import fresh, one_step
 from .findings import CheckReport, bytes_text, error
-from .undisturbed import undisturbed
+from .undisturbed import keep_attributes, undisturbed
 
 # %% auto #0
-__all__ = ['mean_loss', 'learn_by_heart', 'overfit', 'redirected', 'rehearsing', 'try_saving', 'dry_run']
+__all__ = ['SQLITE', 'mean_loss', 'all_right', 'learn_by_heart', 'overfit', 'redirected', 'redirect', 'rehearsing', 'try_saving',
+           'dry_run']
 
 # %% ../../nbs/api/use/03g_rehearsal.ipynb #b0b8e299
 def mean_loss(trainer: Trainer, batches: Sequence[Batch]) -> float:
@@ -49,6 +53,22 @@ def mean_loss(trainer: Trainer, batches: Sequence[Batch]) -> float:
     if any(output.loss is None for output in outputs): return float("nan")
     return sum(float(output.loss) for output in outputs) / len(batches)
 
+def all_right(trainer: Trainer, batches: Sequence[Batch], first_loss: float) -> bool:
+    "Whether each target is a class and the answer, where a cross-entropy cannot fall much further"
+    loss_fn: Any = getattr(getattr(trainer.step, "loss", None), "loss_fn", None)
+    if not isinstance(loss_fn, nn.CrossEntropyLoss): return False
+    soft = any(one.is_floating_point() for batch in batches for one in tensors(batch.targets))
+    if not (soft or loss_fn.label_smoothing > 0 or first_loss < 0.1): return False
+    with module_modes(trainer.model, training=False), torch.no_grad():
+        for batch in batches:
+            output = trainer.engine.run(trainer.step.evaluate, trainer, one := fresh(batch))
+            targets = targets_of(output, one)
+            if targets.is_floating_point(): targets = targets.argmax(1)
+            counted = targets != loss_fn.ignore_index
+            if ((output.predictions.argmax(1) != targets) & counted).any(): return False
+    return True
+
+# %% ../../nbs/api/use/03g_rehearsal.ipynb #b7ee80d9
 def learn_by_heart(
     trainer: Trainer,          # inside of `undisturbed`
     batches: Sequence[Batch],  # on the device
@@ -82,39 +102,50 @@ def overfit(
     "Train on a few batches until the loss is tiny, or say that it could not; all state is restored"
     for name, number in (("batches", batches), ("steps", steps)):
         if number < 1: raise ValueError(f"{name} is {number}; expected at least 1")
-    began, report = time.monotonic(), CheckReport(f"overfit {batches} batches")
+    if isinstance(train, Iterator): raise ValueError("overfit would use up an iterator; pass a loader")
+    began = time.monotonic()
     with undisturbed(trainer, train):
-        read = peek(trainer, train).batches[:batches]
-        if not read:
-            raise ValueError(f"{describe(train)} gave no batch to learn; expected a loader that can be read "
-                             "again")
-        read = [trainer.engine.move(batch) for batch in read]
+        source = train.batches(trainer.state.epoch) if isinstance(train, Loader) else train
+        read = [trainer.engine.move(fresh(trainer.read(raw))) for raw in islice(source, batches)]
+        if not read: raise ValueError(f"{describe(train)} gave no batch to learn; expected at least one")
         rounds = learn_by_heart(trainer, read, steps, goal)
-        final = mean_loss(trainer, read)
+        final, right = mean_loss(trainer, read), all_right(trainer, read, rounds[0])
+    report = CheckReport(f"overfit {len(read)} batches")
     reached = min(one for one in (rounds[-1], final, float("inf")) if one == one)
     shown = [rounds[k] for k in sorted({round(k * (len(rounds) - 1) / 5) for k in range(6)})]
     report.stages = {
         "data": f"{len(read)} batches, {sum(batch.size for batch in read)} samples",
         "steps": f"{len(rounds) * len(read)} in {time.monotonic() - began:.1f} s",
         "loss": " > ".join(f"{loss:.4g}" for loss in shown) + f"; {final:.4g} in evaluation mode"}
-    if not reached < goal * rounds[0]:
+    if not (right or reached < min(goal * rounds[0], rounds[0])):
         report.add([error("cannot_overfit",
                           f"after {len(rounds) * len(read)} steps on the same batches the loss went from "
-                          f"{rounds[0]:.4g} to {reached:.4g}, not below {goal:.0%} of the start",
+                          f"{rounds[0]:.4g} to {reached:.4g}, not below "
+                          + (f"{goal:.0%} of the start" if rounds[0] > 0 else "the start"),
                           "Try another learning rate or more steps; leave out dropout and weight decay; "
                           "see what check() finds; else the model is too small")])
     return report
 
 # %% ../../nbs/api/use/03g_rehearsal.ipynb #51eb4227
-def redirected(path: Path, folder: Path, k: int) -> Path:
-    "Where a callback's path points during a rehearsal"
-    if not path.parent.is_dir(): return path
-    target = folder / f"{k}" / path.name
-    target.parent.mkdir(exist_ok=True)
+SQLITE = "sqlite:///"
+
+def redirected(path: Path, folder: Path) -> Path:
+    "Where a path points during a rehearsal: the same place below a folder"
+    real = path.absolute()
+    target = folder / real.relative_to(real.anchor)
+    there = next(one for one in (real, *real.parents) if one.is_dir())
+    (folder / there.relative_to(there.anchor)).mkdir(parents=True, exist_ok=True)
     if path.is_file(): shutil.copy2(path, target)
-    elif path.is_dir(): target.mkdir()
     return target
 
+def redirect(one: Callback, folder: Path) -> None:
+    "Let the paths of a callback point into a folder"
+    for name, value in list(vars(one).items()):
+        if isinstance(value, Path): setattr(one, name, redirected(value, folder))
+        elif isinstance(value, str) and value.startswith(SQLITE):
+            setattr(one, name, f"{SQLITE}{redirected(Path(value.removeprefix(SQLITE)), folder)}")
+
+# %% ../../nbs/api/use/03g_rehearsal.ipynb #ecc3cfba
 @contextmanager
 def rehearsing(
     callbacks: Iterable[Callback],
@@ -123,16 +154,20 @@ def rehearsing(
     "Let callbacks act; afterwards they remember what they remembered before"
     listed = list(callbacks)
     states = {name: map_tensors(Tensor.clone, one.state_dict()) for name, one in keyed(listed).items()}
-    kept = [(one, {name: value.copy() if isinstance(value, (list, dict, set)) else value
-                   for name, value in vars(one).items()}) for one in listed]
-    for k, (one, values) in enumerate(kept):
-        for name, value in values.items():
-            if isinstance(value, Path): setattr(one, name, redirected(value, folder, k))
+    kept = [keep_attributes(one) for one in listed]
+    for one in listed: redirect(one, folder)
+    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}  # where the callback itself says nothing
+    environment = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try: yield
+    except Exception as error:
+        if str(folder) in str(error): error.add_note(f"in a dry run '{folder}' stands for '{Path('/')}'")
+        raise
     finally:
-        for one, values in kept:
-            vars(one).clear()
-            vars(one).update(values)
+        for name, value in environment.items():
+            if value is None: del os.environ[name]
+            else: os.environ[name] = value
+        for put_back in kept: put_back()
         for name, one in keyed(listed).items(): one.load_state_dict(states[name])
 
 # %% ../../nbs/api/use/03g_rehearsal.ipynb #a88ee5c9

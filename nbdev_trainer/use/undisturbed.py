@@ -12,18 +12,21 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/use/undisturbed.html.md"
 from __future__ import annotations
 
 import copy
+import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.nested import map_tensors
 from ..core.seeding import isolated_rng
-from ..data.loaders import Loader, own_generators
+from ..data.loaders import looking_at
 from ..loop.callback import handler_table
 from ..loop.engine import OptimizerSlot, Window
 from ..loop.optimizers import load_optimizer_state, optimizer_state
@@ -31,7 +34,8 @@ from ..loop.trainer import Trainer
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['modules_of', 'keep_tensors', 'keep_optimizer', 'keep_counters', 'keep_loader', 'undisturbed']
+__all__ = ['modules_of', 'shares_memory', 'keep_tensors', 'keep_optimizer', 'keep_value', 'keep_attributes', 'keep_counters',
+           'undisturbed']
 
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #ae50c5c0
 def modules_of(trainer: Trainer) -> list[nn.Module]:
@@ -42,20 +46,28 @@ def modules_of(trainer: Trainer) -> list[nn.Module]:
     return list({id(one): one for one in held if isinstance(one, nn.Module)}.values())
 
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #2f500687
+def shares_memory(tensor: Tensor) -> bool:
+    "Whether several elements of a tensor are one number in memory, as after `expand`"
+    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
+
 def keep_tensors(
     modules: Iterable[nn.Module],  # with their parameters and buffers
     others: Iterable[Tensor],      # further parameters, of an optimizer for example
 ) -> Callable[[], None]:  # puts everything back
     "Keep numbers, gradients, `requires_grad` and training modes of modules and parameters"
     every = list({id(part): part for module in modules for part in module.modules()}.values())
-    modes = [(part, part.training) for part in every]
+    modes, tables = [(part, part.training) for part in every], [(part, dict(part._buffers)) for part in every]
     named = [(part, name, tensor) for part in every for name, tensor in
              (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
     held = {id(one): one for one in (*(tensor for _, _, tensor in named), *others) if not is_lazy(one)}
-    kept = [(one, one.detach().clone(), one.grad, one.requires_grad) for one in held.values() if one.is_leaf]
+    kept = [(one, one.detach().clone(), one.grad, one.requires_grad) for one in held.values()
+            if one.is_leaf and not shares_memory(one)]
     for one, _, _, _ in kept: one.grad = None
 
     def put_back() -> None:
+        for part, buffers in tables:
+            part._buffers.clear()
+            part._buffers.update(buffers)
         for part, name, tensor in named:
             if getattr(part, name) is not tensor: setattr(part, name, tensor)
         with torch.no_grad():
@@ -81,11 +93,49 @@ def keep_optimizer(slot: OptimizerSlot, model: nn.Module) -> Callable[[], None]:
     return put_back
 
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #7e6229f7
+def keep_value(value: Any, depth: int = 4) -> Callable[[], None]:  # puts it back
+    "Keep what a tensor, an array or a nesting of containers holds; the object stays the same"
+    if isinstance(value, Tensor) and value.is_leaf and not shares_memory(value):
+        numbers = value.detach().clone()
+        def put_numbers_back() -> None: value.data.copy_(numbers)
+        return put_numbers_back
+    if isinstance(value, np.ndarray): return functools.partial(np.copyto, value, value.copy())
+    if depth < 1 or not isinstance(value, (list, deque, dict, set)): return lambda: None
+    held = dict(value) if isinstance(value, dict) else list(value)
+    inner = [keep_value(one, depth - 1) for one in (held.values() if isinstance(held, dict) else held)]
+
+    def put_back() -> None:
+        value.clear()
+        if isinstance(value, dict): dict.update(value, held)
+        elif isinstance(value, set): value.update(held)
+        else: value.extend(held)
+        for one in inner: one()
+    return put_back
+
+def keep_attributes(
+    holder: Any,             # an object with a `__dict__`
+    private: bool = True,    # also names that begin with an underscore
+) -> Callable[[], None]:  # puts them back
+    "Keep which attributes an object has, and what the containers and tensors among them hold"
+    def chosen() -> dict[str, Any]:
+        return {name: value for name, value in vars(holder).items() if private or not name.startswith("_")}
+    kept = chosen()
+    inner = [keep_value(value) for value in kept.values() if not isinstance(value, nn.Parameter)]
+
+    def put_back() -> None:
+        for name in chosen(): vars(holder).pop(name)
+        vars(holder).update(kept)
+        for one in inner: one()
+    return put_back
+
+# %% ../../nbs/api/use/03b_undisturbed.ipynb #23426f2d
 def keep_counters(trainer: Trainer) -> Callable[[], None]:  # puts them back
     "Keep what a trainer remembers; during the look it measures elsewhere, and calls nobody"
     own, state = dict(vars(trainer)), trainer.state
     kept = {one.name: copy.copy(getattr(state, one.name)) for one in fields(state)}
     parts: list[Any] = [trainer.step, trainer.engine.precision]
+    modules = [part for module in modules_of(trainer) for part in module.modules()]
+    attributes = [keep_attributes(trainer.step), *(keep_attributes(part, private=False) for part in modules)]
     saved = [(part, copy.deepcopy(part.state_dict())) for part in parts if hasattr(part, "state_dict")]
     trainer.train_metrics, trainer.logged = MetricSet(trainer.metrics), MetricSet([])
     trainer.handlers = handler_table([])
@@ -94,17 +144,8 @@ def keep_counters(trainer: Trainer) -> Callable[[], None]:  # puts them back
         vars(trainer).clear()
         vars(trainer).update(own)
         for name, value in kept.items(): setattr(state, name, value)
+        for one in attributes: one()
         for part, values in saved: part.load_state_dict(values)
-    return put_back
-
-def keep_loader(loader: Any) -> Callable[[], None]:  # puts it back
-    "Keep the epoch of one of our loaders, and the generators that any loader owns"
-    generators = [(one, one.get_state()) for one in own_generators(loader)]
-    state = loader.state_dict() if isinstance(loader, Loader) else None
-
-    def put_back() -> None:
-        for one, before in generators: one.set_state(before)
-        if state is not None: loader.load_state_dict(state)
     return put_back
 
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #a6a10f6f
@@ -122,6 +163,6 @@ def undisturbed(
     with isolated_rng(), torch.enable_grad(), ExitStack() as undo:
         undo.callback(keep_tensors(modules_of(trainer), params))
         for slot in slots: undo.callback(keep_optimizer(slot, trainer.model))
-        for loader in loaders: undo.callback(keep_loader(loader))
+        for loader in loaders: undo.enter_context(looking_at(loader))
         undo.callback(keep_counters(trainer))
         yield
