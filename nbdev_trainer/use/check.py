@@ -148,7 +148,8 @@ def look(trainer: Trainer, train: Iterable[Any], valid_sets: dict[str, Any], rep
     kept, notes = without_consequences(found)
     report.add(kept)
     report.notes += notes + notes_of(seen)
-    report.stages = stages_of(seen)
+    try: report.stages = stages_of(seen)
+    except Exception as problem: report.notes.append(f"the stages could not be told: {problem!r}")
 
 # %% ../../nbs/api/use/02_check.ipynb #09582d68
 def check(

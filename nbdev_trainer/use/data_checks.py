@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ..core.errors import describe
 from ..core.nested import tensors
@@ -27,33 +27,39 @@ from .evidence import Evidence, Peek, has_parameters, rms
 from .findings import Finding, error, warning
 
 # %% auto #0
-__all__ = ['SCALELESS', 'MOST_ROWS', 'BATCH_NORMS', 'joined', 'check_values', 'first_layer_inputs', 'check_scales',
-           'check_layout', 'has_embedding', 'first_is_convolution', 'class_targets', 'far_targets', 'check_labels',
-           'as_columns', 'neighbour_evidence', 'linear_evidence', 'check_relation', 'last_batch_size',
-           'check_batch_size', 'sample_hashes', 'shared_positions', 'check_validation']
+__all__ = ['SCALELESS', 'MOST_ROWS', 'BATCH_NORMS', 'alike', 'number_of', 'all_equal', 'check_values', 'first_layer_inputs',
+           'check_scales', 'check_layout', 'has_embedding', 'first_is_convolution', 'class_targets', 'shuffles',
+           'far_targets', 'check_labels', 'as_columns', 'neighbour_evidence', 'linear_evidence', 'check_relation',
+           'last_batch_size', 'check_batch_size', 'sample_hashes', 'shared_positions', 'check_validation']
 
 # %% ../../nbs/api/use/03d_data_checks.ipynb #1c09cc69
-def joined(
+def alike(
     peek: Peek,
     what: str = "inputs",  # or "targets"
-) -> Tensor | None:  # None: no single tensor, or shapes that differ
-    "Inputs or targets of all batches that were read, where each is one tensor"
+) -> list[Tensor]:  # none: no single tensors, or shapes that differ
+    "Inputs or targets of all batches that were read, where each is one tensor and all could be joined"
     parts = [getattr(batch, what) for batch in peek.batches]
-    if not parts or not all(isinstance(one, Tensor) and one.ndim for one in parts): return None
-    if len({(one.shape[1:], one.dtype, one.device) for one in parts}) != 1: return None
-    return torch.cat(parts)
+    if not all(isinstance(one, Tensor) and one.ndim for one in parts): return []
+    return parts if len({(one.shape[1:], one.dtype, one.device) for one in parts}) == 1 else []
+
+def number_of(parts: list[Tensor]) -> int:
+    "Samples in several batches"
+    return sum(len(one) for one in parts)
+
+def all_equal(parts: list[Tensor]) -> bool:
+    "Whether there are several samples, and all are the same"
+    return number_of(parts) > 1 and all(bool((one == parts[0][:1]).all()) for one in parts)
 
 def check_values(seen: Evidence) -> Iterator[Finding]:
     "Numbers that are not finite, and samples that do not differ"
     for what in ("inputs", "targets"):
-        bad = sum(int((~one.isfinite()).sum()) for batch in seen.train.batches
+        bad = sum(one.numel() - int(one.isfinite().count_nonzero()) for batch in seen.train.batches
                   for one in tensors(getattr(batch, what)) if one.is_floating_point())
         if bad:
             yield error(f"{what}_not_finite", f"{bad} numbers in the {what} are NaN or infinite",
                         "Fill or drop such samples where the data is read; torch.isfinite finds them")
-    whole = joined(seen.train)
-    if whole is not None and len(whole) > 1 and bool((whole == whole[:1]).all()):
-        yield error("identical_inputs", f"all {len(whole)} samples that were read have the same inputs",
+    if all_equal(whole := alike(seen.train)):
+        yield error("identical_inputs", f"all {number_of(whole)} samples that were read have the same inputs",
                     "Look at what the dataset returns for different positions")
 
 # %% ../../nbs/api/use/03d_data_checks.ipynb #6bbeb55c
@@ -119,12 +125,18 @@ def first_is_convolution(seen: Evidence, convolution: nn.Module) -> bool:
 # %% ../../nbs/api/use/03d_data_checks.ipynb #21efc7f8
 def class_targets(seen: Evidence) -> Tensor | None:  # (n,)
     "Whole-number targets of all samples that were read, on the CPU; None for other targets"
-    targets = joined(seen.train, "targets")
-    if targets is None or targets.is_complex(): return None
+    parts = alike(seen.train, "targets")
+    if not parts or parts[0].is_complex() or parts[0].shape[1:] not in ((), (1,)): return None
+    targets = torch.cat(parts).flatten()
     if targets.is_floating_point():
         if not seen.kind.startswith("bce") or not bool(((targets == 0) | (targets == 1)).all()): return None
-    if targets.ndim == 2 and targets.shape[1] == 1: targets = targets[:, 0]
-    return targets.cpu().long() if targets.ndim == 1 and len(targets) else None
+    return targets.cpu().long() if len(targets) else None
+
+def shuffles(loader: Any) -> bool:
+    "Whether a loader is known to read its samples in a random order"
+    if isinstance(loader, Loader): return loader.shuffle
+    random = RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+    return isinstance(loader, DataLoader) and isinstance(loader.sampler, random)
 
 def far_targets(loader: Any) -> Tensor | None:
     "Some targets from the far end of a loader that does not shuffle"
@@ -140,12 +152,11 @@ def far_targets(loader: Any) -> Tensor | None:
 # %% ../../nbs/api/use/03d_data_checks.ipynb #461c4bfe
 def check_labels(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
     "One class only, classes in order, and nearly everything in one class"
-    labels, quantities = class_targets(seen), joined(seen.train, "targets")
-    if labels is None and quantities is not None and len(quantities) > 15:
-        if bool((quantities == quantities[:1]).all()):
-            yield error("constant_targets", f"all {len(quantities)} samples that were read have the same "
-                        "targets",
-                        "Look at how targets are made")
+    labels, parts = class_targets(seen), alike(seen.train, "targets")
+    if labels is None and number_of(parts) > 15 and all_equal(parts):
+        yield error("constant_targets", f"all {number_of(parts)} samples that were read have the same "
+                    "targets",
+                    "Look at how targets are made")
     if labels is None or len(labels) < 16: return
     shares = labels.unique(return_counts=True)[1] / len(labels)
     order = "Shuffle the training data: shuffle=True in the loader"
@@ -156,8 +167,13 @@ def check_labels(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
                         "and other classes come later",
                         order)
         else:
-            yield error("one_class", f"all {len(labels)} samples that were read have the target {labels[0]}",
-                        "Look at how targets are made, and shuffle the data if it is sorted")
+            what = f"all {len(labels)} samples that were read have the target {labels[0]}"
+            if shuffles(loader):
+                yield warning("one_class", what, "Look at how targets are made; if the others are only rare, "
+                              "draw them more often")
+            else:
+                yield error("one_class", what,
+                            "Look at how targets are made, and shuffle the data if it is sorted")
         return
     changes, expected = (labels[1:] != labels[:-1]).float().mean().item(), 1 - shares.square().sum().item()
     if changes < 0.2 * expected and (len(labels) - 1) * expected > 20:
@@ -204,15 +220,17 @@ def linear_evidence(inputs: Tensor, columns: Tensor) -> float:  # in standard de
 # %% ../../nbs/api/use/03d_data_checks.ipynb #52729fca
 def check_relation(seen: Evidence) -> Iterator[Finding]:
     "Targets that the inputs tell nothing about"
-    inputs, targets = joined(seen.train), joined(seen.train, "targets")
-    if inputs is None or targets is None or len(inputs) < 200 or inputs.is_complex(): return
-    if has_embedding(seen): return
-    if not inputs.is_floating_point() and inputs.dtype != torch.uint8 or targets.ndim > 2: return
-    flat = inputs.flatten(1)[:MOST_ROWS]
-    flat = flat[:, ::max(1, flat.shape[1] // 3000)].float().cpu()
-    targets = targets[:MOST_ROWS].cpu()
-    columns = as_columns(targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets)
-    if targets.shape == inputs.shape or not flat.isfinite().all() or not columns.isfinite().all(): return
+    parts, given = alike(seen.train), alike(seen.train, "targets")
+    if not parts or not given or number_of(parts) < 200 or has_embedding(seen): return
+    like, shape = parts[0], given[0].shape
+    if not like.is_floating_point() and like.dtype != torch.uint8 or len(shape) > 2: return
+    if shape == like.shape: return
+    every = max(1, like[0].numel() // 3000)
+    flat = torch.cat([one.reshape(len(one), -1)[:, ::every].float().cpu() for one in parts])[:MOST_ROWS]
+    targets = torch.cat(given)[:MOST_ROWS].cpu()
+    if targets.numel() - targets.unique(return_counts=True)[1].max() < 20: return
+    columns = as_columns(targets[:, 0] if shape[1:] == (1,) else targets)
+    if not flat.isfinite().all() or not columns.isfinite().all(): return
     flat = flat - flat.mean(0)
     flat = flat / flat.square().mean(0).sqrt().clamp(min=1e-6 + flat.square().mean().sqrt().item() / 100)
     if not columns.any() or not flat.any(): return
@@ -257,10 +275,8 @@ def check_batch_size(seen: Evidence, loader: Any = None) -> Iterator[Finding]:
 # %% ../../nbs/api/use/03d_data_checks.ipynb #f0ff7432
 def sample_hashes(peek: Peek) -> list[bytes]:
     "A hash of the inputs of each sample, where the inputs are one tensor"
-    inputs = joined(peek)
-    if inputs is None: return []
-    rows = inputs.detach().cpu().reshape(len(inputs), -1).contiguous().view(torch.uint8)
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.numpy()]
+    rows = (row for part in alike(peek) for row in part.detach().cpu().reshape(len(part), -1).contiguous())
+    return [hashlib.blake2b(row.view(torch.uint8).numpy().tobytes(), digest_size=16).digest() for row in rows]
 
 def shared_positions(train: Any, valid: Any) -> int:
     "Samples in both of two loaders that read from the same place"

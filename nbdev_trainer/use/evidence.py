@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.errors import describe
 from ..core.nested import map_tensors, tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch, StepOutput
@@ -35,13 +36,13 @@ from ..metrics.collection import MetricSet
 from .summary import saved_memory
 
 # %% auto #0
-__all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'VIEWS', 'FUNCTIONS', 'NODES', 'MOST_TRIAL_SECONDS', 'Peek', 'fresh',
-           'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'operation', 'before_views', 'last_node',
-           'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall', 'try_steps', 'Probe', 'probe',
-           'Evidence', 'run_forward', 'gather']
+__all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'MOST_BYTES', 'VIEWS', 'FUNCTIONS', 'NODES', 'MOST_TRIAL_SECONDS',
+           'Peek', 'fresh', 'size_in_bytes', 'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'operation',
+           'before_views', 'last_node', 'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall',
+           'try_steps', 'Probe', 'probe', 'Evidence', 'run_forward', 'gather']
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #e5f4ab7e
-MOST_SAMPLES, MOST_BATCHES, MOST_SECONDS = 1024, 16, 1.0
+MOST_SAMPLES, MOST_BATCHES, MOST_SECONDS, MOST_BYTES = 1024, 16, 1.0, 100_000_000
 
 @dataclass
 class Peek:
@@ -54,6 +55,10 @@ def fresh(batch: Batch) -> Batch:
     inputs, targets = (map_tensors(Tensor.clone, part) for part in (batch.inputs, batch.targets))
     return Batch(inputs, targets, batch.size, batch.ids, batch.weights)
 
+def size_in_bytes(batch: Batch) -> int:
+    "Bytes of the tensors in the inputs and targets of a batch"
+    return sum(one.numel() * one.element_size() for one in tensors((batch.inputs, batch.targets)))
+
 def peek(trainer: Trainer, loader: Iterable[Any], needs_targets: bool = True) -> Peek:
     "Read the first batches of a loader, as the next epoch will"
     seen, end, samples = Peek(), time.monotonic() + MOST_SECONDS, 0
@@ -63,6 +68,7 @@ def peek(trainer: Trainer, loader: Iterable[Any], needs_targets: bool = True) ->
             seen.batches.append(batch := fresh(trainer.read(raw, needs_targets)))
             samples += batch.size
             enough = samples >= MOST_SAMPLES or len(seen.batches) >= MOST_BATCHES
+            enough = enough or sum(map(size_in_bytes, seen.batches[1:])) >= MOST_BYTES
             if enough or time.monotonic() > end: break
     except Exception as error: seen.failure = error
     return seen
@@ -99,7 +105,8 @@ def watched_layers(model: nn.Module) -> Iterator[list[Call]]:  # filled while th
             calls.append(Call(name, module, kept, rms(given), rms(output)))
         return note
     hooks = [part.register_forward_hook(watch(name)) for name, part in model.named_modules()
-             if has_parameters(part) or not any(part.children())]
+             if (has_parameters(part) or not any(part.children()))
+             and not isinstance(part, torch.jit.ScriptModule)]
     try: yield calls
     finally:
         for hook in hooks: hook.remove()
@@ -139,7 +146,8 @@ def loss_kind(
     if isinstance(loss_fn, nn.BCELoss): return "bce"
     if isinstance(loss_fn, nn.BCEWithLogitsLoss): return "bce_logits"
     if isinstance(loss_fn, ELEMENTWISE): return "elementwise"
-    if loss_fn in FUNCTIONS: return FUNCTIONS[loss_fn]
+    own = [kind for function, kind in FUNCTIONS.items() if function is loss_fn]
+    if own: return own[0]
     node: Any = last_node(loss)
     if not getattr(node, "next_functions", ()): return "other"
     given, known = before_views(node.next_functions[0][0]), last_node(predictions)
@@ -217,7 +225,8 @@ def try_steps(
             trainer.handlers = handler_table([watch])
             output = one_step(trainer, fresh(batch))
             if trial.output is None: trial.output = output
-            if output.loss is not None: trial.losses.append(output.loss.detach().float().mean().item())
+            if output.loss is not None:
+                trial.losses.append(torch.as_tensor(output.loss).detach().float().mean().item())
             trial.gradients.append(watch.seen)
     except Exception as error: trial.failure = error
     finally:
@@ -269,6 +278,7 @@ class Evidence:
     calls: list[Call] = field(default_factory=list)      # of layers, in the forward pass
     predictions: Any = None
     loss: Tensor | None = None
+    no_loss: Any = None                     # what the loss function gave instead of a tensor
     kind: str = "other"                     # of the loss, see `loss_kind`
     wrapped: bool = False                   # the loss is a function of the user's that calls one of torch's
     failure: tuple[str, Exception] | None = None  # the stage, and what it raised
@@ -294,7 +304,7 @@ def run_forward(seen: Evidence) -> None:
     "Forward pass and loss, in training mode; what fails is kept with its stage"
     trainer, step, batch, stage = seen.trainer, seen.trainer.step, fresh(seen.batch), "forward"
     trainer.state.current_batch, trainer.state.phase = batch, "train"
-    trainer.measuring = MetricSet([])
+    trainer.measuring, pieces = MetricSet([]), dict[int, int]()
     try:
         with watched_layers(trainer.model) as seen.calls, saved_memory(trainer.model) as pieces:
             if isinstance(step, SupervisedStep):
@@ -305,6 +315,9 @@ def run_forward(seen: Evidence) -> None:
                 stage, output = "step", trainer.engine.run(step.train, trainer, batch)
                 seen.predictions = output.predictions
             else: return
+        if output.loss is not None and not isinstance(output.loss, Tensor):
+            seen.no_loss, stage = output.loss, "loss"
+            raise TypeError(f"the loss is {describe(output.loss)}, not a tensor")
         seen.loss = output.loss
     except Exception as error: seen.failure = stage, error
     seen.saved_bytes = sum(pieces.values())

@@ -56,7 +56,7 @@ def range_text(value: Tensor) -> str:
     "Smallest and largest number, and how many are not finite"
     if not value.numel() or value.is_complex() or value.device.type == "meta": return ""
     if value.dtype == torch.bool: return f", {value.float().mean():.0%} true"
-    finite = value[value.isfinite()]
+    finite = value if bool(value.isfinite().all()) else value[value.isfinite()]  # the choice takes memory
     wrong = value.numel() - finite.numel()
     span = f", {finite.min().item():.4g} to {finite.max().item():.4g}" if finite.numel() else ""
     return span + (f", {wrong} not finite" if wrong else "")

@@ -22,13 +22,13 @@ from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
 from ..loop.advice import advice
 from ..loop.steps import SupervisedStep
-from .evidence import Evidence, last_node, operation
+from .evidence import Evidence, last_node, operation, rms
 from .findings import Finding, error, warning
 
 # %% auto #0
 __all__ = ['LINEAR', 'RANGES', 'HINTS', 'scores_of', 'sums_to_one', 'check_ending', 'check_reach', 'ends_in_linear',
-           'check_classes', 'check_class_range', 'loss_of', 'broadcasts', 'check_shapes', 'chance', 'check_chance',
-           'other_targets', 'check_reduction', 'check_failure']
+           'check_classes', 'check_class_range', 'loss_of', 'broadcasts', 'check_shapes', 'chance', 'begins_near',
+           'check_chance', 'other_targets', 'check_reduction', 'check_failure']
 
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #b5f2d304
 def scores_of(seen: Evidence) -> Tensor | None:
@@ -138,8 +138,7 @@ def check_classes(seen: Evidence) -> Iterator[Finding]:
 # %% ../../nbs/api/use/03e_loss_checks.ipynb #d3e8ed7f
 def check_class_range(seen: Evidence, outputs: int) -> Iterator[Finding]:
     "Class numbers that do not fit the number of outputs"
-    ignored = getattr(seen, "loss_fn", None)
-    ignored = getattr(ignored, "ignore_index", -100)
+    ignored = getattr(getattr(seen, "loss_fn", None), "ignore_index", -100)
     given = [batch.targets for batch in seen.train.batches]
     parts = [targets.flatten().cpu() for targets in given if isinstance(targets, Tensor)]
     targets = torch.cat(parts) if parts else seen.targets.flatten().cpu()
@@ -148,13 +147,14 @@ def check_class_range(seen: Evidence, outputs: int) -> Iterator[Finding]:
     low, high = int(targets.min()), int(targets.max())
     span = (f"class numbers run from {low} to {high}, and the model has {outputs} outputs, for 0 to "
             f"{outputs - 1}")
-    if low == 1 and high == outputs:
+    from_one = low == 1 and ignored != 0
+    if from_one and high == outputs:
         yield error("targets_start_at_1", span, "Subtract 1 from the targets")
     elif low < 0 or high >= outputs:
         yield error("targets_out_of_range", span,
                     f"Give the last layer {high + 1} outputs, or mend the targets"
                     if low >= 0 else "Mend the negative targets, or give them to the loss as ignore_index")
-    elif len(targets) >= 20 * outputs and low == 1 and len(targets.unique()) == outputs - 1:
+    elif len(targets) >= 20 * outputs and from_one and len(targets.unique()) == outputs - 1:
         yield warning("targets_start_at_1", f"{span}; class 0 never occurs in {len(targets)} targets",
                       "Subtract 1 from the targets, and give the last layer one output less")
     elif len(targets) >= 20 * outputs and outputs > 2 and high + 1 <= 0.75 * outputs:
@@ -220,6 +220,16 @@ def chance(seen: Evidence) -> tuple[float, str] | None:  # None: not known for t
         return (targets.float() - targets.float().mean(0)).square().mean().item(), "variance of the targets"
     return None
 
+def begins_near(
+    seen: Evidence,
+    guess: float,  # the variance of the targets
+) -> bool:
+    "Whether an untrained model answers quantities of the size of the targets, because it scales them itself"
+    scores, targets = scores_of(seen), seen.targets.float()
+    if scores is None or seen.loss is None or float(seen.loss.detach()) > 3 * guess: return False
+    return rms(scores) > 0.03 * rms(targets)
+
+# %% ../../nbs/api/use/03e_loss_checks.ipynb #0decb0c0
 def check_chance(seen: Evidence) -> Iterator[Finding]:
     "A loss that is not finite, or far from that of a model that knows nothing"
     if seen.loss is None: return
@@ -240,7 +250,7 @@ def check_chance(seen: Evidence) -> Iterator[Finding]:
                 yield warning("loss_far_from_chance", f"the loss is {loss:.4g}; always answering the mean "
                               f"of the targets would give {guess:.4g}, their variance",
                               "Scale the inputs, and begin with smaller weights")
-            elif guess > 400 or size > 30 * guess > 0 and size > 30:
+            elif (guess > 400 or size > 30 * guess > 0 and size > 30) and not begins_near(seen, guess):
                 yield warning("targets_not_scaled", f"the targets run from {seen.targets.min():.4g} to "
                               f"{seen.targets.max():.4g}, far from where a model begins",
                               "Standardise them with the mean and deviation of the training targets")
@@ -282,7 +292,8 @@ def check_failure(seen: Evidence) -> Iterator[Finding]:
     if seen.failure is None: return
     stage, failure = seen.failure
     state = seen.trainer.state
-    state.current_batch, state.output = seen.batch, StepOutput(loss=seen.loss)
+    loss = seen.loss if seen.no_loss is None else seen.no_loss
+    state.current_batch, state.output = seen.batch, StepOutput(loss=loss)
     lines = str(failure).strip().splitlines()
     text = f"{type(failure).__name__}: {lines[0].rstrip('.') if lines else ''}"
     mend = advice(seen.trainer, failure)

@@ -17,14 +17,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .evidence import Evidence, Gradient, did_not_fall
+from .evidence import Evidence, Gradient, did_not_fall, has_parameters
 from .findings import Finding, error, warning
 from .undisturbed import modules_of
 
 # %% auto #0
-__all__ = ['DROPOUTS', 'listed', 'check_settings', 'check_membership', 'frozen_layers', 'check_frozen', 'called_names',
-           'check_gradients', 'weight_gradients', 'check_flow', 'check_units', 'nothing_left', 'equal_rows',
-           'check_symmetry', 'check_outputs', 'check_steps']
+__all__ = ['DROPOUTS', 'CONTAINERS', 'ROW_IS_UNIT', 'listed', 'check_settings', 'check_membership', 'numbers', 'is_adapted',
+           'frozen_layers', 'check_frozen', 'called_names', 'check_gradients', 'weight_gradients', 'check_flow',
+           'unit_gradients', 'check_units', 'nothing_left', 'equal_rows', 'check_symmetry', 'check_outputs',
+           'check_steps']
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #f79afc99
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -74,20 +75,36 @@ def check_membership(seen: Evidence) -> Iterator[Finding]:
                     "Make the optimizer after the model is complete")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #38456a71
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+def numbers(module: nn.Module, trained: bool) -> int:
+    "How many numbers are in the trained, or in the frozen, parameters of a module and its parts"
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
+
+def is_adapted(model: nn.Module, name: str) -> bool:
+    "Whether a frozen layer lies in a part of the model that is frozen, for the most, on purpose"
+    path = name.split(".")
+    for k in range(1, len(path)):
+        part = model.get_submodule(".".join(path[:k]))
+        trained = numbers(part, True)
+        if trained and isinstance(part, CONTAINERS): continue
+        if numbers(part, False) > (trained or numbers(model, True)): return True
+    return False
+
 def frozen_layers(seen: Evidence) -> list[tuple[str, bool]]:  # in the order of their calls
     "The layers with parameters that were called, normalizations left out, and whether each is frozen"
     layers: dict[str, bool] = {}
     for call in seen.calls:
-        params = list(call.module.parameters(recurse=False))
-        if params and "Norm" not in type(call.module).__name__:
-            layers[call.name or "the model"] = not any(p.requires_grad for p in params)
+        if has_parameters(call.module) and "Norm" not in type(call.module).__name__:
+            layers[call.name or "the model"] = not numbers(call.module, True)
     return list(layers.items())
 
 def check_frozen(seen: Evidence) -> Iterator[Finding]:
     "Frozen layers where the ones before them are trained"
     layers = frozen_layers(seen)
     frozen = [k for k, (_, is_frozen) in enumerate(layers) if is_frozen]
-    late = [layers[k][0] for k in frozen if not all(is_frozen for _, is_frozen in layers[:k])]
+    late = [layers[k][0] for k in frozen if not all(is_frozen for _, is_frozen in layers[:k])
+            and not is_adapted(seen.trainer.model, layers[k][0])]
     if not late or not seen.trainer.step.automatic: return
     if layers[-1][1] or 2 * len(frozen) <= len(layers):
         yield warning("frozen_by_accident", "layers before them are trained, but these are frozen: "
@@ -149,7 +166,10 @@ def check_flow(seen: Evidence) -> Iterator[Finding]:
                         f"{last} {late.rms:.1e}",
                         "Use ReLU instead of sigmoid or tanh, normalization layers, or shortcuts around "
                         "layers")
-    layers = [call for call in seen.calls if math.isfinite(call.input_rms) and math.isfinite(call.output_rms)]
+    own = [k for k, call in enumerate(seen.calls)
+           if has_parameters(call.module) and not any(call.module.children())]
+    calls = seen.calls[:own[-1] + 1] if own else seen.calls
+    layers = [call for call in calls if math.isfinite(call.input_rms) and math.isfinite(call.output_rms)]
     if not layers: return
     largest = max(layers, key=lambda call: call.output_rms)
     if largest.output_rms > 100 * max(1.0, layers[0].input_rms):
@@ -159,10 +179,18 @@ def check_flow(seen: Evidence) -> Iterator[Finding]:
                     "normalization layers")
 
 # %% ../../nbs/api/use/03f_model_checks.ipynb #e1ee5d4f
+ROW_IS_UNIT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase)
+
+def unit_gradients(seen: Evidence, step: int) -> dict[str, Gradient]:
+    "The gradients of weights with a row for each unit of their layer"
+    kinds = {call.name: call.module for call in seen.calls}
+    return {name: one for name, one in weight_gradients(seen, step).items() if "weight_hh" not in name
+            and isinstance(kinds.get(name.rpartition(".")[0]), ROW_IS_UNIT)}
+
 def check_units(seen: Evidence) -> Iterator[Finding]:
     "Layers whose units are dead, and stay so"
     if seen.batch.size < 8: return
-    first, last = weight_gradients(seen), weight_gradients(seen, -1)
+    first, last = unit_gradients(seen, 0), unit_gradients(seen, -1)
     dead = [name for name, one in last.items()
             if one.finite and one.zero_rows > 0.9 and name in first and first[name].zero_rows > 0.9]
     if not dead or nothing_left(seen): return

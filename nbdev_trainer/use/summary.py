@@ -23,12 +23,13 @@ from torch import Tensor, nn, optim
 
 from ..core.nested import tensors
 from ..loop.evaluation import evaluating, outputs
+from ..loop.steps import Step, SupervisedStep
 from ..loop.trainer import Trainer
 from .findings import bytes_text
 
 # %% auto #0
 __all__ = ['short_number', 'shape_text', 'LayerSummary', 'list_layers', 'watching', 'saved_memory', 'kept_per_parameter',
-           'memory_parts', 'memory_text', 'aligned', 'ModelSummary', 'summarize']
+           'memory_parts', 'memory_text', 'aligned', 'ModelSummary', 'can_predict', 'summarize']
 
 # %% ../../nbs/api/use/01_summary.ipynb #6bfbe59d
 def short_number(
@@ -93,6 +94,7 @@ def watching(
 
     with ExitStack() as undo:
         for module in layers:
+            if isinstance(module, torch.jit.ScriptModule): continue  # most of them take no hooks
             undo.callback(module.register_forward_pre_hook(enter).remove)
             undo.callback(module.register_forward_hook(leave).remove)
         undo.enter_context(counter)
@@ -192,6 +194,13 @@ class ModelSummary:
                 f"<pre>{escape(self.totals())}</pre>")
 
 # %% ../../nbs/api/use/01_summary.ipynb #4c46c845
+def can_predict(trainer: Trainer) -> bool:
+    "Whether there is something to run: a model with a `forward`, or a step that predicts without it"
+    step: Any = trainer.step
+    if type(step).predict not in (Step.predict, SupervisedStep.predict): return True
+    if getattr(step, "forward", None) is not None: return True
+    return getattr(trainer.model.forward, "__func__", None) is not nn.Module.forward
+
 def summarize(
     trainer: Trainer,
     loader: Iterable[Any],  # its first batch is used
@@ -201,11 +210,10 @@ def summarize(
     if depth < 1: raise ValueError(f"depth is {depth}; expected at least 1, the parts of the model itself")
     layers, inputs, size, kept = list_layers(trainer.model), "", None, dict[int, int]()
     optimizers = [slot.optimizer for slot in trainer.engine.slots.values()]
-    try:
+    if can_predict(trainer):
         with (evaluating(trainer, "summary", "predict", quiet=True), watching(layers), torch.enable_grad(),
               saved_memory(trainer.model) as kept):
             for batch, _ in outputs(trainer, trainer.step.predict, loader, limit_batches=1):
                 inputs, size = shape_text(batch.inputs), batch.size
-    except NotImplementedError: layers = list_layers(trainer.model)
     memory = memory_parts(trainer.model, optimizers, sum(kept.values()))
     return ModelSummary(list(layers.values()), inputs, size, memory, depth)
