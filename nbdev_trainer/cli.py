@@ -151,8 +151,7 @@ def prepare(
 ) -> Prepared:
     "The data of a run; raises `ValueError` or `OSError` when it cannot be used"
     if task not in (None, "classification", "regression"):
-        known = ["classification", "regression"]
-        raise ValueError(f"--task is {task!r}. {did_you_mean(task, known, what='task')}")
+        raise ValueError(f"--task is {task!r}. {did_you_mean(task, ['classification', 'regression'])}")
     if data == "digits" and not Path(data).exists(): data = None  # the word for what comes without one
     path = Path(data or ".")
     if not path.exists(): raise ValueError(f"there is no file or folder {data!r}")
@@ -310,8 +309,9 @@ def fit(
     print(*plan_lines(prepared, settings, learner), sep="\n", flush=True)
     try:
         with n_threads(settings.threads): train(learner, settings, directory)
-    except FloatingPointError as error:  # a loss that is no number any more
-        print(f"{error} Or try a smaller --lr.", file=sys.stderr)
+    except (FloatingPointError, OSError) as error:  # a loss that is no number any more, a disk that is full
+        hint = " Or try a smaller --lr." if isinstance(error, FloatingPointError) else ""
+        print(f"{error}{hint}", file=sys.stderr)
         return 1
     print(result_line(learner), f"run: {directory}", sep="\n", flush=True)
     return 0

@@ -152,7 +152,7 @@ WRONG = {
     "fit t.csv": "say which column to predict",
     "fit t.csv --target knid": "Did you mean 'kind'?",
     "fit t.csv --target kind --drop nmae": "Did you mean 'name'?",
-    "fit t.csv --target kind": "drop the columns name",
+    "fit t.csv --target kind": "or drop name",
     "fit t.csv --target amount --drop name --task classification": "written as integers",
     "fit t.csv --target amount --drop name --task regresion": "Did you mean 'regression'?",
     "fit t.csv --target amount --drop name --model small_cnn": "small_cnn takes images",

@@ -125,7 +125,7 @@ class FiniteLoss(Callback):
         if math.isfinite(loss) or trainer.device.type == "meta": return  # that device holds no numbers
         lr, batches = float(current_lr(trainer)), trainer.state.batch
         raise FloatingPointError(
-            f"the training loss is {loss} after {batches} batches, and so are probably the weights. Build "
-            "model and learner anew and call learner.check(), which looks for NaN in the data and in the "
-            f"loss. If it finds nothing: a smaller learning rate (it is {lr:g}), or Learner(..., "
+            f"the training loss is {loss} (batches done: {batches}), and the weights are probably no numbers "
+            "either. Build model and learner anew and call learner.check(), which looks for NaN in the data "
+            f"and in the loss. If it finds nothing: a smaller learning rate (it is {lr:g}), or Learner(..., "
             "clip_norm=1.0).")

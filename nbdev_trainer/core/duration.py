@@ -38,7 +38,8 @@ def _check(value: Any, unit: Any, shown: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _invalid(shown, "it is not a number")
     if unit not in _SECONDS and not isinstance(value, int):
-        raise _invalid(shown, f"{UNITS[unit]} are counted in whole numbers")
+        less = "; for half an epoch give batches, such as '50ba'" if unit == "ep" else ""
+        raise _invalid(shown, f"{UNITS[unit]} are counted in whole numbers{less}")
     if not (value > 0 and math.isfinite(value)): raise _invalid(shown, "it must be more than 0, and finite")
 
 # %% ../../nbs/api/core/03_duration.ipynb #400e5b00

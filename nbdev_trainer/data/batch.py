@@ -69,8 +69,8 @@ def count_samples(
     if n_targets != size:
         raise ValueError(f"inputs hold {size} samples but targets hold {n_targets}. inputs: "
                          f"{describe(inputs)}; targets: {describe(targets)}. Both need one entry per "
-                         "sample: look where the batch is put together: collate_fn, as_batch, or your list "
-                         "of batches.")
+                         "sample: look where the batch is put together (collate_fn, as_batch, your list of "
+                         "batches), and which sample lacks its target, before anything is cut off.")
     return size
 
 # %% ../../nbs/api/data/00_batch.ipynb #eb236981

@@ -163,7 +163,8 @@ def as_loader(
     "A dataset as a `Loader`, any other iterable as it is; raises `TypeError` for what yields no batches"
     if isinstance(source, Dataset) and isinstance(source, Sized) and not isinstance(source, IterableDataset):
         if batch_size is None:
-            raise ValueError(f"{name} is a Dataset, which has samples but no batches; pass batch_size=")
+            raise ValueError(f"{name} is a Dataset, which has samples but no batches; say how many make a "
+                             "batch: Loaders(train, valid, batch_size=64)")
         rows = torch.arange(len(source))
         return Loader(fetch_samples(source), rows, batch_size=batch_size, shuffle=shuffle, seed=seed)
     if isinstance(source, (Dataset, Tensor, str, Mapping)) or not isinstance(source, Iterable):

@@ -174,15 +174,16 @@ def _numbers(name: str, texts: Sequence[str], lines: list[int], problems: Proble
                      f"(first: line {lines[missing[0]]})")
     if no_number:
         first = no_number[0]
-        problems.add(f"column {name!r} holds {describe(texts[first].strip())} in line {lines[first]}, and "
-                     f"{len(no_number)} such values in all; expected finite numbers")
+        others = f", and {len(no_number) - 1} more such values" if len(no_number) > 1 else ""
+        problems.add(f"column {name!r} holds {texts[first].strip()!r} in line {lines[first]}{others}; "
+                     "expected finite numbers")
     return np.zeros(0)
 
 # %% ../../nbs/api/data/04_readers.ipynb #d72ef602
 def _class_names(texts: Sequence[str]) -> list[str] | None:
     "The different names in a target column, in order; None when its values are not all names"
     names = [text.strip() for text in texts]
-    if any(_is_number(name) or name.lower() in _MISSING for name in names): return None
+    if any(_is_number(name) or name.lower() in ("", "nan") for name in names): return None  # None may be a class
     return sorted(set(names)) if len(set(names)) < len(names) else None
 
 # %% ../../nbs/api/data/04_readers.ipynb #08b55c2c
@@ -211,7 +212,8 @@ def read_numeric_csv(
     read = (*columns, target) if classes is None else columns
     numbers = {name: _numbers(name, texts[name], lines, problems) for name in read}
     unusable = [name for name in columns if not len(numbers[name])]
-    advice = f"clean it up, or drop the columns {', '.join(unusable)}" if unusable else "clean it up"
+    listed = ", ".join(unusable)
+    advice = f"clean it up, or drop {listed}: drop={unusable}, or --drop" if unusable else "clean it up"
     if classes is None and not len(numbers[target]):
         advice = f"the target {target!r} must hold numbers only, or names of classes only"
     problems.raise_if_any(f"'{path}' is not a table of numbers ({advice})")

@@ -65,7 +65,7 @@ def random_split(
     number = isinstance(valid, (int, float)) and not isinstance(valid, bool)
     if not number or not (valid >= 1 if isinstance(valid, int) else 0 < valid < 1):
         raise ValueError(f"valid is {describe(valid)}. Expected a fraction between 0 and 1, such as 0.2, "
-                         "or a number of samples, at least 1.")
+                         "or a whole number of samples, such as 100.")
 
     def split(data: int | Sized) -> Split:
         "The positions of the samples to train on and to hold out."

@@ -21,6 +21,7 @@ from ..core.errors import describe, did_you_mean
 from ..core.nested import tensors
 from ..data.batch import StepOutput
 from .state import State
+from .steps import GIVEN
 
 # %% auto #0
 __all__ = ['whereabouts', 'about_inputs', 'about_targets', 'about_loss', 'about_state', 'advice', 'add_notes']
@@ -29,9 +30,9 @@ __all__ = ['whereabouts', 'about_inputs', 'about_targets', 'about_loss', 'about_
 def whereabouts(state: State) -> str:
     "Which batch was in hand, for a note on an error"
     batch = state.current_batch
-    held = "before the first batch"
-    if batch is not None: held = f"inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
-    return f"in epoch {state.epoch}, after {state.batch} batches, phase {state.phase}; {held}"
+    where = f"in epoch {state.epoch}, phase {state.phase}, batches done: {state.batch}"
+    if batch is None: return where
+    return f"{where}; inputs: {describe(batch.inputs)}; targets: {describe(batch.targets)}"
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #d774ee11
 def about_inputs(inputs: Tensor, dtype: torch.dtype | None) -> str | None:
@@ -53,12 +54,12 @@ def about_targets(targets: Any, error: BaseException) -> str | None:
         return "class numbers must be (batch,), not (batch, 1): targets.squeeze(1)"
     if not isinstance(error, IndexError) or targets.device.type != "cpu": return None
     least, most = int(targets.min()), int(targets.max())
-    known = f"targets run from {least} to {most}; a model with n outputs knows the classes 0 to n - 1"
+    known = f"the targets of this batch run from {least} to {most}; a model with n outputs knows 0 to n - 1"
     if least == 1: return f"{known}. If the classes are numbered from 1: targets - 1"
     if least < 0:
         return (f"{known}. A number below 0 is no class: number them from 0; what shall not count is named "
                 "by ignore_index= of the loss")
-    return f"{known}. Give it {most + 1} outputs, if {most} is a class"
+    return f"{known}. Give it one for each class of the whole data, at least {most + 1}"
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #0c46ac09
 def about_loss(loss: Any, error: BaseException) -> str | None:
@@ -83,6 +84,7 @@ def about_state(error: BaseException) -> str | None:
 def advice(
     trainer: Any,          # whose step or callback has failed
     error: BaseException,
+    in_loss: bool = False, # whether the loss function raised it; known from its note in any case
 ) -> str | None:
     "What to do about the mistakes that torch's own messages explain least; None when none of them is seen"
     if isinstance(error, AttributeError) and (found := about_state(error)): return found
@@ -92,9 +94,11 @@ def advice(
     if batch is None or not isinstance(error, kinds): return None
     inputs = next(tensors(batch.inputs), None)
     dtype = next((p.dtype for p in trainer.model.parameters()), None)
-    found = None if inputs is None else about_inputs(inputs, dtype)
+    types = "type" in str(error) or "not implemented for" in str(error)  # in torch's words
+    found = about_inputs(inputs, dtype) if types and inputs is not None else None
     if found is None and isinstance(output, StepOutput): found = about_loss(output.loss, error)
-    if found is not None or isinstance(error, AttributeError) or state.phase == "predict": return found
+    in_loss = in_loss or any(GIVEN in note for note in getattr(error, "__notes__", ()))
+    if found is not None or isinstance(error, AttributeError) or not in_loss: return found
     return about_targets(batch.targets, error)
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #bf426917

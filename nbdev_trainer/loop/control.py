@@ -85,7 +85,8 @@ def reason(
 ) -> str:
     "The reason; raises `ValueError` when there is none, `RuntimeError` when nothing would follow the request"
     if not isinstance(why, str) or not why:
-        raise ValueError(f'{what} got the reason {why!r}; expected a text such as {what}("the loss is NaN")')
+        raise ValueError(f"{what} got the reason {why!r}; expected a text that says why, such as "
+                         f'{what}("the loss is NaN")')
     if state is not None and state.phase is None:
         raise RuntimeError(f"{what} was called outside of a fit, where nothing follows it")
     return why

@@ -194,9 +194,10 @@ def check_data(
                          "duration in "
                          'batches: fit("500ba").')
     if length_of(train) == 0:
+        cause = "Usual causes: an empty dataset, or drop_last=True with fewer samples than batch_size"
+        if isinstance(train, (list, tuple)): cause = "Look where it is filled with (inputs, targets)"
         raise ValueError(f"the training loader ({describe(train)}) has no batch; expected at least one. "
-                         "Usual causes: an empty dataset, or drop_last=True with fewer samples than "
-                         "batch_size")
+                         f"{cause}")
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
             raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for "

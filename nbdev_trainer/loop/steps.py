@@ -27,8 +27,8 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'function_text', 'CountedLoss',
-           'check_loss', 'what_it_was_given', 'SupervisedStep', 'ManualStep']
+__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'function_text',
+           'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -182,6 +182,8 @@ def check_loss(loss_fn: Any) -> Any:
     return loss_fn
 
 # %% ../../nbs/api/loop/03_steps.ipynb #4cf3946a
+GIVEN = " was given predictions"  # by these words a note is known whose error a loss function raised
+
 def what_it_was_given(
     loss_fn: Any,
     output: StepOutput,
@@ -189,8 +191,7 @@ def what_it_was_given(
 ) -> str:
     "A note for an error that a loss function raised"
     predictions = output.predictions
-    note = (f"{function_text(loss_fn)} was given predictions {describe(predictions)} and targets "
-            f"{describe(targets)}")
+    note = f"{function_text(loss_fn)}{GIVEN} {describe(predictions)} and targets {describe(targets)}"
     if isinstance(predictions, (tuple, list)):
         return f"{note}; it takes one tensor: Learner(..., forward=lambda model, inputs: model(inputs)[0])"
     if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note

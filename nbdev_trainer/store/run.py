@@ -38,7 +38,8 @@ def check_new_run(
 ) -> None:
     "Raise `FileExistsError` for a directory that holds a run, `NotADirectoryError` for a file"
     path = Path(directory)
-    if path.is_file(): raise NotADirectoryError(f"'{path}' is a file; expected a directory for the run")
+    blocked = next((one for one in (path, *path.parents) if one.is_file()), None)
+    if blocked: raise NotADirectoryError(f"'{blocked}' is a file; expected a directory for the run")
     if holds_run(path):
         raise FileExistsError(f"'{path}' holds a run already, and two in one directory would be neither. "
                               f"Choose another directory or remove this one; Run.open('{path}') shows it.")
