@@ -183,7 +183,7 @@ def _numbers(name: str, texts: Sequence[str], lines: list[int], problems: Proble
 def _class_names(texts: Sequence[str]) -> list[str] | None:
     "The different names in a target column, in order; None when its values are not all names"
     names = [text.strip() for text in texts]
-    if any(_is_number(name) or name.lower() in ("", "nan") for name in names): return None  # None may be a class
+    if any(_is_number(name) or name.lower() in ("", "nan") for name in names): return None
     return sorted(set(names)) if len(set(names)) < len(names) else None
 
 # %% ../../nbs/api/data/04_readers.ipynb #08b55c2c

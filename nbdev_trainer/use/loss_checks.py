@@ -296,12 +296,12 @@ def check_failure(seen: Evidence) -> Iterator[Finding]:
     state.current_batch, state.output = seen.batch, StepOutput(loss=loss)
     lines = str(failure).strip().splitlines()
     text = f"{type(failure).__name__}: {lines[0].rstrip('.') if lines else ''}"
-    mend = advice(seen.trainer, failure)
+    mend = advice(seen.trainer, failure, in_loss=stage == "loss")
     held = f"inputs {describe(seen.batch.inputs)}, targets {describe(seen.targets)}"
     mend = mend[0].upper() + mend[1:] if mend else HINTS[stage]
     yield error(f"{stage}_fails", f"the {stage} stage raised {text}; {held}", mend)
 
 HINTS = {"forward": "Compare the shapes of the inputs with those that the first layers expect",
-         "loss": "Compare predictions and targets with what the loss function expects",
+         "loss": "Compare predictions and targets with what the loss function expects; it returns one tensor",
          "backward": "Look for an operation that has no gradient, or changes a tensor in place",
          "step": "Call the step's train(trainer, batch) with this batch in a debugger"}

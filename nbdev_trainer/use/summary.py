@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from ..core.nested import tensors
+from ..data.loaders import looking_at
 from ..loop.evaluation import evaluating, outputs
 from ..loop.steps import Step, SupervisedStep
 from ..loop.trainer import Trainer
@@ -106,6 +107,7 @@ def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by addr
     "Count what is kept for the backward pass"
     known, pieces = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
     def pack(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided: return tensor.detach()  # a sparse matrix has no storage
         storage = tensor.untyped_storage()
         if (place := storage.data_ptr()) not in known:  # a part of a large tensor keeps that part
             pieces[place] = max(pieces.get(place, 0), min(tensor.nbytes, storage.nbytes()))
@@ -211,8 +213,8 @@ def summarize(
     layers, inputs, size, kept = list_layers(trainer.model), "", None, dict[int, int]()
     optimizers = [slot.optimizer for slot in trainer.engine.slots.values()]
     if can_predict(trainer):
-        with (evaluating(trainer, "summary", "predict", quiet=True), watching(layers), torch.enable_grad(),
-              saved_memory(trainer.model) as kept):
+        with (looking_at(loader), evaluating(trainer, "summary", "predict", quiet=True), watching(layers),
+              torch.enable_grad(), saved_memory(trainer.model) as kept):
             for batch, _ in outputs(trainer, trainer.step.predict, loader, limit_batches=1):
                 inputs, size = shape_text(batch.inputs), batch.size
     memory = memory_parts(trainer.model, optimizers, sum(kept.values()))
