@@ -39,7 +39,8 @@ def alike(
 ) -> list[Tensor]:  # none: no single tensors, or shapes that differ
     "Inputs or targets of all batches that were read, where each is one tensor and all could be joined"
     parts = [getattr(batch, what) for batch in peek.batches]
-    if not all(isinstance(one, Tensor) and one.ndim for one in parts): return []
+    dense = [one for one in parts if isinstance(one, Tensor) and one.ndim and one.layout == torch.strided]
+    if len(dense) < len(parts): return []
     return parts if len({(one.shape[1:], one.dtype, one.device) for one in parts}) == 1 else []
 
 def number_of(parts: list[Tensor]) -> int:
@@ -54,7 +55,8 @@ def check_values(seen: Evidence) -> Iterator[Finding]:
     "Numbers that are not finite, and samples that do not differ"
     for what in ("inputs", "targets"):
         bad = sum(one.numel() - int(one.isfinite().count_nonzero()) for batch in seen.train.batches
-                  for one in tensors(getattr(batch, what)) if one.is_floating_point())
+                  for one in tensors(getattr(batch, what))
+                  if one.is_floating_point() and one.layout == torch.strided)
         if bad:
             yield error(f"{what}_not_finite", f"{bad} numbers in the {what} are NaN or infinite",
                         "Fill or drop such samples where the data is read; torch.isfinite finds them")
@@ -71,6 +73,7 @@ def first_layer_inputs(seen: Evidence) -> Tensor | None:
     if call is None: first = seen.batch.inputs
     elif any(type(call.module).__name__.startswith(name) for name in SCALELESS): return None
     else: first = call.inputs
+    if isinstance(first, Tensor) and first.layout != torch.strided: return None
     return first if isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 1 else None
 
 def check_scales(seen: Evidence) -> Iterator[Finding]:

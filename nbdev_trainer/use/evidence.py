@@ -78,6 +78,7 @@ def rms(value: Any) -> float:  # NaN for what holds no floating-point number
     "Root mean square of the first tensor in a value"
     first = next(tensors(value), None)
     if first is None or not first.is_floating_point() or not first.numel(): return float("nan")
+    if first.layout != torch.strided: return float("nan")  # a sparse matrix
     return first.detach().float().square().mean().sqrt().item()
 
 @dataclass
@@ -315,7 +316,8 @@ def run_forward(seen: Evidence) -> None:
                 stage, output = "step", trainer.engine.run(step.train, trainer, batch)
                 seen.predictions = output.predictions
             else: return
-        if output.loss is not None and not isinstance(output.loss, Tensor):
+        given = stage == "loss" or output.loss is not None  # a step may return none, and is told so later
+        if given and not isinstance(output.loss, Tensor):
             seen.no_loss, stage = output.loss, "loss"
             raise TypeError(f"the loss is {describe(output.loss)}, not a tensor")
         seen.loss = output.loss

@@ -54,7 +54,8 @@ def warning(name: str, what: str, mend: str) -> Finding:
 # %% ../../nbs/api/use/03a_findings.ipynb #7d87be6f
 def range_text(value: Tensor) -> str:
     "Smallest and largest number, and how many are not finite"
-    if not value.numel() or value.is_complex() or value.device.type == "meta": return ""
+    if not value.numel() or value.is_complex() or value.layout != torch.strided: return ""
+    if value.device.type == "meta": return ""
     if value.dtype == torch.bool: return f", {value.float().mean():.0%} true"
     finite = value if bool(value.isfinite().all()) else value[value.isfinite()]  # the choice takes memory
     wrong = value.numel() - finite.numel()
