@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from nbdev_trainer.data.batch import Batch, StepOutput
-from nbdev_trainer.metrics.adapters import WholeSet
+from nbdev_trainer.metrics.adapters import FunctionMetric, TorchMetric, WholeSet
 from nbdev_trainer.metrics.base import Mean
 from nbdev_trainer.metrics.classification import Accuracy, BinaryAccuracy, MultilabelAccuracy, TopKAccuracy
 from nbdev_trainer.metrics.confusion import (
@@ -667,6 +667,86 @@ def test_other_precisions_are_taken(dtype):
         scores, targets = shown(task)
         metric.update(StepOutput(predictions=scores.to(dtype)), Batch(None, targets, 8))
         assert metric.compute() is not None
+
+
+OF_SCORES = [pair for pair in every_metric() if pair[1] != "numbers"]
+
+
+@pytest.mark.parametrize("pair", OF_SCORES, ids=named)
+def test_a_score_of_nan_that_counts_makes_the_result_nan(pair):
+    spoiled, kept, light = (copy.deepcopy(pair[0]) for _ in range(3))
+    scores, targets = (one.detach() for one in shown(pair[1]))
+    holed = scores.clone()
+    holed[2] = math.nan
+    spoiled.update(StepOutput(predictions=holed), Batch(None, targets, 8))
+    assert np.isnan(as_numbers(spoiled.compute())).all()
+    weights = torch.ones(8)
+    weights[2] = 0  # what does not count may be anything
+    strange = targets.clone()
+    strange[2] = 77
+    light.update(StepOutput(predictions=holed), Batch(None, strange, 8, weights=weights))
+    kept.update(StepOutput(predictions=scores), Batch(None, targets, 8, weights=weights))
+    close(as_numbers(light.compute()), as_numbers(kept.compute()))
+    light.merge(spoiled)
+    assert np.isnan(as_numbers(light.compute())).all()
+
+
+@pytest.mark.parametrize(
+    "metric", [Accuracy(), TopKAccuracy(2), F1Score("multiclass", 3)], ids=["accuracy", "top 2", "f1"]
+)
+@pytest.mark.parametrize("target", [-100, 7, 3])
+def test_targets_that_are_no_class_are_an_error_at_the_end(metric, target):
+    metric, merged = copy.deepcopy(metric), copy.deepcopy(metric)
+    for targets in ([0, 1, 2], [0, target, 2]):
+        metric.update(StepOutput(predictions=torch.eye(3)), Batch(None, torch.tensor(targets), 3))
+    merged.merge(metric)
+    again = copy.deepcopy(merged)
+    again.load_state_dict(metric.state_dict())
+    for one in (metric, merged, again):
+        with pytest.raises(
+            ValueError, match="got 1 targets that are no class numbers; expected 0 to .*ignore_index"
+        ):
+            one.compute()
+
+
+@often
+@given(samples(weighted=True), st.sampled_from([0.0, 1e5, 1.7e9, -3e10]))
+def test_a_large_mean_costs_no_digits(data, mean):
+    generator, n, _, batch_size, n_shards, weights = data
+    n = n + 3
+    targets = 1000 * distinct(generator, n).round(decimals=1)
+    predictions = targets + 100 * distinct(generator, n).round(decimals=1)
+    weights = None if weights is None else torch.cat([weights, torch.ones(3)])
+    how = batch_size, n_shards, weights, generator
+    for kind in (PearsonCorrelation, R2, ExplainedVariance):
+        shifted = measured(kind(), predictions + mean, targets + mean, *how)
+        close(shifted, measured(kind(), predictions, targets, *how), 1e-9)
+
+
+def test_sample_weights_are_used_or_refused():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    predictions, targets = torch.tensor([1.0, 2.0]), torch.zeros(2)
+    batch = Batch(None, targets, 2, weights=torch.tensor([3.0, 1.0]))
+
+    def level(predictions, targets):
+        return predictions.mean()
+
+    refusing = [Mean(level), WholeSet(level), FunctionMetric(level), BLEU()]
+    for metric in [*refusing, TorchMetric(torchmetrics.MeanSquaredError())]:
+        with pytest.raises(ValueError, match="got sample weights"):
+            metric.update(StepOutput(predictions=predictions), batch)
+    each = FunctionMetric(torch.sub, name="difference")
+    each.update(StepOutput(predictions=predictions), batch)
+    assert each.compute().item() == 1.25
+
+
+def test_bleu_adds_to_its_sums_once_per_batch(monkeypatch):
+    metric, sizes = BLEU(), []
+    original = torch.Tensor.__iadd__
+    monkeypatch.setattr(torch.Tensor, "__iadd__", lambda one, other: sizes.append(1) or original(one, other))
+    said = ["the cat sat on the mat"] * 50
+    metric.update(StepOutput(predictions=said), Batch(None, said, 50))
+    assert len(sizes) <= 3 and metric.compute().item() == 1
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.errors import checked_keywords, describe
 from ..core.nested import concatenate, detach
 from ..data.batch import Batch, StepOutput
-from .base import Kept, Metric, function_name, snake_case, targets_of
+from .base import Kept, Metric, function_name, refuse_weights, snake_case, targets_of
 
 # %% auto #0
 __all__ = ['WholeSet', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
@@ -40,7 +40,9 @@ class WholeSet(Kept):
         self.fn, self.higher_is_better = fn, higher_is_better
 
     def update(self, output: StepOutput, batch: Batch) -> None:
-        "Keep the predictions and targets of one batch, on their device"
+        "Keep the predictions and targets of one batch, on their device; raises `ValueError` for weights"
+        refuse_weights(batch, f"metric {self.name!r}", "a number over the whole set cannot use them; return "
+                       "a value per sample, or leave the weights out of the batch")
         self.kept.append(detach([output.predictions, targets_of(output, batch)]))
 
     def compute(self) -> Any:
@@ -110,7 +112,9 @@ class TorchMetric(Metric):
         self.device: torch.device | None = None
 
     def update(self, output: StepOutput, batch: Batch) -> None:
-        "Take in one batch"
+        "Take in one batch; raises `ValueError` for sample weights"
+        refuse_weights(batch, f"metric {self.name!r}", "torchmetrics cannot use them; use a metric of this "
+                       "library, or leave the weights out of the batch")
         predictions, targets = detach(output.predictions), targets_of(output, batch)
         device = getattr(predictions, "device", None)
         if device is not None and device != self.device:

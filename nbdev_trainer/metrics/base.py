@@ -23,7 +23,7 @@ from ..data.batch import Batch, StepOutput
 
 # %% auto #0
 __all__ = ['FOLD', 'weighted_sum', 'RunningMean', 'Metric', 'added', 'snake_case', 'precise', 'zeros', 'Additive', 'Kept',
-           'raise_if_counted', 'targets_of', 'Loss', 'Mean', 'function_name']
+           'raise_if_counted', 'targets_of', 'refuse_weights', 'Loss', 'Mean', 'function_name']
 
 # %% ../../nbs/api/metrics/00_base.ipynb #fcd5540e
 FOLD = 64  # scalars kept before they are added up
@@ -253,6 +253,15 @@ def targets_of(output: StepOutput, batch: Batch) -> Any:
     "The step's targets when it returned some, else those of the batch"
     return batch.targets if output.targets is None else output.targets
 
+# %% ../../nbs/api/metrics/00_base.ipynb #57f480e7
+def refuse_weights(
+    batch: Batch,
+    name: str,  # of the metric
+    why: str,   # what it cannot do, and what else there is
+) -> None:
+    "Raise `ValueError` for a batch with sample weights"
+    if batch.weights is not None: raise ValueError(f"{name} got sample weights, and {why}")
+
 # %% ../../nbs/api/metrics/00_base.ipynb #4b05d2fc
 class Loss(Metric):
     "The mean loss over everything it was a mean over"
@@ -276,7 +285,9 @@ class Mean(Metric):
         self.fn, self.higher_is_better = fn, higher_is_better
 
     def update(self, output: StepOutput, batch: Batch) -> None:
-        "Take in one batch"
+        "Take in one batch; raises `ValueError` for sample weights, or an answer that is no scalar"
+        refuse_weights(batch, f"metric {self.name!r}", "a mean over the batch cannot be weighted afterwards; "
+                       "pass a plain function that returns a value per sample as the metric")
         value = torch.as_tensor(self.fn(output.predictions, targets_of(output, batch)))
         if value.ndim:
             shape = tuple(value.shape)

@@ -12,6 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/classification.h
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,35 +20,91 @@ from torch import Tensor
 
 from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
-from .base import Additive, Metric, RunningMean, targets_of
+from .base import Additive, Metric, RunningMean, raise_if_counted, targets_of
 
 # %% auto #0
-__all__ = ['Accuracy', 'check_scores', 'count_of_each', 'TopKAccuracy', 'is_positive', 'check_threshold', 'binary_scores',
-           'multilabel_scores', 'wrong_values', 'raise_if_wrong', 'BinaryAccuracy', 'MultilabelAccuracy']
+__all__ = ['Answers', 'ClassAnswers', 'Accuracy', 'check_scores', 'count_of_each', 'any_nan', 'TopKAccuracy', 'is_positive',
+           'check_threshold', 'binary_scores', 'multilabel_scores', 'wrong_values', 'raise_if_wrong', 'BinaryAccuracy',
+           'MultilabelAccuracy']
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #d7d05928
-class Accuracy(Metric):
-    "Share of targets whose class has the highest score"
+class Answers(Metric):
+    "Share of answers that are right, beside what cannot be; subclasses define `update`, which calls `add`"
     higher_is_better = True
 
+    def __init__(self,
+        name: str | None,           # None: the class name in snake case
+        ignore_index: int | None,   # targets with this value do not count
+    ) -> None:
+        super().__init__(name)
+        self.ignore_index, self.mean = ignore_index, RunningMean(of_sums=True)
+        self.strange, self.nans = RunningMean(of_sums=True), RunningMean(of_sums=True)
+
+    def add(self, right: Tensor, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        "Add up what is right; count targets that are no class and batches with NaN among the scores"
+        outside = targets.long() // scores.shape[1]
+        if self.ignore_index is None and weights is None: self.mean.add(right.sum(), targets.numel())
+        else:
+            counts = count_of_each(targets, self.ignore_index, weights)
+            self.mean.add((right * counts).sum(), counts.sum())
+            outside = outside * (counts != 0)
+        self.strange.add(outside.count_nonzero(), 1)
+        if scores.numel(): self.nans.add(any_nan(scores, targets, self.ignore_index, weights), 1)
+
+    def compute(self) -> Tensor:
+        "The share so far, NaN where a score was; raises `ValueError` for targets that are no class"
+        strange, nans = self.strange.sums()[0], self.nans.sums()[0]
+        if strange is not None:
+            raise_if_counted(strange, f"{type(self).__name__} got {{}} targets that are no class numbers; "
+                             "expected 0 to C-1 for scores of C classes. Pass ignore_index= for a value that "
+                             "should not count.")
+        return self.mean.compute() if nans is None else torch.where(nans > 0, math.nan, self.mean.compute())
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #cfe1f065
+class ClassAnswers(Answers):
+    "`Answers` that can be saved and merged; subclasses define `update`"
+    def running(self) -> dict[str, RunningMean]:
+        "The running sums by name"
+        return {"right": self.mean, "strange": self.strange, "nan": self.nans}
+
+    def reset(self) -> None:
+        "Forget all batches"
+        for one in self.running().values(): one.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        "The state of each running sum"
+        return {key: one.state_dict() for key, one in self.running().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from a saved state"
+        for key, one in self.running().items(): one.load_state_dict(state[key])
+
+    def sums(self) -> dict[str, Tensor]:
+        "Each sum with its weight, (2,)"
+        pairs = {key: one.sums() for key, one in self.running().items()}
+        return {key: torch.zeros(2) if total is None or weight is None else torch.stack([total, weight])
+                for key, (total, weight) in pairs.items()}
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        "Go on from sums"
+        for key, one in self.running().items():
+            one.load_state_dict(dict(total=sums[key][0], weight=sums[key][1], values=[], weights=[]))
+
+# %% ../../nbs/api/metrics/01_classification.ipynb #48a8b278
+class Accuracy(ClassAnswers):
+    "Share of targets whose class has the highest score"
     @checked_keywords
     def __init__(self,
         name: str | None = None,          # None: "accuracy"
         ignore_index: int | None = None,  # targets with this value do not count, such as -100 for padding
     ) -> None:
-        super().__init__(name)
-        self.mean, self.ignore_index = RunningMean(of_sums=True), ignore_index
+        super().__init__(name, ignore_index)
 
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes other than `check_scores` allows"
         scores, targets = output.predictions, targets_of(output, batch)
         check_scores(scores, targets, "Accuracy")
-        right = output.winners() == targets
-        if self.ignore_index is None and batch.weights is None:
-            self.mean.add(right.sum(), targets.numel())
-        else:
-            counts = count_of_each(targets, self.ignore_index, batch.weights)
-            self.mean.add((right * counts).sum(), counts.sum())
+        self.add(output.winners() == targets, scores, targets, batch.weights)
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #de2af82e
 def check_scores(
@@ -82,11 +139,20 @@ def count_of_each(
     else: counts = (targets != ignore_index).float()
     return counts if weights is None else counts * weights.view(-1, *[1] * (targets.ndim - 1))
 
-# %% ../../nbs/api/metrics/01_classification.ipynb #3bfd81d4
-class TopKAccuracy(Metric):
-    "Share of targets whose class is among the k with the highest scores"
-    higher_is_better = True
+def any_nan(
+    scores: Tensor,             # (batch, classes, ...), not empty
+    targets: Tensor,            # (batch, ...)
+    ignore_index: int | None,   # what does not count
+    weights: Tensor | None,     # (batch,) weight of each sample
+) -> Tensor:  # () bool
+    "Whether a score that counts is NaN, by the maximum, which is NaN then"
+    if ignore_index is None and weights is None: return scores.amax().isnan()
+    counted = count_of_each(targets, ignore_index, weights).unsqueeze(1) != 0
+    return torch.where(counted, scores, 0).amax().isnan()
 
+# %% ../../nbs/api/metrics/01_classification.ipynb #3bfd81d4
+class TopKAccuracy(ClassAnswers):
+    "Share of targets whose class is among the k with the highest scores"
     @checked_keywords
     def __init__(self,
         k: int = 5,                       # answers among which the class may be, fewer than all classes
@@ -95,8 +161,8 @@ class TopKAccuracy(Metric):
         name: str | None = None,          # None: "top_5_accuracy" for k=5
     ) -> None:
         if k < 1: raise ValueError(f"TopKAccuracy got k={k}; expected 1 or more")
-        super().__init__(name or f"top_{k}_accuracy")
-        self.mean, self.k, self.ignore_index = RunningMean(of_sums=True), k, ignore_index
+        super().__init__(name or f"top_{k}_accuracy", ignore_index)
+        self.k = k
 
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes that `check_scores` refuses, or too few classes"
@@ -106,8 +172,7 @@ class TopKAccuracy(Metric):
             raise ValueError(f"TopKAccuracy got k={self.k} for {scores.shape[1]} classes; every answer would "
                              "be right. Pass a smaller k.")
         right = (scores.topk(self.k, 1).indices == targets.unsqueeze(1)).any(1)
-        counts = count_of_each(targets, self.ignore_index, batch.weights)
-        self.mean.add((right * counts).sum(), counts.sum())
+        self.add(right, scores, targets, batch.weights)
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #44ccca08
 def is_positive(
@@ -157,26 +222,26 @@ def wrong_values(
     scores: Tensor,             # of a binary or multilabel model
     targets: Tensor,            # the same shape
     from_logits: bool,          # logits may have any value
-    ignore_index: int | None,   # targets with this value may stand
-) -> Tensor:  # (2,) scores outside [0, 1], targets other than 0 and 1
-    "How many values cannot be right, on the device"
+    counts: Tensor,             # the same shape, how much each counts
+) -> Tensor:  # (3,) scores outside [0, 1], targets other than 0 and 1, scores of NaN
+    "How many values cannot be right among those that count, on the device"
     strange = (targets != 0) & (targets != 1)
-    if ignore_index is not None: strange &= targets != ignore_index
-    outside = torch.zeros_like(strange) if from_logits else ~((scores >= 0) & (scores <= 1))
-    return torch.stack([outside.sum(), strange.sum()])
+    outside = torch.zeros_like(strange) if from_logits else (scores < 0) | (scores > 1)
+    return (torch.stack([outside, strange, scores.isnan()]) & (counts != 0)).flatten(1).sum(1)
 
 def raise_if_wrong(
-    wrong: Tensor,  # (2,) as `wrong_values` gives them, added up
+    wrong: Tensor,  # (3,) as `wrong_values` gives them, added up
     name: str,      # of the metric
-) -> None:
+) -> Tensor:  # () 1, or NaN where there was a score of NaN; the result is to be multiplied by it
     "Raise `ValueError` for wrong values that were counted; reads the device, so it is for `compute`"
-    n_scores, n_targets = (0, 0) if wrong.device.type == "meta" else wrong.tolist()
+    n_scores, n_targets = (0, 0) if wrong.device.type == "meta" else wrong[:2].tolist()
     if n_scores:
         raise ValueError(f"{name} got {n_scores:.0f} scores outside [0, 1]; from_logits=False promises "
                          "probabilities. Pass from_logits=True, or apply a sigmoid or softmax.")
     if n_targets:
         raise ValueError(f"{name} got {n_targets:.0f} targets other than 0 and 1; expected zeros and ones. "
                          "Pass ignore_index= for a value that should not count.")
+    return torch.where(wrong[2] > 0, math.nan, torch.ones_like(wrong[2]))
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #b5d39b92
 class BinaryAccuracy(Additive):
@@ -191,7 +256,7 @@ class BinaryAccuracy(Additive):
         ignore_index: int | None = None,  # targets with this value do not count
         name: str | None = None,          # None: "binary_accuracy"
     ) -> None:
-        super().__init__(name, {"right": (), "count": (), "wrong": (2,)})
+        super().__init__(name, {"right": (), "count": (), "wrong": (3,)})
         check_threshold(threshold, type(self).__name__)
         self.threshold, self.from_logits, self.ignore_index = threshold, from_logits, ignore_index
 
@@ -203,9 +268,9 @@ class BinaryAccuracy(Additive):
     def add(self, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
         "Add up what is right, what counts, and what cannot be"
         right = is_positive(scores, self.threshold, self.from_logits) == targets.bool()
-        self.count(right, count_of_each(targets, self.ignore_index, weights), scores.device)
-        wrong = wrong_values(scores, targets, self.from_logits, self.ignore_index)
-        self.sums_on(scores.device)["wrong"] += wrong
+        counts = count_of_each(targets, self.ignore_index, weights)
+        self.count(right, counts, scores.device)
+        self.sums_on(scores.device)["wrong"] += wrong_values(scores, targets, self.from_logits, counts)
 
     def count(self, right: Tensor, counts: Tensor, device: torch.device) -> None:
         "Add to the share"
@@ -214,10 +279,9 @@ class BinaryAccuracy(Additive):
         sums["count"] += counts.sum()
 
     def compute(self) -> Tensor:
-        "The share so far; raises `ValueError` where scores or targets had wrong values"
+        "The share so far, NaN where a score was; raises `ValueError` for wrong scores or targets"
         sums = self.sums()
-        raise_if_wrong(sums["wrong"], type(self).__name__)
-        return sums["right"] / sums["count"]
+        return raise_if_wrong(sums["wrong"], type(self).__name__) * sums["right"] / sums["count"]
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #c75e560e
 class MultilabelAccuracy(BinaryAccuracy):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
-from .base import Additive, raise_if_counted, targets_of
+from .base import Additive, precise, raise_if_counted, targets_of
 from .classification import (
-    check_scores, check_threshold, count_of_each, is_positive, raise_if_wrong, wrong_values)
+    any_nan, check_scores, check_threshold, count_of_each, is_positive, raise_if_wrong, wrong_values)
 from .tasks import Task, averaged, check_average, divide, one_of
 
 # %% auto #0
@@ -81,7 +81,7 @@ class ClassCounts(Additive):
         name: str | None = None,               # None: the usual short name of the metric
     ) -> None:
         self.task = Task(task, n_classes, classes, self.tasks, type(self).__name__)
-        shapes = {"counts": (3, self.task.n_classes + 1), "seen": (), "wrong": (2,)}
+        shapes = {"counts": (3, self.task.n_classes + 1), "seen": (), "wrong": (3,), "nan": ()}
         super().__init__(name or self.short, shapes)
         check_threshold(threshold, self.task.metric)
         self.threshold, self.from_logits, self.ignore_index = threshold, from_logits, ignore_index
@@ -89,12 +89,14 @@ class ClassCounts(Additive):
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes that do not fit the task"
         scores, targets = self.task.check(output.predictions, targets_of(output, batch))
-        if self.task.kind == "multiclass": return self.add(output.winners(), targets, batch.weights)
+        sums = self.sums_on(scores.device)
+        if self.task.kind == "multiclass":
+            if scores.numel(): sums["nan"] += any_nan(scores, targets, self.ignore_index, batch.weights)
+            return self.add(output.winners(), targets, batch.weights)
+        each = count_of_each(targets, self.ignore_index, batch.weights)
         positive = is_positive(scores, self.threshold, self.from_logits)
-        wrong = wrong_values(scores, targets, self.from_logits, self.ignore_index)
-        self.sums_on(scores.device)["wrong"] += wrong
+        sums["wrong"] += wrong_values(scores, targets, self.from_logits, each)
         if self.task.kind == "binary": return self.add(positive.long(), targets, batch.weights)
-        sums, each = self.sums_on(scores.device), count_of_each(targets, self.ignore_index, batch.weights)
         sums["counts"][:, :-1] += count_labels(positive, targets == 1, each, sums["counts"].dtype)
         sums["seen"] += each.sum()
 
@@ -115,9 +117,9 @@ def read_counts(
     if task.kind == "multiclass":
         raise_if_counted(outside, f"{task.metric} got {{}} targets that are no class numbers; expected 0 to "
                          f"{task.n_classes - 1}. Pass ignore_index= for a value that should not count.")
-    else: raise_if_wrong(sums["wrong"], task.metric)
+    valid = raise_if_wrong(sums["wrong"], task.metric)
     seen = sums["seen"] if task.kind == "multilabel" else counts[2].sum()
-    return counts, counts[2], torch.where(seen > 0, 1.0, float("nan"))
+    return counts, counts[2], torch.where((seen > 0) & (sums["nan"] == 0), valid, float("nan"))
 
 # %% ../../nbs/api/metrics/05_confusion.ipynb #d838cd21
 class ClassScore(ClassCounts):
@@ -253,8 +255,9 @@ class CohenKappa(ClassCounts):
 
     def apart(self, predicted: Tensor, actual: Tensor) -> Tensor:
         "How far class numbers are from each other"
-        if self.distance == "none": return (predicted != actual).double()
-        return (predicted - actual).abs().double() ** (1 if self.distance == "linear" else 2)
+        dtype = precise(predicted.device)
+        if self.distance == "none": return (predicted != actual).to(dtype)
+        return (predicted - actual).abs().to(dtype) ** (1 if self.distance == "linear" else 2)
 
     def add(self, predicted: Tensor, targets: Tensor, weights: Tensor | None) -> None:
         "Count a batch, and how far it is off"
@@ -265,10 +268,10 @@ class CohenKappa(ClassCounts):
 
     def compute(self) -> Tensor:
         "1 - disagreement / disagreement by chance; NaN where chance cannot disagree"
-        (_, predicted, actual), _, _ = read_counts(self)
+        (_, predicted, actual), _, valid = read_counts(self)
         numbers = torch.arange(self.task.n_classes, device=actual.device)
         by_chance = self.apart(numbers[:, None], numbers) * actual[:, None] * predicted / actual.sum()
-        return 1 - self.sums()["apart"] / by_chance.sum()
+        return valid - self.sums()["apart"] / by_chance.sum()
 
 # %% ../../nbs/api/metrics/05_confusion.ipynb #76383191
 class ConfusionMatrix(ClassCounts):
@@ -300,9 +303,9 @@ class ConfusionMatrix(ClassCounts):
         cells.scatter_add_(0, (actual * n + predicted.flatten()).clamp(max=n * n), counts)
 
     def matrix(self) -> Tensor:  # (classes, classes) rows are targets, columns predictions
-        "The counts so far; raises `ValueError` for wrong values"
-        read_counts(self)
-        return self.sums()["cells"][:-1].view(self.task.n_classes, -1)
+        "The counts so far, NaN where a score was; raises `ValueError` for wrong values"
+        cells = self.sums()["cells"][:-1].view(self.task.n_classes, -1)
+        return torch.where(cells.sum() > 0, read_counts(self)[2], 1.0) * cells
 
     def compute(self) -> dict[str, Tensor]:
         "Each cell by name, as in `cat_as_dog`"

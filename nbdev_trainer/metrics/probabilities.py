@@ -42,9 +42,10 @@ def log_probabilities(
 
 def not_one(
     scores: Tensor,  # (batch, classes, ...) probabilities
+    counts: Tensor,  # (batch, ...) how much each row counts
 ) -> Tensor:  # () on the device
-    "How many rows of probabilities do not add up to 1"
-    return ((scores.float().sum(1) - 1).abs() > 1e-2).sum()
+    "How many rows of probabilities that count do not add up to 1"
+    return (((scores.float().sum(1) - 1).abs() > 1e-2) & (counts != 0)).sum()
 
 # %% ../../nbs/api/metrics/07_probabilities.ipynb #37ac6e0e
 class ProbabilityMetric(Additive):
@@ -62,17 +63,17 @@ class ProbabilityMetric(Additive):
         name: str | None = None,          # None: the usual short name of the metric
     ) -> None:
         self.task = Task(task, n_classes, None, ("binary", "multiclass"), type(self).__name__)
-        super().__init__(name or self.short, {"total": (), "count": (), "wrong": (3,)})
+        super().__init__(name or self.short, {"total": (), "count": (), "wrong": (4,)})
         self.from_logits, self.ignore_index = from_logits, ignore_index
 
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes that do not fit the task"
         scores, targets = self.task.check(output.predictions, targets_of(output, batch))
         binary, sums = self.task.kind == "binary", self.sums_on(scores.device)
-        sums["wrong"][:2] += wrong_numbers(self.task, scores, targets, self.from_logits, self.ignore_index)
-        if not binary and not self.from_logits: sums["wrong"][2] += not_one(scores)
-        logs = log_probabilities(scores, binary, self.from_logits)
         counts = count_of_each(targets, self.ignore_index, batch.weights).to(sums["count"].dtype)
+        sums["wrong"][:3] += wrong_numbers(self.task, scores, targets, self.from_logits, counts)
+        if not binary and not self.from_logits: sums["wrong"][3] += not_one(scores, counts)
+        logs = log_probabilities(scores, binary, self.from_logits)
         self.add(logs, targets.long().clamp(0, self.task.n_classes - 1), counts)
 
     def add(self, logs: Tensor, targets: Tensor, counts: Tensor) -> None:
@@ -80,12 +81,12 @@ class ProbabilityMetric(Additive):
         raise NotImplementedError(f"{type(self).__name__} must define add(self, logs, targets, counts)")
 
     def compute(self) -> Tensor:
-        "The mean so far; raises `ValueError` for values that cannot be right"
+        "The mean so far, NaN where a score was; raises `ValueError` for values that cannot be right"
         sums = self.sums()
-        report_wrong(self.task, sums["wrong"][:2])
-        raise_if_counted(sums["wrong"][2], f"{self.task.metric} got {{}} rows of probabilities that do not "
+        valid = report_wrong(self.task, sums["wrong"][:3])
+        raise_if_counted(sums["wrong"][3], f"{self.task.metric} got {{}} rows of probabilities that do not "
                          "add up to 1. Pass the output of a softmax, or logits with from_logits=True.")
-        return sums["total"] / sums["count"]
+        return valid * sums["total"] / sums["count"]
 
 # %% ../../nbs/api/metrics/07_probabilities.ipynb #c7a88179
 class LogLoss(ProbabilityMetric):
@@ -137,6 +138,7 @@ class CalibrationError(ProbabilityMetric):
         sums, confidence = self.sums_on(logs.device), sure.exp().flatten()
         bins = (confidence * self.n_bins).long().clamp(0, self.n_bins - 1)
         hits, each = (targets == chosen).flatten(), counts.flatten()
+        confidence = torch.where(each > 0, confidence, 0.0)  # NaN times a weight of zero would be NaN
         sums["bins"].scatter_add_(1, bins.expand(3, -1), torch.stack([confidence * each, hits * each, each]))
         sums["count"] += each.sum()
 

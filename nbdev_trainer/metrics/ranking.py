@@ -62,14 +62,17 @@ def flat_parts(
     counts: Tensor,     # the shape of the targets, how much each counts
     activate: bool,     # make probabilities of logits
 ) -> tuple[Tensor, Tensor, Tensor]:  # (n, columns) scores; targets and counts as many, or (n,)
-    "Scores in columns, whatever the dimensions after the second; at least in single precision"
+    "Scores in columns, at least in single precision; 0 where they do not count and may be anything"
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if task.kind == "multiclass": scores = scores.softmax(1) if activate else scores
     elif activate: scores = scores.sigmoid()
     if task.kind == "binary": scores, targets, counts = (one[:, None] for one in (scores, targets, counts))
     def columns(values: Tensor) -> Tensor: return values.movedim(1, -1).reshape(-1, values.shape[1])
-    if task.kind == "multiclass": return columns(scores), targets.flatten(), counts.flatten()
-    return columns(scores), columns(targets), columns(counts)
+    if task.kind == "multiclass":
+        counts = counts.flatten()
+        return torch.where(counts[:, None] != 0, columns(scores), 0.0), targets.flatten(), counts
+    counts = columns(counts)
+    return torch.where(counts != 0, columns(scores), 0.0), columns(targets), counts
 
 def one_against_rest(
     scores: Tensor,   # (n, columns)
@@ -119,7 +122,7 @@ class RankingState(Metric):
             raise ValueError(f"{self.task.metric} got n_bins={n_bins}; expected 2 or more, or None: exact")
         self.n_bins, self.average, self.skip_absent = n_bins, average, skip_absent
         self.from_logits, self.ignore_index = from_logits, ignore_index
-        bins = {"wrong": (2,), "bins": (2, 1 if task == "binary" else self.task.n_classes, n_bins or 0)}
+        bins = {"wrong": (3,), "bins": (2, 1 if task == "binary" else self.task.n_classes, n_bins or 0)}
         self.store: Kept | Additive = Kept(self.name) if n_bins is None else Additive(self.name, bins)
 
     def reset(self) -> None:
@@ -155,7 +158,7 @@ class Ranking(RankingState):
         task, store = self.task, self.store
         scores, targets = task.check(output.predictions, targets_of(output, batch))
         counts, logits = count_of_each(targets, self.ignore_index, batch.weights), self.from_logits
-        wrong = wrong_numbers(task, scores, targets, logits, self.ignore_index)
+        wrong = wrong_numbers(task, scores, targets, logits, counts)
         activate = logits and (task.kind == "multiclass" or isinstance(store, Additive))
         parts = flat_parts(task, scores, targets, counts, activate)
         if isinstance(store, Kept): return store.kept.append([*parts, wrong])
@@ -168,13 +171,13 @@ class Ranking(RankingState):
         raise NotImplementedError(f"{type(self).__name__} must define value(self, scores, weights)")
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        "The average over the classes, or the value of each; raises `ValueError` for wrong values"
+        "The average over the classes, or the value of each; NaN where a score was; refuses wrong values"
         rows = read_rows(self)
         if rows is None: return torch.tensor(float("nan"))
-        scores, weights = rows
+        scores, weights, valid = rows
         if self.average == "micro": scores, weights = scores.reshape(1, -1), weights.reshape(2, 1, -1)
         often = weights.sum(2)
-        values, valid = self.value(scores, weights), torch.where(often.sum() > 0, 1.0, float("nan"))
+        values, valid = self.value(scores, weights), torch.where(often.sum() > 0, valid, float("nan"))
         if len(values) == 1 and self.average != "per_class": return values[0] * valid
         present = (often > 0).all(0) if self.skip_absent else torch.ones_like(values, dtype=torch.bool)
         result = averaged(values, present, often[1], self.average, self.task.names)
@@ -187,36 +190,34 @@ def wrong_numbers(
     scores: Tensor,
     targets: Tensor,
     from_logits: bool,
-    ignore_index: int | None,
-) -> Tensor:  # (2,) scores outside [0, 1], targets that cannot be
-    "How many values cannot be right, on the device"
-    if task.kind != "multiclass": return wrong_values(scores, targets, from_logits, ignore_index)
-    strange = (targets < 0) | (targets >= task.n_classes)
-    if ignore_index is not None: strange &= targets != ignore_index
-    outside = torch.zeros_like(strange) if from_logits else ~((scores >= 0) & (scores <= 1))
-    return torch.stack([outside.sum(), strange.sum()])
+    counts: Tensor,  # the shape of the targets, how much each counts
+) -> Tensor:  # (3,) scores outside [0, 1], targets that cannot be, scores of NaN
+    "How many values cannot be right among those that count, on the device"
+    if task.kind != "multiclass": return wrong_values(scores, targets, from_logits, counts)
+    scores, counted = torch.where(counts.unsqueeze(1) != 0, scores, 0), counts != 0
+    strange = ((targets < 0) | (targets >= task.n_classes)) & counted
+    outside = torch.zeros_like(strange) if from_logits else (scores < 0) | (scores > 1)
+    return torch.stack([outside.sum(), strange.sum(), scores.isnan().sum()])
 
-def report_wrong(task: Task, wrong: Tensor) -> None:
+def report_wrong(task: Task, wrong: Tensor) -> Tensor:  # () 1, or NaN where there was a score of NaN
     "Raise `ValueError` for what `wrong_numbers` counted; reads the device, so it is for `compute`"
     if task.kind == "multiclass":
         raise_if_counted(wrong[1], f"{task.metric} got {{}} targets that are no class numbers; expected 0 to "
                          f"{task.n_classes - 1}. Pass ignore_index= for a value that should not count.")
-    raise_if_wrong(wrong, task.metric)
+    return raise_if_wrong(wrong, task.metric)
 
 def read_rows(
     metric: RankingState,
-) -> tuple[Tensor, Tensor] | None:  # as `one_against_rest` gives them; None: nothing was seen
+) -> tuple[Tensor, Tensor, Tensor] | None:  # as of `one_against_rest`, and `report_wrong`; None: nothing seen
     "Scores and weights of all that was seen; raises `ValueError` for wrong values"
     if isinstance(metric.store, Additive):
-        sums = metric.store.sums()
-        report_wrong(metric.task, sums["wrong"])
-        bins = sums["bins"]
-        return torch.arange(bins.shape[2], device=bins.device).expand(bins.shape[1], -1), bins
+        bins, valid = metric.store.sums()["bins"], report_wrong(metric.task, metric.store.sums()["wrong"])
+        return torch.arange(bins.shape[2], device=bins.device).expand(bins.shape[1], -1), bins, valid
     if not metric.store.kept: return None
     *parts, wrong = zip(*metric.store.kept)
-    report_wrong(metric.task, torch.stack(wrong).sum(0))
+    valid = report_wrong(metric.task, torch.stack(wrong).sum(0))
     scores, targets, counts = (torch.cat(part) for part in parts)
-    return one_against_rest(scores, targets, counts)
+    return *one_against_rest(scores, targets, counts), valid
 
 # %% ../../nbs/api/metrics/06_ranking.ipynb #a741a84f
 class AUROC(Ranking):

@@ -11,19 +11,23 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/regression.html.
 # %% ../../nbs/api/metrics/08_regression.ipynb #a53453d9
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.errors import checked_keywords, describe
 from ..data.batch import Batch, StepOutput
-from .base import Additive, Kept, Metric, precise, targets_of
+from .base import Additive, Kept, Metric, precise, targets_of, zeros
 
 # %% auto #0
-__all__ = ['numbers', 'MeanSquaredError', 'RootMeanSquaredError', 'MeanAbsoluteError', 'MeanAbsolutePercentageError', 'Moments',
-           'columns_of', 'around_mean', 'Spreads', 'spreads', 'share_explained', 'R2', 'ExplainedVariance',
-           'PearsonCorrelation', 'ranks', 'SpearmanCorrelation']
+__all__ = ['DIGITS', 'BELOW', 'numbers', 'MeanSquaredError', 'RootMeanSquaredError', 'MeanAbsoluteError',
+           'MeanAbsolutePercentageError', 'digits', 'from_digits', 'moved', 'MomentState', 'Moments', 'columns_of',
+           'around_mean', 'Spreads', 'spreads', 'share_explained', 'R2', 'ExplainedVariance', 'PearsonCorrelation',
+           'ranks', 'SpearmanCorrelation']
 
 # %% ../../nbs/api/metrics/08_regression.ipynb #399bc732
 def numbers(
@@ -87,8 +91,32 @@ class MeanAbsolutePercentageError(MeanSquaredError):
         return (predictions - targets).abs() / targets.abs().clamp(min=2.0 ** -52)
 
 # %% ../../nbs/api/metrics/08_regression.ipynb #d3ae072a
-class Moments(Additive):
-    "Sums of predictions, targets and errors, and of their squares; subclasses define `values`"
+DIGITS, BELOW = 40, 19  # digits in base 2^32, and how many of them are behind the point: 1e-183 to 1e202
+
+def digits(value: Fraction | None) -> list[float]:
+    "A number as `DIGITS` digits that add up, the lowest first; NaN for None and for a number too large"
+    size = 0 if value is None else round(abs(value) * 2 ** (32 * BELOW))
+    if value is None or size >> 32 * DIGITS: return [float("nan")] * DIGITS
+    return [float((size >> 32 * i & 0xFFFFFFFF) * (1 if value > 0 else -1)) for i in range(DIGITS)]
+
+def from_digits(given: Sequence[float]) -> Fraction | None:
+    "The number; None for NaN"
+    if any(one != one for one in given): return None
+    return Fraction(sum(int(one) << 32 * i for i, one in enumerate(given)), 2 ** (32 * BELOW))
+
+def moved(
+    moments: Sequence[Fraction],  # weight, sums of p, t, e, of their squares, of p * t, and of e * e as it is
+    by: Sequence[Fraction],       # what is taken off p, t and e
+) -> list[Fraction]:
+    "What the sums would be had so much been taken off every number"
+    n, firsts = moments[0], moments[1:4]
+    squares = [two - 2 * c * one + c * c * n for one, two, c in zip(firsts, moments[4:7], by)]
+    product = moments[7] - by[0] * firsts[1] - by[1] * firsts[0] + by[0] * by[1] * n
+    return [n, *(one - c * n for one, c in zip(firsts, by)), *squares, product, moments[8]]
+
+# %% ../../nbs/api/metrics/08_regression.ipynb #de99c09f
+class MomentState(Additive):
+    "Sums of predictions p, targets t and errors e around a shift, and of products"
     higher_is_better = True
     short = "moments"  # the name in the history
 
@@ -99,19 +127,53 @@ class Moments(Additive):
         per_output: bool = False,   # True: a value for each output, by number; False: their mean
         name: str | None = None,    # None: the usual short name of the metric
     ) -> None:
-        super().__init__(name or self.short, {"n": (), "sums": (8, n_outputs)})
+        super().__init__(name or self.short, {"n": (), "shift": (3, n_outputs), "sums": (9, n_outputs)})
         if n_outputs < 1:
             raise ValueError(f"{type(self).__name__} got n_outputs={n_outputs}; expected 1 or more")
         self.n_outputs, self.per_output = n_outputs, per_output
 
+    def sums(self) -> dict[str, Tensor]:
+        "The number of samples, and digits (40, 9, n_outputs) of exact sums around 0; reads the device"
+        if not self.state: return zeros({"n": (), "digits": (DIGITS, 9, self.n_outputs)}, "cpu")
+        columns = []
+        for column in torch.cat([self.state["sums"], -self.state["shift"]]).T.tolist():
+            exact = [Fraction(one) for one in column if math.isfinite(one)]
+            from_zero = moved(exact, exact[9:]) if len(exact) == 12 else [None] * 9
+            columns.append([digits(one) for one in from_zero])
+        table = torch.tensor(columns, dtype=torch.float64).permute(2, 1, 0)
+        return {"n": self.state["n"].cpu().clone(), "digits": table.contiguous()}
+
+    def load_sums(self, sums: Mapping[str, Tensor]) -> None:
+        "Go on from sums, around their own mean; reads the device"
+        columns = []
+        for column in sums["digits"].permute(2, 1, 0).tolist():
+            exact = [one for one in map(from_digits, column) if one is not None]
+            weight = exact[0] if len(exact) == 9 and exact[0] else Fraction(1)
+            mean = [Fraction(float(one / weight)) for one in exact[1:4]]
+            known = [*moved(exact, mean), *mean] if len(exact) == 9 else [math.nan] * 12
+            columns.append([float(one) for one in known])
+        table = torch.tensor(columns, dtype=torch.float64).T
+        self.state = {"n": sums["n"].clone(), "shift": table[9:].clone(), "sums": table[:9].clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on from a saved state, which is copied"
+        super().load_sums(state)
+
+# %% ../../nbs/api/metrics/08_regression.ipynb #b71e5bd5
+class Moments(MomentState):
+    "Compares with the spread of the numbers; subclasses define `values`"
     def update(self, output: StepOutput, batch: Batch) -> None:
         "Take in one batch; raises `ValueError` for shapes other than (batch, n_outputs)"
         p, t = columns_of(*numbers(output, batch, type(self).__name__), self.n_outputs, type(self).__name__)
         sums, dtype = self.sums_on(p.device), precise(p.device)
         w = torch.ones((), dtype=dtype, device=p.device) if batch.weights is None else batch.weights.to(dtype)
         p, t, w = p.to(dtype), t.to(dtype), w.expand(len(p))
-        e = p - t
-        parts = torch.stack([torch.ones_like(p), p, t, e, p.square(), t.square(), e.square(), p * t])
+        if batch.weights is not None: p, t = (torch.where(w[:, None] != 0, one, 0.0) for one in (p, t))
+        each = torch.stack([p, t, p - t])
+        center = (torch.einsum("xnd,n->xd", each, w) / w.sum()).nan_to_num(0.0, 0.0, 0.0)
+        sums["shift"].copy_(torch.where(sums["sums"][0] > 0, sums["shift"], center))  # the first one stays
+        d = each - sums["shift"][:, None]
+        parts = torch.cat([torch.ones_like(d[:1]), d, d.square(), d[:1] * d[1:2], each[2:].square()])
         sums["sums"] += torch.einsum("snd,n->sd", parts, w)
         sums["n"] += len(p)
 
@@ -121,8 +183,9 @@ class Moments(Additive):
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         "The mean over the outputs, or the value of each; NaN before the first sample"
-        sums = self.sums()
-        values = torch.where(sums["n"] > 0, self.values(sums["n"], spreads(sums["sums"])), float("nan"))
+        sums = self.state or zeros(self.shapes, "cpu")
+        values = self.values(sums["n"], spreads(sums["sums"], sums["shift"]))
+        values = torch.where(sums["n"] > 0, values, float("nan"))
         return {str(i): value for i, value in enumerate(values)} if self.per_output else values.mean()
 
 # %% ../../nbs/api/metrics/08_regression.ipynb #8ec633bd
@@ -135,10 +198,11 @@ def columns_of(predictions: Tensor, targets: Tensor, n_outputs: int, name: str) 
     raise ValueError(f"{name} got predictions of shape {tuple(shape)}; expected {expected}. For several "
                      f"outputs pass their number, as in {name}(n_outputs=3).")
 
-def around_mean(squares: Tensor, total: Tensor, n: Tensor) -> Tensor:
-    "Sum of squares around the mean; 0 where it cannot be told from rounding"
+def around_mean(squares: Tensor, total: Tensor, n: Tensor, shift: Tensor) -> Tensor:
+    "Sum of squares around the mean, of sums around a shift; 0 where it cannot be told from rounding"
     around = squares - total.square() / n
-    return torch.where(around > 1e-12 * squares, around, 0.0)
+    rounding = torch.maximum(1e-12 * squares, 1e-29 * n * shift.square())
+    return torch.where(around <= rounding, 0.0, around)
 
 class Spreads(NamedTuple):
     "Sums of squares, one for each output"
@@ -148,16 +212,17 @@ class Spreads(NamedTuple):
     misses: Tensor       # of the errors, around 0
     product: Tensor      # of predictions and targets, each around its mean
 
-def spreads(sums: Tensor) -> Spreads:
-    "Sums of squares around the means, of the eight sums that `Moments` keeps"
-    n, p, t, e, squares_p, squares_t, squares_e, product = sums
-    return Spreads(around_mean(squares_p, p, n), around_mean(squares_t, t, n), around_mean(squares_e, e, n),
-                   squares_e, product - p * t / n)
+def spreads(sums: Tensor, shift: Tensor) -> Spreads:
+    "Sums of squares around the means, of the nine sums that `Moments` keeps, and the shift"
+    n, p, t = sums[:3]
+    around = around_mean(sums[4:7], sums[1:4], n, shift)
+    return Spreads(around[0], around[1], around[2], sums[8], sums[7] - p * t / n)
 
 # %% ../../nbs/api/metrics/08_regression.ipynb #704d7699
 def share_explained(left: Tensor, total: Tensor) -> Tensor:
     "1 - left / total; for a total of 0 it is 1 if nothing is left, else 0"
-    return torch.where(total > 0, 1 - left / total, (left == 0).to(total.dtype))
+    constant = torch.where(left.isnan(), left, (left == 0).to(left.dtype))
+    return torch.where(total == 0, constant, 1 - left / total)
 
 class R2(Moments):
     "Share of the targets' variance that is explained, the coefficient of determination"
@@ -179,17 +244,19 @@ class PearsonCorrelation(Moments):
     short = "pearson"
     def values(self, n: Tensor, spread: Spreads) -> Tensor:
         "Covariance over the root of both variances; NaN where one is 0"
-        return (spread.product / (spread.predictions * spread.targets).sqrt()).clamp(-1, 1)
+        both = spread.predictions.sqrt() * spread.targets.sqrt()
+        return torch.where(both == 0, float("nan"), (spread.product / both).clamp(-1, 1))
 
 # %% ../../nbs/api/metrics/08_regression.ipynb #ac07d096
 def ranks(
     values: Tensor,  # (n, outputs)
 ) -> Tensor:  # (n, outputs) float64, from 1; ties share the mean of their ranks
-    "Ranks in each column"
+    "Ranks in each column; all NaN where one value is"
     rows = values.T.contiguous()
     ordered = rows.sort(1).values
     below, upto = (torch.searchsorted(ordered, rows, right=right) for right in (False, True))
-    return ((below + upto + 1) / 2).to(precise(values.device)).T
+    ranked = ((below + upto + 1) / 2).to(precise(values.device)).T
+    return torch.where(values.isnan().any(0), float("nan"), ranked)
 
 class SpearmanCorrelation(Kept):
     "Correlation of the ranks of predictions and targets, from -1 to 1; keeps all of them"

@@ -145,7 +145,7 @@ class BLEU(Additive):
         "Take in one batch: texts, and a reference or a list of references for each; refuses weights"
         if batch.weights is not None:
             raise ValueError("BLEU got sample weights, for which it has no form; leave them out of the batch")
-        sums = self.sums_on(torch.device("cpu"))
+        matches, candidates, lengths = [0] * self.max_n, [0] * self.max_n, [0, 0]
         for text, given in zip(*texts(output.predictions, targets_of(output, batch), "BLEU")):
             references = [given] if isinstance(given, str) else given
             if not references: raise ValueError("BLEU got a text without a reference; expected at least one")
@@ -154,10 +154,12 @@ class BLEU(Additive):
             allowed: Counter[tuple[str, ...]] = Counter()
             for other in others: allowed |= n_grams(other, self.max_n)
             for run, count in n_grams(words, self.max_n).items():
-                sums["matches"][len(run) - 1] += min(count, allowed[run])
-                sums["candidates"][len(run) - 1] += count
+                matches[len(run) - 1] += min(count, allowed[run])
+                candidates[len(run) - 1] += count
             nearest = min((len(other) for other in others), key=lambda n: (abs(n - len(words)), n))
-            sums["lengths"] += torch.tensor([len(words), nearest])
+            lengths = [lengths[0] + len(words), lengths[1] + nearest]
+        sums = self.sums_on(torch.device("cpu")).values()
+        for total, counted in zip(sums, (matches, candidates, lengths)): total += torch.tensor(counted)
 
     def compute(self) -> Tensor:
         "The score so far, from 0 to 1; NaN before the first text"
