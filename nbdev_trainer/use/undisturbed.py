@@ -57,7 +57,7 @@ def keep_tensors(
     "Keep numbers, gradients, `requires_grad` and training modes of modules and parameters"
     every = list({id(part): part for module in modules for part in module.modules()}.values())
     modes = [(part, part.training) for part in every]
-    tables = [(part, dict(part._buffers)) for part in every if isinstance(part._buffers, dict)]  # not TorchScript
+    tables = [(part, dict(part._buffers)) for part in every if isinstance(part._buffers, dict)]
     named = [(part, name, tensor) for part in every for name, tensor in
              (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))]
     held = {id(one): one for one in (*(tensor for _, _, tensor in named), *others) if not is_lazy(one)}
