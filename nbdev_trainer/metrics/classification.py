@@ -23,7 +23,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Additive, Metric, RunningMean, raise_if_counted, targets_of
 
 # %% auto #0
-__all__ = ['Answers', 'ClassAnswers', 'Accuracy', 'check_scores', 'count_of_each', 'any_nan', 'TopKAccuracy', 'is_positive',
+__all__ = ['Answers', 'ClassAnswers', 'Accuracy', 'check_scores', 'count_of_each', 'largest_score', 'TopKAccuracy', 'is_positive',
            'check_threshold', 'binary_scores', 'multilabel_scores', 'wrong_values', 'raise_if_wrong', 'BinaryAccuracy',
            'MultilabelAccuracy']
 
@@ -38,10 +38,10 @@ class Answers(Metric):
     ) -> None:
         super().__init__(name)
         self.ignore_index, self.mean = ignore_index, RunningMean(of_sums=True)
-        self.strange, self.nans = RunningMean(of_sums=True), RunningMean(of_sums=True)
+        self.strange, self.tops = RunningMean(of_sums=True), RunningMean(of_sums=True)
 
     def add(self, right: Tensor, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        "Add up what is right; count targets that are no class and batches with NaN among the scores"
+        "Add up what is right; count targets that are no class, and add up the largest scores"
         outside = targets.long() // scores.shape[1]
         if self.ignore_index is None and weights is None: self.mean.add(right.sum(), targets.numel())
         else:
@@ -49,23 +49,23 @@ class Answers(Metric):
             self.mean.add((right * counts).sum(), counts.sum())
             outside = outside * (counts != 0)
         self.strange.add(outside.count_nonzero(), 1)
-        if scores.numel(): self.nans.add(any_nan(scores, targets, self.ignore_index, weights), 1)
+        if scores.numel(): self.tops.add(largest_score(scores, targets, self.ignore_index, weights), 1)
 
     def compute(self) -> Tensor:
         "The share so far, NaN where a score was; raises `ValueError` for targets that are no class"
-        strange, nans = self.strange.sums()[0], self.nans.sums()[0]
+        strange, tops = self.strange.sums()[0], self.tops.sums()[0]
         if strange is not None:
             raise_if_counted(strange, f"{type(self).__name__} got {{}} targets that are no class numbers; "
                              "expected 0 to C-1 for scores of C classes. Pass ignore_index= for a value that "
                              "should not count.")
-        return self.mean.compute() if nans is None else torch.where(nans > 0, math.nan, self.mean.compute())
+        return self.mean.compute() if tops is None else torch.where(tops.isnan(), math.nan, self.mean.compute())
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #cfe1f065
 class ClassAnswers(Answers):
     "`Answers` that can be saved and merged; subclasses define `update`"
     def running(self) -> dict[str, RunningMean]:
         "The running sums by name"
-        return {"right": self.mean, "strange": self.strange, "nan": self.nans}
+        return {"right": self.mean, "strange": self.strange, "tops": self.tops}
 
     def reset(self) -> None:
         "Forget all batches"
@@ -139,16 +139,16 @@ def count_of_each(
     else: counts = (targets != ignore_index).float()
     return counts if weights is None else counts * weights.view(-1, *[1] * (targets.ndim - 1))
 
-def any_nan(
+def largest_score(
     scores: Tensor,             # (batch, classes, ...), not empty
     targets: Tensor,            # (batch, ...)
     ignore_index: int | None,   # what does not count
     weights: Tensor | None,     # (batch,) weight of each sample
-) -> Tensor:  # () bool
-    "Whether a score that counts is NaN, by the maximum, which is NaN then"
-    if ignore_index is None and weights is None: return scores.amax().isnan()
+) -> Tensor:  # () NaN where a score that counts is NaN
+    "The largest of all scores that count"
+    if ignore_index is None and weights is None: return scores.detach().amax()
     counted = count_of_each(targets, ignore_index, weights).unsqueeze(1) != 0
-    return torch.where(counted, scores, 0).amax().isnan()
+    return torch.where(counted, scores.detach(), 0).amax()
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #3bfd81d4
 class TopKAccuracy(ClassAnswers):

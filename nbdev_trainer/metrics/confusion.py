@@ -19,7 +19,7 @@ from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from .base import Additive, precise, raise_if_counted, targets_of
 from .classification import (
-    any_nan, check_scores, check_threshold, count_of_each, is_positive, raise_if_wrong, wrong_values)
+    check_scores, check_threshold, count_of_each, is_positive, raise_if_wrong, wrong_values)
 from .tasks import Task, averaged, check_average, divide, one_of
 
 # %% auto #0
@@ -81,7 +81,7 @@ class ClassCounts(Additive):
         name: str | None = None,               # None: the usual short name of the metric
     ) -> None:
         self.task = Task(task, n_classes, classes, self.tasks, type(self).__name__)
-        shapes = {"counts": (3, self.task.n_classes + 1), "seen": (), "wrong": (3,), "nan": ()}
+        shapes = {"counts": (3, self.task.n_classes + 1), "seen": (), "wrong": (3,)}
         super().__init__(name or self.short, shapes)
         check_threshold(threshold, self.task.metric)
         self.threshold, self.from_logits, self.ignore_index = threshold, from_logits, ignore_index
@@ -91,7 +91,6 @@ class ClassCounts(Additive):
         scores, targets = self.task.check(output.predictions, targets_of(output, batch))
         sums = self.sums_on(scores.device)
         if self.task.kind == "multiclass":
-            if scores.numel(): sums["nan"] += any_nan(scores, targets, self.ignore_index, batch.weights)
             return self.add(output.winners(), targets, batch.weights)
         each = count_of_each(targets, self.ignore_index, batch.weights)
         positive = is_positive(scores, self.threshold, self.from_logits)
@@ -119,7 +118,7 @@ def read_counts(
                          f"{task.n_classes - 1}. Pass ignore_index= for a value that should not count.")
     valid = raise_if_wrong(sums["wrong"], task.metric)
     seen = sums["seen"] if task.kind == "multilabel" else counts[2].sum()
-    return counts, counts[2], torch.where((seen > 0) & (sums["nan"] == 0), valid, float("nan"))
+    return counts, counts[2], torch.where(seen > 0, valid, float("nan"))
 
 # %% ../../nbs/api/metrics/05_confusion.ipynb #d838cd21
 class ClassScore(ClassCounts):
