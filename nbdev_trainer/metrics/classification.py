@@ -58,7 +58,8 @@ class Answers(Metric):
             raise_if_counted(strange, f"{type(self).__name__} got {{}} targets that are no class numbers; "
                              "expected 0 to C-1 for scores of C classes. Pass ignore_index= for a value that "
                              "should not count.")
-        return self.mean.compute() if tops is None else torch.where(tops.isnan(), math.nan, self.mean.compute())
+        share = self.mean.compute()
+        return share if tops is None else torch.where(tops.isnan(), math.nan, share)
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #cfe1f065
 class ClassAnswers(Answers):
@@ -146,9 +147,9 @@ def largest_score(
     weights: Tensor | None,     # (batch,) weight of each sample
 ) -> Tensor:  # () NaN where a score that counts is NaN
     "The largest of all scores that count"
-    if ignore_index is None and weights is None: return scores.detach().amax()
+    if ignore_index is None and weights is None: return scores.amax()
     counted = count_of_each(targets, ignore_index, weights).unsqueeze(1) != 0
-    return torch.where(counted, scores.detach(), 0).amax()
+    return torch.where(counted, scores, 0).amax()
 
 # %% ../../nbs/api/metrics/01_classification.ipynb #3bfd81d4
 class TopKAccuracy(ClassAnswers):
