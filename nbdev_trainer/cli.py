@@ -116,7 +116,8 @@ def choose_task(
     named: bool = False, # whether the target holds names of classes
 ) -> tuple[str, str]:  # the task, and why
     "Classification or regression; raises `ValueError` for what has nothing to learn"
-    whole, n_values = targets.dtype == torch.int64, len(targets.unique())
+    n_values, as_written = len(targets.unique()), targets.dtype == torch.int64
+    whole = as_written or asked == "classification" and torch.equal(targets, targets.round())  # 1.0 and 2.0
     if n_values < 2:
         raise ValueError("the target has the same value in every row, so there is nothing to learn")
     kind = "names" if named else "integers" if whole else "numbers with fractions"
@@ -125,8 +126,7 @@ def choose_task(
         raise ValueError(f"--task {asked} needs a target {needed}, and this holds {kind}")
     if asked is not None: return asked, "as asked"
     task = "classification" if named or whole and n_values <= MAX_CLASSES else "regression"
-    why = f"the target has {n_values} distinct values, {kind}"
-    return task, why if named else f"{why}; --task overrules"
+    return task, f"the target has {n_values} distinct values, {kind}{'' if named else '; --task overrules'}"
 
 def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | None, seed: int) -> Prepared:
     "A CSV file of numbers"

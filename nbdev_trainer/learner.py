@@ -93,7 +93,7 @@ def keepers(
     kept: list[Callback] = [RunDirectory(run_dir, config)]
     if not with_tensorboard or find_spec("tensorboard") is None: return kept
     if any(isinstance(one, TensorBoard) for one in given): return kept
-    tell(f"tensorboard --logdir {Path(run_dir) / 'tensorboard'}", shown)
+    tell(f"to see curves while it trains: tensorboard --logdir {Path(run_dir) / 'tensorboard'}", shown)
     return [*kept, TensorBoard(Path(run_dir) / "tensorboard", config)]
 
 # %% ../nbs/api/learner.ipynb #0692108a
@@ -305,7 +305,10 @@ class Learner:
     def save(self,
         path: str | Path,  # such as "model.safetensors"
     ) -> None:
-        "Write the weights and buffers of the model to a safetensors file"
+        "Write weights and buffers to a safetensors file; raises `ValueError` for a name that promises another"
+        if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".h5"):
+            raise ValueError(f"'{path}' is named as another kind of file; expected a name such as "
+                             f"'{Path(path).with_suffix('.safetensors')}'")
         write_tensors(path, self.model.state_dict())
 
     def load(self,

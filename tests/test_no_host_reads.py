@@ -90,9 +90,9 @@ def fit_on_meta(loss_fn, options, fit, callbacks=(), step=None):
         AUROC("multiclass", 3, n_bins=10),
         AveragePrecision("multiclass", 3),
         largest_score,
-        top_score,
-        Mean(top_score, name="mean_top"),
     ]
+    if "as_batch" not in options:  # a mean over a batch cannot take its weights
+        metrics += [top_score, Mean(top_score, name="mean_top")]
     trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, device="meta", **options)
     data = list(zip(arrays()[0].split(8), TARGETS.split(8)))
     trainer.fit(data, None if step.can_evaluate is False else {"clean": data[:2], "noisy": data}, n=2, **fit)

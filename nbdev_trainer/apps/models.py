@@ -96,8 +96,9 @@ def mean_and_std(
 ) -> tuple[Tensor, Tensor]:  # (features,) each, float32
     "Mean and standard deviation of each feature; 1 for a feature that does not vary"
     if values.ndim < 2 or not len(values):
+        mend = "; a single column of targets is targets[:, None]" if values.ndim == 1 and len(values) else ""
         raise ValueError(f"there is no mean of {describe(values)}; expected (samples, features, ...), "
-                         "at least one sample")
+                         f"at least one sample{mend}. Class numbers have no mean: leave them out")
     columns = values.double().movedim(1, 0).flatten(1)
     mean, std = columns.mean(1), columns.std(1, correction=0)
     varies = std > 1e-7 * mean.abs()  # below that, float32 could not tell the values apart
@@ -126,6 +127,9 @@ class Standardized(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         "Predictions in the units of the targets"
+        if not isinstance(inputs, Tensor) or inputs.ndim < 2 or inputs.shape[1] != len(self.input_mean):
+            raise ValueError(f"the model was given {describe(inputs)}; expected a tensor (samples, "
+                             f"{len(self.input_mean)}, ...), as in training; a single sample is sample[None]")
         shape = -1, *[1] * (inputs.ndim - 2)
         scaled = (inputs - self.input_mean.view(shape)) / self.input_std.view(shape)
         return self.model(scaled) * self.output_std + self.output_mean

@@ -99,17 +99,24 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
 
 def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     "The function; a keyword that it does not have is answered with the one that was meant"
-    known = [name for name in inspect.signature(fn).parameters if name not in ("self", "cls")]
+    signature = inspect.signature(fn)
+    known = [name for name in signature.parameters if name not in ("self", "cls")]
 
     @functools.wraps(fn)
     def call(*values: P.args, **options: P.kwargs) -> R:
+        called = type(values[0]).__name__ if fn.__name__ == "__init__" else fn.__qualname__
         for name in options:
             if name in known: continue
-            here, called = SYNONYMS.get(name), fn.__qualname__
-            if fn.__name__ == "__init__": called = type(values[0]).__name__
+            here = SYNONYMS.get(name)
             if here in known: meant = f"Here it is called {here!r}."
             else: meant = did_you_mean(name, known, what="argument")
             raise TypeError(f"{called}() has no argument {name!r}. {meant}")
+        try: signature.bind(*values, **options)
+        except TypeError as error:
+            by_name = [one.name for one in signature.parameters.values() if one.kind is one.KEYWORD_ONLY]
+            rest = f"; by name: {', '.join(by_name)}" if by_name else ""
+            first = ", ".join(name for name in known if name not in by_name)
+            raise TypeError(f"{called}(): {error}; expected {called}({first}){rest}") from None
         return fn(*values, **options)
     return call
 

@@ -28,7 +28,7 @@ from .splits import random_split
 
 # %% auto #0
 __all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader', 'named_sets',
-           'draw_seed', 'array_loader', 'Loaders']
+           'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 @dataclass(eq=False)
@@ -197,9 +197,21 @@ def array_loader(
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 2:
         raise TypeError(f"{name} is {describe(arrays)}; expected a pair (inputs, targets), or a fraction to "
                         "split off such as 0.2")
+    for part, value in zip(("inputs", "targets"), arrays): check_arrays(value, part)
     inputs, targets = as_tensors(arrays[0]), as_tensors(arrays[1])
     rows = torch.arange(count_samples(inputs, targets))
     return Loader(fetch_rows(inputs, targets), rows, batch_size=batch_size)
+
+def check_arrays(value: Any, name: str) -> None:
+    "Raise `TypeError` for Python numbers and for data frames, which no model can take"
+    if hasattr(value, "to_numpy"):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected numpy or torch: pass "
+                        f'{name}.to_numpy(dtype="float32"), or "int64" for class numbers')
+    first = value
+    while isinstance(first, (list, tuple)) and first: first = first[0]
+    if isinstance(first, (int, float)):
+        raise TypeError(f"{name} is {describe(value)}: Python numbers; expected numpy or torch: pass "
+                        f"torch.tensor({name})")
 
 # %% ../../nbs/api/data/01_loaders.ipynb #45320ea8
 class Loaders:

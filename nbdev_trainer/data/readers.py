@@ -186,6 +186,13 @@ def _class_names(texts: Sequence[str]) -> list[str] | None:
     if any(_is_number(name) or name.lower() in ("", "nan") for name in names): return None
     return sorted(set(names)) if len(set(names)) < len(names) else None
 
+def _check_gaps(path: Path, target: str, texts: Sequence[str], lines: list[int]) -> None:
+    "Raise `ValueError` for a target column of names in which some are missing"
+    gaps = [i for i, text in enumerate(texts) if not text.strip()]
+    if gaps and _class_names([text for text in texts if text.strip()]):
+        raise ValueError(f"'{path}', line {lines[gaps[0]]} has no class name in column {target!r}; it "
+                         f"lacks {len(gaps)} of {len(texts)}. Fill them in, or remove the lines.")
+
 # %% ../../nbs/api/data/04_readers.ipynb #08b55c2c
 def read_numeric_csv(
     path: str | Path,  # a .csv or .csv.gz file with a header, in UTF-8
@@ -209,6 +216,7 @@ def read_numeric_csv(
     texts = dict(zip(names, zip(*rows)))
     problems = Problems()
     classes = _class_names(texts[target])
+    if classes is None: _check_gaps(path, target, texts[target], lines)
     read = (*columns, target) if classes is None else columns
     numbers = {name: _numbers(name, texts[name], lines, problems) for name in read}
     unusable = [name for name in columns if not len(numbers[name])]

@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
 from ..core.nested import tensors
@@ -98,7 +98,9 @@ def advice(
     found = about_inputs(inputs, dtype) if types and inputs is not None else None
     if found is None and isinstance(output, StepOutput): found = about_loss(output.loss, error)
     in_loss = in_loss or any(GIVEN in note for note in getattr(error, "__notes__", ()))
-    if found is not None or isinstance(error, AttributeError) or not in_loss: return found
+    loss_fn = getattr(getattr(getattr(trainer, "step", None), "loss", None), "loss_fn", None)
+    of_classes = not isinstance(loss_fn, (nn.BCELoss, nn.BCEWithLogitsLoss))  # which take floats
+    if found is not None or isinstance(error, AttributeError) or not (in_loss and of_classes): return found
     return about_targets(batch.targets, error)
 
 # %% ../../nbs/api/loop/08b_advice.ipynb #bf426917

@@ -195,6 +195,9 @@ def what_it_was_given(
     if isinstance(predictions, (tuple, list)):
         return f"{note}; it takes one tensor: Learner(..., forward=lambda model, inputs: model(inputs)[0])"
     if not isinstance(targets, Tensor) or not isinstance(predictions, Tensor): return note
+    if isinstance(loss_fn, (nn.BCELoss, nn.BCEWithLogitsLoss)):
+        column = "[:, None]" if predictions.ndim == targets.ndim + 1 else ""
+        return f"{note}; it takes floats, as many as predictions: targets.float(){column}"
     several = predictions.ndim == targets.ndim + 1 and predictions.shape[1] > 1
     if several and targets.is_floating_point():
         return (f"{note}; class numbers are whole numbers: targets.long(). For quantities: nn.MSELoss() "

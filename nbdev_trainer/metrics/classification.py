@@ -41,14 +41,18 @@ class Answers(Metric):
         self.strange, self.tops = RunningMean(of_sums=True), RunningMean(of_sums=True)
 
     def add(self, right: Tensor, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        "Add up what is right; count targets that are no class, and add up the largest scores"
-        outside = targets.long() // scores.shape[1]
+        "Add up what is right; look at the values of the first batch"
+        if self.mean.total is None and not self.mean.values: self.look(scores, targets, weights)
         if self.ignore_index is None and weights is None: self.mean.add(right.sum(), targets.numel())
         else:
             counts = count_of_each(targets, self.ignore_index, weights)
             self.mean.add((right * counts).sum(), counts.sum())
-            outside = outside * (counts != 0)
-        self.strange.add(outside.count_nonzero(), 1)
+
+    def look(self, scores: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+        "Count targets that are no class, and keep the largest score, which is NaN where any is"
+        counts = count_of_each(targets, self.ignore_index, weights)
+        outside = (targets < 0) | (targets >= scores.shape[1])
+        self.strange.add((outside & (counts != 0)).sum(), 1)
         if scores.numel(): self.tops.add(largest_score(scores, targets, self.ignore_index, weights), 1)
 
     def compute(self) -> Tensor:

@@ -122,7 +122,8 @@ def check_classes(seen: Evidence) -> Iterator[Finding]:
                       f"are {outputs}, so nothing fails", "Use predictions.movedim(-1, 1)")
     elif targets.is_floating_point():
         if targets.shape == scores.shape and sums_to_one(targets.float(), 1): return
-        if targets.shape == scores.shape:
+        ones = targets.min() >= 0 and targets.max() <= 1  # as labels are, and hardly ever quantities
+        if targets.shape == scores.shape and outputs > 1 and ones:
             yield error("cross_entropy_for_several_labels", "the targets have a number for each class that "
                         "do not sum to one, so a sample may have several labels",
                         "Use BCEWithLogitsLoss")
