@@ -329,8 +329,8 @@ def check(
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed)
     n_classes = prepared.n_outputs if prepared.task == "classification" else None
-    columns = prepared.facts.get("columns")
-    report = report_on(prepared.train, prepared.valid, n_classes, columns, prepared.places)
+    columns, classes = (prepared.facts.get(name) for name in ("columns", "classes"))
+    report = report_on(prepared.train, prepared.valid, n_classes, columns, prepared.places, classes)
     print(f"data: {prepared.name}", report, sep="\n")
     return int(bool(report.oddities))
 

@@ -636,7 +636,7 @@ def test_an_error_in_a_callback_names_callback_event_epoch_and_batch():
     with pytest.raises(KeyError) as caught:
         trainer.fit(batches(3), n=2)
     notes = " ".join(caught.value.__notes__)
-    for text in ("Clumsy", "after_batch", "epoch 1", "5 batches", "phase train"):
+    for text in ("Clumsy", "after_batch", "epoch 1", "batches done: 5", "phase train"):
         assert text in notes
 
 
@@ -647,7 +647,7 @@ def test_an_error_in_the_model_says_which_batch_was_in_hand():
     notes = " ".join(caught.value.__notes__)
     assert (
         "epoch 0" in notes
-        and "after 2 batches" in notes
+        and "batches done: 2" in notes
         and "4, 3" in notes.replace("×", ", ").replace("x", ", ")
     )
 

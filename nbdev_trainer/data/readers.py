@@ -129,8 +129,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         for row in reader:
             if not row: continue                      # an empty line
             if rows and len(row) != len(rows[0]):
+                _check_separator(rows[0], path)
                 raise ValueError(f"'{path}', line {reader.line_num} has {len(row)} values, but the header "
-                                 f"names {len(rows[0])} columns. Look for a missing or an extra comma.")
+                                 f"names {len(rows[0])}. Look for a missing or an extra comma.")
             rows.append(row)
             lines.append(reader.line_num)
     except csv.Error as error:
@@ -145,14 +146,19 @@ def _is_number(text: str) -> bool:
     except ValueError: return False
 
 
+def _check_separator(names: list[str], path: Path) -> None:
+    "Raise an error if the first line looks like one of another separator."
+    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+        raise ValueError(f"'{path}' has one column, named {names[0]!r}. Its values seem to be separated by "
+                         "something else than commas. Save it with commas, and with points in numbers.")
+
+
 def _check_header(names: list[str], path: Path) -> None:
     "Raise an error if the first line does not name the columns."
     if all(_is_number(name) for name in names):
         raise ValueError(f"'{path}' has no header: its first line is {describe(','.join(names))}. "
                          "Expected the names of the columns there.")
-    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
-        raise ValueError(f"'{path}' has one column, named {names[0]!r}. Its values seem to be separated by "
-                         "something else than commas. Save it with commas.")
+    _check_separator(names, path)
     problems = Problems()
     for number, name in enumerate(names):
         if not name: problems.add(f"column {number + 1} has no name (pandas leaves it out; use index=False)")

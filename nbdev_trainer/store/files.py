@@ -42,6 +42,7 @@ def _sync(path: Path) -> None:
 def _replacing(path: str | Path) -> Iterator[Path]:
     "A temporary path to write to; when the block is done it takes the place of `path`."
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f"'{path}' is a directory. Expected the name of a file in it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write '{path}': there is no directory '{path.parent}'. Make it.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,15 +75,18 @@ def repeated_samples(
     differs = again & (targets != targets[first]).reshape(len(group), -1).any(1)
     across = again & (first < n_train) & (place >= n_train)
     within = again & (place < n_train)
+    decide = "No model can learn both: decide which is right."
+    if targets.is_floating_point(): decide = "A quantity that is measured with noise may differ; else decide."
     for which, what, mend in (
-        (differs, "Samples equal to an earlier one, with another target",
-         "No model can learn both: decide which is right."),
+        (differs, "Samples equal to an earlier one, with another target", decide),
         (across, "Held-out samples that are also trained on",
          "The held-out score is too good: leave them out of one side."),
         (within, "Training samples that are copies of an earlier one",
          "They count double: leave them out, unless that is meant."),
     ):
-        if which.any(): yield Oddity(f"{what} ({int(which.sum())})", mend, numbered(which.nonzero(), places))
+        if not which.any(): continue
+        pairs = zip(numbered(which.nonzero(), places), numbered(first[which], places))
+        yield Oddity(f"{what} ({int(which.sum())})", mend, tuple(f"{one} (as {other})" for one, other in pairs))
 
 # %% ../../nbs/api/use/05_data_report.ipynb #c0fbb903
 def odd_columns(
@@ -125,24 +129,26 @@ def odd_classes(
     train: Tensor,  # (samples,) int64
     valid: Tensor,  # (samples,) int64
     n_classes: int,
+    names: Sequence[str] | None = None,  # of the classes; None: numbers
 ) -> Iterator[Oddity]:
     "Classes that are missing or rare, and a class that is nearly all"
+    called = [f"class {i}" for i in range(n_classes)] if names is None else [f"class {name}" for name in names]
     here, there = torch.bincount(train, minlength=n_classes), torch.bincount(valid, minlength=n_classes)
     unseen, absent = ((here == 0) & (there > 0)).nonzero(), ((here == 0) & (there == 0)).nonzero()
     rare = ((here > 0) & (here < FEW)).nonzero().flatten().tolist()
     if len(unseen):
         yield Oddity(f"Classes that are held out and never trained on ({len(unseen)})",
-                     "Split anew, or leave them out.", numbered(unseen, "class"))
+                     "Split anew, or leave them out.", numbered(unseen, called))
     if rare:
         yield Oddity(f"Classes with fewer than {FEW} samples to train on ({len(rare)})",
-                     "Collect more, or join them.", tuple(f"class {i} ({int(here[i])})" for i in rare))
+                     "Collect more, or join them.", tuple(f"{called[i]} ({int(here[i])})" for i in rare))
     if len(absent):
         yield Oddity(f"Classes between 0 and {n_classes - 1} without any sample ({len(absent)})",
                      "The model gets outputs for them: number the classes without gaps.",
-                     numbered(absent, "class"))
+                     numbered(absent, called))
     share = float(here.max() / here.sum())
     if share > 0.9:
-        yield Oddity(f"Class {int(here.argmax())} is {share:.0%} of the training data",
+        yield Oddity(f"C{called[int(here.argmax())][1:]} is {share:.0%} of the training data",
                      f"Always answering it is {share:.0%} right: look at another metric, such as F1.")
 
 # %% ../../nbs/api/use/05_data_report.ipynb #4a62503a
@@ -168,6 +174,7 @@ def report_on(
     n_classes: int | None = None,      # None: the targets are quantities
     names: Sequence[str] | None = None,  # of the columns, for a table
     places: Sequence[str] | None = None, # what each sample is called, those held out last; None: numbers
+    classes: Sequence[Any] | None = None,  # values or names of the classes; None: numbers
 ) -> DataReport:
     "Look at every sample, column and class of a data set that fits into memory"
     inputs, targets = (torch.cat([a, b]) for a, b in zip(train, valid))
@@ -184,5 +191,5 @@ def report_on(
     if inputs.ndim == 2:
         names = names or [f"column {i}" for i in range(inputs.shape[1])]
         found += odd_columns(inputs, targets, names, places or "sample")
-    if n_classes is not None: found += odd_classes(train[1], valid[1], n_classes)
+    if n_classes is not None: found += odd_classes(train[1], valid[1], n_classes, classes)
     return DataReport(tuple(facts), tuple(found))
