@@ -86,7 +86,8 @@ def repeated_samples(
     ):
         if not which.any(): continue
         pairs = zip(numbered(which.nonzero(), places), numbered(first[which], places))
-        yield Oddity(f"{what} ({int(which.sum())})", mend, tuple(f"{one} (as {other})" for one, other in pairs))
+        items = tuple(f"{one} (as {other})" for one, other in pairs)
+        yield Oddity(f"{what} ({len(items)})", mend, items)
 
 # %% ../../nbs/api/use/05_data_report.ipynb #c0fbb903
 def odd_columns(
@@ -132,7 +133,7 @@ def odd_classes(
     names: Sequence[str] | None = None,  # of the classes; None: numbers
 ) -> Iterator[Oddity]:
     "Classes that are missing or rare, and a class that is nearly all"
-    called = [f"class {i}" for i in range(n_classes)] if names is None else [f"class {name}" for name in names]
+    called = [f"class {name}" for name in (range(n_classes) if names is None else names)]
     here, there = torch.bincount(train, minlength=n_classes), torch.bincount(valid, minlength=n_classes)
     unseen, absent = ((here == 0) & (there > 0)).nonzero(), ((here == 0) & (there == 0)).nonzero()
     rare = ((here > 0) & (here < FEW)).nonzero().flatten().tolist()
