@@ -15,7 +15,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/items.html.md"""
 from __future__ import annotations
 import csv, hashlib, os, re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,13 +213,14 @@ class Beside:
 
 # %% ../../nbs/api/data/04b_items.ipynb #6fde0f26
 def read_all(
-    items: Iterable[Any],
+    items: Any,      # a list, or anything else with items: an iterable, or a length and positions
     reader: Reader,  # a function or a key, as a kind takes it
 ) -> list[Any]:
     "What a reader gets out of each item; raises `ValueError` with the first failures and their number"
     values: list[Any] = []
     failures: list[str] = []
-    for number, item in enumerate(items):
+    every = items if hasattr(items, "__iter__") else (items[i] for i in range(len(items)))
+    for number, item in enumerate(every):
         try: values.append(read_item(item, reader))
         except Exception as error:
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -1,7 +1,8 @@
 """Which samples are trained on and which are held out
 
 A model is judged on samples that it was not trained on. A split says which these are, by their positions in the data set.
-It is a pure function of the number of samples and a seed, so that every process and every later run holds out the same ones.
+It is a pure function of the items and a seed, so that every process and every later run holds out the same ones.
+The ways to split that look at the items, by class, group, folder or time, are in `data.splits_by`.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/splits.html.md"""
 
@@ -9,8 +10,10 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/splits.html.md"""
 
 # %% ../../nbs/api/data/03_splits.ipynb #2d2dffe7
 from __future__ import annotations
+import hashlib, os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 import numpy as np
 import torch
@@ -18,66 +21,166 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import size_of
 from ..core.seeding import check_seed, permutation
+from .items import read_all
+from .kinds import Reader
 
 # %% auto #0
-__all__ = ['Split', 'random_split']
+__all__ = ['Split', 'check_shares', 'count_held_out', 'stable_text', 'item_order', 'random_split']
 
 # %% ../../nbs/api/data/03_splits.ipynb #f2848e9c
+def _nothing() -> Tensor:
+    "No positions."
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     "Positions of the samples to train on and of those held out."
     train: Tensor  # (n_train,) int64
     valid: Tensor  # (n_valid,) int64
+    test: Tensor = field(default_factory=_nothing)  # (n_test,) int64
+    unused: Tensor = field(default_factory=_nothing)  # (n_unused,) int64
 
     def __post_init__(self) -> None:
-        for name, ids in [("train", self.train), ("valid", self.valid)]:
+        seen = _nothing()
+        for name, ids in self.parts().items():
             if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
                 raise ValueError(f"{name} of a split is {describe(ids)}. Expected the positions of samples, "
                                  "an int64 tensor of one dimension.")
-        both = self.train[torch.isin(self.train, self.valid)]
-        if len(both):
-            raise ValueError(f"a split has {len(both)} samples on both sides (first: {both[0].item()}). "
-                             "Expected each sample to be either trained on or held out.")
+            both = ids[torch.isin(ids, seen)]
+            if len(both):
+                first = f"first: {both.min().item()}, also in {name}"
+                raise ValueError(f"a split has {len(both)} samples on both sides ({first}). "
+                                 "Expected each sample to be either trained on or held out.")
+            seen = torch.cat([seen, ids])
 
-# %% ../../nbs/api/data/03_splits.ipynb #de33ed37
-def _count(
-    valid: float | int,  # a fraction or a number of samples
+    def parts(self) -> dict[str, Tensor]:  # train, valid, test, unused
+        "The positions of each part, by its name."
+        return {"train": self.train, "valid": self.valid, "test": self.test, "unused": self.unused}
+
+    def report(self, items: Any = None, *, by: Reader = None) -> str:  # by: a class or number of each item
+        "A table of the size of each part, and of its classes when told how to read them from the items."
+        return _report(self.parts(), [] if items is None else read_all(items, by))
+
+# %% ../../nbs/api/data/03_splits.ipynb #fe53f2e9
+def check_shares(
+    valid: float | int,  # a fraction in (0, 1) or a number, at least 1
+    test: float | int = 0,  # likewise; 0: no test part
+) -> None:
+    "Raise `ValueError` for shares that make no sense for any data."
+    for name, share in [("valid", valid), ("test", test)]:
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if name == "test" and number and share == 0: continue
+        if not number or not (share >= 1 if isinstance(share, int) else 0 < share < 1):
+            raise ValueError(f"{name} is {describe(share)}. Expected a fraction between 0 and 1, such as "
+                             "0.2, or a whole number of samples, such as 100.")
+    if isinstance(valid, float) and isinstance(test, float) and valid + test >= 1:
+        raise ValueError(f"valid={valid} and test={test} leave nothing to train on. Expected a sum below 1.")
+
+
+def count_held_out(
     n: int,  # samples in all
-) -> int:
-    "How many of `n` samples are held out; an error if a side would be empty."
-    n_valid = valid if isinstance(valid, int) else round(valid * n)
-    if 0 < n_valid < n: return n_valid
+    valid: float | int,
+    test: float | int = 0,
+) -> tuple[int, int]:  # to validate with, to test with
+    "How many of `n` samples are held out; raises `ValueError` if a side would be empty."
+    n_valid, n_test = (share if isinstance(share, int) else round(share * n) for share in (valid, test))
+    n_train = n - n_valid - n_test
+    if n_train > 0 and n_valid > 0 and (n_test > 0 or not test): return n_valid, n_test
     if n < 2: raise ValueError(f"a data set of size {n} cannot be split. Expected at least 2 samples.")
-    raise ValueError(f"valid={valid} of {n} samples leaves {max(n - n_valid, 0)} to train on and {n_valid} "
-                     f"held out. Expected a number from 1 to {n - 1}, or a fraction that gives one.")
+    shares, held = f"valid={valid}", f"{n_valid} held out"
+    if test: shares, held = f"{shares} and test={test}", f"{n_valid} and {n_test} held out"
+    raise ValueError(f"{shares} of {n} samples leaves {max(n_train, 0)} to train on and {held}. Expected a "
+                     f"number from 1 to {n - 1}, or a fraction that gives one, and some left to train on.")
 
-# %% ../../nbs/api/data/03_splits.ipynb #bb218600
+# %% ../../nbs/api/data/03_splits.ipynb #62238f25
+def stable_text(
+    value: Any,  # a text, number, date, path or None, or a tuple or list of them
+) -> str:
+    "A text that names a value, the same everywhere; raises `TypeError` for what has none."
+    if isinstance(value, os.PathLike): value = os.fspath(value).replace(os.sep, "/")
+    if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0: value = value.item()
+    if isinstance(value, (tuple, list)): return f"({', '.join(map(stable_text, value))})"
+    if value is None or isinstance(value, (str, bytes, int, float)) or hasattr(value, "isoformat"):
+        return repr(value)
+    raise TypeError(f"{describe(value)} cannot name a group or an item. Expected a text, a number, a date, "
+                    "or a tuple of them.")
+
+
+def item_order(
+    items: Any,  # the items, or without `key` their number
+    seed: int,  # in [0, 2**63)
+    key: Reader = None,  # what names an item; None: its position
+) -> Tensor:  # (n,) int64, each of 0 ... n-1 once
+    "A random order of items, in which splits hold out the first; with `key`, whatever order they stand in."
+    if key is None: return permutation(_n_samples(items), seed, _SPLIT_EPOCH)
+    if isinstance(items, int): raise TypeError(f"key={describe(key)} needs the items, and got their number.")
+    names = [stable_text(name) for name in read_all(items, key)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice: raise ValueError(f"{len(twice)} names belong to several items (first: {twice[0]}). Expected a "
+                               "key that names each item, such as the path of its file.")
+    salt = check_seed(seed).to_bytes(8, "little")
+    hashes = [hashlib.blake2b(name.encode(), digest_size=8, key=salt).digest() for name in names]
+    return torch.tensor(sorted(range(len(names)), key=lambda i: (hashes[i], names[i])), dtype=torch.int64)
+
+
 _SPLIT_EPOCH = 2**63 - 1
-
-
-def random_split(
-    *,
-    valid: float | int = 0.2,  # held out: a fraction in (0, 1), rounded to whole samples, or a number
-    seed: int = 0,  # in [0, 2**63); another seed holds out others
-) -> Callable[[int | Sized], Split]:  # takes a number of samples, or the data itself
-    "Hold out samples chosen at random."
-    check_seed(seed)
-    number = isinstance(valid, (int, float)) and not isinstance(valid, bool)
-    if not number or not (valid >= 1 if isinstance(valid, int) else 0 < valid < 1):
-        raise ValueError(f"valid is {describe(valid)}. Expected a fraction between 0 and 1, such as 0.2, "
-                         "or a whole number of samples, such as 100.")
-
-    def split(data: int | Sized) -> Split:
-        "The positions of the samples to train on and to hold out."
-        n = _n_samples(data)
-        n_valid = _count(valid, n)
-        order = permutation(n, seed, _SPLIT_EPOCH)
-        return Split(train=order[n_valid:].sort().values, valid=order[:n_valid].sort().values)
-
-    return split
 
 
 def _n_samples(data: Any) -> int:
     "The number of samples: an int says it, a tensor or nesting has it, anything else has a length."
     if isinstance(data, int): return data
     return size_of(data) if isinstance(data, (Tensor, np.ndarray, list, tuple, Mapping)) else len(data)
+
+# %% ../../nbs/api/data/03_splits.ipynb #bced84bb
+def random_split(
+    *,
+    valid: float | int = 0.2,  # held out: a fraction in (0, 1), rounded to whole samples, or a number
+    test: float | int = 0,  # held out for the end: likewise; 0: none
+    seed: int = 0,  # in [0, 2**63); another seed holds out others
+    key: Reader = None,  # what names an item, such as its path; None: its position
+) -> Callable[[int | Sized], Split]:  # takes a number of samples, or the data itself
+    "Hold out samples chosen at random."
+    check_seed(seed)
+    check_shares(valid, test)
+
+    def split(data: int | Sized) -> Split:
+        "The positions of the samples to train on and to hold out."
+        n_valid, n_test = count_held_out(_n_samples(data), valid, test)
+        parts = item_order(data, seed, key).split([n_valid, n_test, _n_samples(data) - n_valid - n_test])
+        chosen, last, rest = (part.sort().values for part in parts)
+        return Split(train=rest, valid=chosen, test=last)
+
+    return split
+
+# %% ../../nbs/api/data/03_splits.ipynb #72869874
+_MOST_CLASSES = 10  # columns of a report; further classes are counted together
+
+
+def _cells(part: list[Any], classes: list[str] | None) -> list[str]:
+    "What a report says about the values in one part: counts of classes, or mean and ends of numbers."
+    if not part: return ["-"] * (3 if classes is None else len(classes) + 1)
+    if classes is None: return [f"{fn(part):.4g}" for fn in (np.mean, min, max)]
+    counts = Counter(map(stable_text, part))
+    shown = [counts[text] for text in classes]
+    return [f"{count} ({count / len(part):.1%})" for count in [*shown, len(part) - sum(shown)]]
+
+
+def _report(parts: Mapping[str, Tensor], values: list[Any]) -> str:
+    "The table of `Split.report`."
+    names = {stable_text(value): str(value) for value in values}
+    counts = Counter(map(stable_text, values))
+    many = len(counts) > _MOST_CLASSES
+    classes: list[str] | None = sorted(counts, key=lambda text: (-counts[text], text))[:_MOST_CLASSES]
+    header = [*(names[text] for text in classes or ()), f"{len(counts) - _MOST_CLASSES} others"]
+    if many and all(isinstance(value, (int, float)) for value in values):
+        classes, header = None, ["mean", "min", "max"]
+    columns = len(header) if many else len(header) - 1
+    total = sum(map(len, parts.values()))
+    rows = [["part", "items", "share", *header[:columns]]]
+    for name, ids in parts.items():
+        if len(ids) == 0 and name in ("test", "unused"): continue
+        cells = _cells([values[i] for i in ids.tolist()], classes) if values else []
+        rows.append([name, str(len(ids)), f"{len(ids) / max(total, 1):.1%}", *cells[:columns]])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
