@@ -11,10 +11,10 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/loaders.html.md"""
 # %% ../../nbs/api/data/01_loaders.ipynb #e9046095
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +27,20 @@ from .batch import Batch, count_samples, to_batch
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader', 'named_sets',
-           'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
+__all__ = ['Sampler', 'Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader',
+           'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
+class Sampler(Protocol):
+    "Which samples make up which batch; a pure function of its arguments"
+    def batches(self, rows: Tensor, epoch: int, seed: int, batch_size: int, drop_last: bool) -> Sequence[Tensor]: ...
+
+    def n_batches(self, rows: Tensor, batch_size: int, drop_last: bool) -> int: ...
+
 @dataclass(eq=False)
 class Loader:
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
-    fetch: Callable[[Tensor], Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these
+    fetch: Callable[..., Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these
     rows: Tensor = field(repr=False)  # (n_samples,) int64, the positions this loader may use
     _: KW_ONLY
     batch_size: int = 64              # samples in a batch, over all ranks together
@@ -44,20 +50,29 @@ class Loader:
     epoch: int = 0                    # which epoch the next `for` loop over the loader runs through
     rank: int = 0                     # which part of each batch is yielded
     world_size: int = 1               # in how many parts each batch is divided
+    sampler: Sampler | None = None    # which samples make up which batch; None: all, as `shuffle` says
 
     def __post_init__(self) -> None: check_loader(self)
 
     def __len__(self) -> int:
         n, size = len(self.rows), self.batch_size
+        if self.sampler is not None: return self.sampler.n_batches(self.rows, size, self.drop_last)
         return n // size if self.drop_last else -(-n // size)
+
+    def index_batches(self, epoch: int) -> Sequence[Tensor]:  # each (batch,) int64, for all ranks together
+        "Which samples are in which batch of an epoch"
+        if self.sampler is not None:
+            return self.sampler.batches(self.rows, epoch, self.seed, self.batch_size, self.drop_last)
+        order = self.rows[permutation(len(self.rows), self.seed, epoch)] if self.shuffle else self.rows
+        return order.split(self.batch_size)[:len(self)]
 
     def batches(self,
         epoch: int,      # decides the order, together with the seed
         start: int = 0,  # index of the first batch to yield
+        device: torch.device | None = None,  # where they are going to be used; None: nobody knows yet
     ) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        order = self.rows[permutation(len(self.rows), self.seed, epoch)] if self.shuffle else self.rows
-        for ids in order.split(self.batch_size)[start:len(self)]:
+        for ids in self.index_batches(epoch)[start:]:
             yield self.fetch(ids if self.world_size == 1 else ids.tensor_split(self.world_size)[self.rank])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -66,7 +81,13 @@ class Loader:
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each exactly once, in the order of the data set"
-        return replace(self, rows=self.rows.sort().values, shuffle=False, drop_last=False)
+        if not self.shuffle and not self.drop_last and self.sampler is None and self.is_sorted: return self
+        return replace(self, rows=self.rows.sort().values, shuffle=False, drop_last=False, sampler=None)
+
+    @property
+    def is_sorted(self) -> bool:
+        "Whether the positions are in order"
+        return bool((self.rows[1:] > self.rows[:-1]).all())
 
     def shard(self, rank: int, world_size: int) -> Loader:
         "The part of every batch that belongs to one of several ranks; no sample is repeated to fill up"
@@ -223,17 +244,29 @@ class Loaders:
         *,
         batch_size: int | None = None,  # samples in a batch, over all ranks together; for a `Dataset` only
         seed: int | None = None,        # decides the order of a `Dataset`; None: drawn from torch's generator
+        data: Any = None,               # the `Data` that the batches come from; it knows what they mean
     ) -> None:
         if seed is None: seed = draw_seed() if isinstance(train, Dataset) else 0  # only its order needs one
         self.train = as_loader(train, "train", batch_size, True, seed)
         self.valid_sets = {name: as_loader(part, name, batch_size, False, seed)
                            for name, part in named_sets(valid).items()}
         self.test = None if test is None else as_loader(test, "test", batch_size, False, seed)
+        self.data = data
 
     @property
     def valid(self) -> Any:
         "The validation loader; a dict of them when they have names; None when there is none"
         return self.valid_sets.get("valid") if set(self.valid_sets) <= {"valid"} else self.valid_sets
+
+    def show_batch(self,
+        n: int = 9,             # samples, at most
+        which: str = "train",   # or "valid", "test"
+    ) -> Any:
+        "A batch as people see it: pictures, or a table; raises `ValueError` for tensors that nobody explained"
+        if self.data is None:
+            raise ValueError("nobody said what these batches mean, so they cannot be shown; describe the fields by a "
+                             "Data(...) and take its loaders(), or plot the tensors of next(iter(loaders.train))")
+        return self.data.show_batch(getattr(self, which), n)
 
     @classmethod
     @checked_keywords

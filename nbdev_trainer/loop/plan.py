@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.duration import Duration
@@ -246,9 +247,10 @@ def open_epoch(
     epoch: int,                                # over the whole run, from 0
     start: int,                                # batches of the epoch that are done
     at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave then; None: it begins now
+    device: torch.device | None = None,        # where they are going to be used
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
-    if isinstance(loader, Loader): return loader.batches(epoch, start)
+    if isinstance(loader, Loader): return loader.batches(epoch, start, device)
     if start == 0 or isinstance(loader, Iterator): return iter(loader)
     now = rng_state()
     if at_epoch_start is not None:
