@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['translation', 'scaling', 'rotation', 'shearing', 'compose', 'about', 'perspective', 'transform_points',
+__all__ = ['Points', 'translation', 'scaling', 'rotation', 'shearing', 'compose', 'about', 'perspective', 'transform_points',
            'points_inside', 'transform_boxes', 'to_units', 'on_device', 'sampling_grid', 'warp', 'crop', 'reflected',
            'rescale', 'resample', 'whole', 'rescale_and_crop', 'shrink', 'Placement']
 
@@ -103,41 +103,42 @@ def perspective(
     return np.concatenate([numbers, np.ones((*numbers.shape[:-1], 1))], -1).reshape(*numbers.shape[:-1], 3, 3)
 
 # %% ../../nbs/api/data/07_geometry.ipynb #a3f885b5
+Points = TypeVar("Points", np.ndarray, Tensor)
+
 def transform_points(
-    points: Tensor,              # (..., n, 2) as x, y
-    matrix: np.ndarray | Tensor,  # (3, 3), or (..., 3, 3) with one matrix for each group of n points
-) -> Tensor:  # (..., n, 2)
+    points: Points,  # (..., n, 2) as x, y
+    matrix: Points,  # (3, 3), or (..., 3, 3) with one matrix for each group of n points
+) -> Points:  # (..., n, 2)
     "Where the points go; NaN stays NaN"
-    flat = isinstance(matrix, np.ndarray) and bool((matrix[..., 2, :2] == 0).all())
-    matrix = torch.as_tensor(matrix, dtype=points.dtype, device=points.device)
-    moved = points @ matrix[..., :2, :2].mT + matrix[..., None, :2, 2]
-    if flat: return moved
+    moved = points @ matrix[..., :2, :2].swapaxes(-1, -2) + matrix[..., None, :2, 2]
     depth = points @ matrix[..., 2, :2, None] + matrix[..., None, 2:, 2]
-    return moved / depth.clamp(min=1e-6)
+    return moved / depth.clip(1e-6)
 
 def points_inside(
-    points: Tensor,         # (..., 2) as x, y
+    points: Points,         # (..., 2) as x, y
     size: tuple[int, int],  # height and width of the picture
-) -> Tensor:  # (...) bool
+) -> Points:  # (...) bool
     "Which points are in the picture, its edges included; a missing point is not"
-    limits = points.new_tensor([size[1], size[0]])
-    return ((points >= 0) & (points <= limits)).all(-1)
+    x, y = points[..., 0], points[..., 1]
+    return (x >= 0) & (y >= 0) & (x <= size[1]) & (y <= size[0])
 
 # %% ../../nbs/api/data/07_geometry.ipynb #7a1a9bc1
 def transform_boxes(
-    boxes: Tensor,                # (n, 4) as x1, y1, x2, y2
-    matrix: np.ndarray | Tensor,  # (3, 3), or (n, 3, 3) with one for each box
-    size: tuple[int, int] | Tensor,  # height and width of the new picture; (n, 2) with one for each box
-    min_visible: float = 0.0,     # the share of a box that must be in the picture, in [0, 1]
-) -> tuple[Tensor, Tensor]:  # (n, 4) boxes, (n,) bool: which of them to keep
+    boxes: Points,   # (n, 4) as x1, y1, x2, y2
+    matrix: Points,  # (3, 3), or (n, 3, 3) with one for each box
+    size: Any,       # height and width of the new picture; or (n, 2), with one for each box
+    min_visible: float = 0.0,  # the share of a box that must be in the picture, in [0, 1]
+) -> tuple[Points, Points]:  # (n, 4) boxes, (n,) bool: which of them to keep
     "The boxes in the new picture, and which of them are still in it"
-    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(-1, 4, 2)
-    low, high = transform_points(corners, matrix).aminmax(dim=1)
-    limits = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device).flip(-1)
-    cut = torch.stack([low, high], 1).clamp(min=0).minimum(limits.view(-1, 1, 2))
-    visible, whole = (cut[:, 1] - cut[:, 0]), (high - low)
-    keep = (visible > 0).all(1) & (visible.prod(1) >= min_visible * whole.prod(1))
-    return cut.flatten(1), keep
+    of: Any = torch if isinstance(boxes, Tensor) else np
+    corners = transform_points(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), matrix)
+    low, high = of.amin(corners, 1), of.amax(corners, 1)
+    limits = of.asarray(size, dtype=low.dtype)[..., [1, 0]]
+    first, last = of.minimum(low.clip(0), limits), of.minimum(high.clip(0), limits)
+    visible, all_of_it = (last - first).clip(0), high - low
+    area = visible[:, 0] * visible[:, 1]
+    keep = (area > 0) & (area >= min_visible * all_of_it[:, 0] * all_of_it[:, 1])
+    return of.concatenate([first, last], 1), keep
 
 # %% ../../nbs/api/data/07_geometry.ipynb #f9a08674
 def to_units(size: tuple[int, int]) -> np.ndarray:
@@ -279,7 +280,9 @@ def shrink(
 ) -> tuple[Tensor, np.ndarray]:
     "The picture scaled down beforehand if the matrix makes it less than two thirds, and what is left to do"
     height, width = image.shape[-2:]
-    across, down = np.hypot(*matrix[:2, :2]).clip(1e-6, 1)  # how long a step to the right, and down, becomes
+    corners = transform_points(np.array([[0, 0], [width, 0], [width, height], [0, height]], float), matrix)
+    sides = np.hypot(*(corners - np.roll(corners, 1, 0)).T)  # how long left, top, right and bottom become
+    across, down = min(1, max(sides[1], sides[3]) / width), min(1, max(sides[0], sides[2]) / height)
     if min(across, down) > 2 / 3: return image, matrix
     smaller = max(1, round(height * down)), max(1, round(width * across))
     return rescale(image, smaller), matrix @ scaling(width / smaller[1], height / smaller[0])
@@ -306,10 +309,11 @@ class Placement:
 
     def boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         "The new boxes, and which of them are left"
-        return transform_boxes(boxes, self.matrix, self.size, self.min_visible)
+        moved, keep = transform_boxes(boxes.numpy(), self.matrix, self.size, self.min_visible)
+        return torch.from_numpy(moved).to(boxes.dtype), torch.from_numpy(keep)
 
     def points(self, points: Tensor) -> Tensor:
         "The new points, NaN where one has left the picture"
-        moved = transform_points(points.view(-1, 2), self.matrix)
-        moved = moved.where(points_inside(moved, self.size)[:, None], float("nan"))
-        return moved.view(points.shape)
+        moved = transform_points(points.numpy().reshape(-1, 2), self.matrix)
+        moved[~points_inside(moved, self.size)] = np.nan
+        return torch.from_numpy(moved).to(points.dtype).view(points.shape)
