@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,6 @@ class Kind:
     _: KW_ONLY
     collation: str = "stack"     # how values become a batch: "stack", "pad" or "list"
     per: str | None = None       # the name of a Boxes or Points field, of which this holds one value for each
-    learns: ClassVar[bool] = False  # whether `fit` wants to see the training items
 
     def __post_init__(self) -> None:
         if self.collation not in ("stack", "pad", "list"):
@@ -101,6 +100,11 @@ class Kind:
     def read(self, item: Any) -> Any:
         "The raw value in an item"
         return read_item(item, self.reader)
+
+    @property
+    def must_learn(self) -> bool:
+        "Whether `fit` must see the training items before anything can be encoded"
+        return False
 
     def fit(self, raws: Iterable[Any]) -> None:
         "Learn from the raw values of the training items"
@@ -189,13 +193,16 @@ class Numbers(Kind):
     mean: list[float] | None = None     # of the training items; learnt
     std: list[float] | None = None      # likewise
     fill: list[float] | None = None     # what stands for a missing value; learnt
-    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.missing is None or self.missing in ("mean", "median")
         if not known and not isinstance(self.missing, (int, float)):
             raise ValueError(f"missing is {self.missing!r}; expected 'mean', 'median', a number, or None")
+
+    @property
+    def must_learn(self) -> bool:
+        return self.standardize and self.mean is None or self.missing is not None and self.fill is None
 
     def listed(self, raw: Any) -> list[Any]:
         "The raw value as a list"
@@ -268,7 +275,9 @@ class Category(Kind):
     "One of several classes; with `per=`, one for each box or point"
     _: KW_ONLY
     vocab: Sequence[Any] | None = None  # the classes in the order of their numbers; None: learnt
-    learns: ClassVar[bool] = True
+
+    @property
+    def must_learn(self) -> bool: return self.vocab is None
 
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is None:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,13 +66,15 @@ class Text(Tokens):
     min_count: int = 1                        # a token must be there so often in the training texts
     ends: bool = False                        # put a start and an end around each text
     vocab: Sequence[str] | None = None        # in the order of their numbers; None: learnt
-    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.tokenizer, str) and self.tokenizer not in TOKENIZERS:
             raise ValueError(f"tokenizer is {self.tokenizer!r}. "
                              f"{did_you_mean(self.tokenizer, TOKENIZERS, what='tokenizer')}")
+
+    @property
+    def must_learn(self) -> bool: return self.vocab is None
 
     def split(self, raw: Any) -> list[str]:
         "The tokens in a text; raises `TypeError` for what is no text"
@@ -142,15 +144,14 @@ class Series(Kind):
 class Audio(Series):
     "A recording: (channels, samples) float32 from -1 to 1"
     _: KW_ONLY
-    sample_rate: int | None = None  # in Hz; None: that of the first recording
+    sample_rate: int | None = None  # in Hz; None: not checked
 
     def encode(self, raw: Any) -> Tensor:
         if not isinstance(raw, tuple) or len(raw) != 2:
             raise TypeError(f"a recording is {describe(raw)}; expected its samples and its rate, (samples, rate), as "
                             "read_wav gives")
         samples, rate = raw
-        if self.sample_rate is None: self.sample_rate = int(rate)
-        if rate != self.sample_rate:
+        if self.sample_rate not in (None, rate):
             raise ValueError(f"a recording has {rate} samples a second; expected {self.sample_rate}. Bring all to one "
                              "rate, for example with scipy.signal.resample_poly")
         return super().encode(samples)
