@@ -2,7 +2,7 @@
 
 A model is judged on samples that it was not trained on. A split says which these are, by their positions in the data set.
 It is a pure function of the items and a seed, so that every process and every later run holds out the same ones.
-The ways to split that look at the items, by class, group, folder or time, are in `data.splits_by`.
+The ways to split that look at the items, by class, group, folder or time, are in `data.splits_by`; `data.leaks` looks for what is on both sides.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/splits.html.md"""
 
