@@ -1,7 +1,10 @@
-"""A small data set that comes with the library
+"""A small data set that comes with the library, and a dozen and more that are fetched by name
 
 Examples and tests need real data that is there at once: without a download, and small enough to train on in seconds.
 The handwritten digits of Alpaydin and Kaynak are both. They are in the package, in 45 kB.
+
+Others are known by name: `fetch("mnist")` gives the folder with its files, unpacked. It downloads them once, or takes them
+from a folder of one's own, where there is no network.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/datasets.html.md"""
 
@@ -9,13 +12,21 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/datasets.html.md"""
 
 # %% ../../nbs/api/data/05_datasets.ipynb #55e9b674
 from __future__ import annotations
+import os, shutil
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from ..core.errors import require
+from ..core.messages import tell
+from .archives import new_folder, unpack
+from .catalog import KnownFile, KnownSet, known_set
+from .download import check_file, download, locked
 
 # %% auto #0
-__all__ = ['digits']
+__all__ = ['digits', 'data_folder', 'cache_folder', 'fetch']
 
 # %% ../../nbs/api/data/05_datasets.ipynb #122e7951
 def digits() -> tuple[Tensor, Tensor]:  # images (1797, 1, 8, 8) float32 in [0, 1]; labels (1797,) int64
@@ -24,3 +35,95 @@ def digits() -> tuple[Tensor, Tensor]:  # images (1797, 1, 8, 8) float32 in [0, 
         archive = np.load(file, allow_pickle=False)
         images, labels = archive["images"], archive["labels"]
     return torch.from_numpy(images).float().div(16).unsqueeze(1), torch.from_numpy(labels).long()
+
+# %% ../../nbs/api/data/05_datasets.ipynb #0cc3915f
+def data_folder() -> Path | None:
+    "The folder with sets that are there already, as NBDEV_TRAINER_DATA names it; None if it does not."
+    named = os.environ.get("NBDEV_TRAINER_DATA", "")
+    if not named: return None
+    folder = Path(named).expanduser()
+    if folder.is_dir(): return folder
+    raise FileNotFoundError(f"NBDEV_TRAINER_DATA is {named!r}, and there is no such folder. Expected a folder that "
+                            "holds a folder for each data set; set the variable to one, or unset it.")
+
+
+def cache_folder() -> Path:
+    "The folder for what is downloaded: NBDEV_TRAINER_CACHE, or the system's place for caches."
+    if named := os.environ.get("NBDEV_TRAINER_CACHE", ""): return Path(named).expanduser()
+    return Path(require("pooch", extra="datasets", why="fetch()").os_cache("nbdev_trainer"))
+
+# %% ../../nbs/api/data/05_datasets.ipynb #1d9c2910
+def _bring(
+    file: KnownFile,
+    given: Path | None,  # a folder that may hold it
+    downloads: Path,     # where it is kept while the set is not complete
+    target: Path,        # gets the file, or what is in it
+    progress: bool,
+) -> None:
+    "Put one file of a set into the folder that will be the finished one."
+    if given and not (given/file.name).is_file() and (given/f"{file.name}.gz").is_file():
+        unpack(given/f"{file.name}.gz", target)
+        return check_file(target/file.name, sha256=file.sha256, size=file.size)
+    path = given/file.name if given else downloads/file.name
+    expected: Any = dict(sha256=file.sha256, size=file.size)
+    if given and path.is_file(): check_file(path, **expected)
+    elif file.url is None: raise FileNotFoundError(f"'{path}' is missing, and it cannot be downloaded.")
+    else: path = download(file.url, downloads/file.name, progress=progress, **expected)
+    if file.is_archive: unpack(path, target)
+    else: shutil.copyfile(path, target/file.name)
+
+# %% ../../nbs/api/data/05_datasets.ipynb #f192b1b0
+def _is_ready(
+    known: KnownSet,
+    folder: Path | None,  # may hold the set, unpacked
+) -> bool:
+    "Is all that the layout of a set names in `folder`? Files that the catalog knows must then be right."
+    if folder is None or not all((folder/path).exists() for path in known.layout): return False
+    for file in known.files:
+        if not file.is_archive and (folder/file.name).is_file():
+            check_file(folder/file.name, sha256=file.sha256, size=file.size)
+    return True
+
+
+def _check_source(
+    known: KnownSet,
+    given: Path | None,  # its folder in NBDEV_TRAINER_DATA, if there is one
+) -> None:
+    "Raise `FileNotFoundError` when a set can neither be downloaded nor is there."
+    there = {path.name for path in given.iterdir()} if given else set()
+    fixed = [file.name for file in known.files if not file.url]
+    missing = [name for name in fixed if name not in there and f"{name}.gz" not in there]
+    if not missing: return
+    raise FileNotFoundError(
+        f"the data set {known.name!r} cannot be downloaded: {known.repacked or 'it has no address'}. "
+        f"Get it from {known.homepage}, put {', '.join(known.layout)} into a folder named {known.name!r}, "
+        "and set the environment variable NBDEV_TRAINER_DATA to the folder which that one is in. "
+        + (f"Now '{given}' lacks {', '.join(missing)}." if given else "Now there is no such folder."))
+
+# %% ../../nbs/api/data/05_datasets.ipynb #2c5ddfe9
+def fetch(
+    name: str | KnownSet,             # a name from `datasets()`, or a set of your own
+    folder: str | Path | None = None, # for what is downloaded and unpacked; None: `cache_folder()`
+    *,
+    progress: bool = True,            # show a bar when a download takes more than a second
+) -> Path:  # the folder with the files that `known_set(name).layout` names; please do not write to it
+    "The folder of a data set: from NBDEV_TRAINER_DATA if it is there, else downloaded, once."
+    known = known_set(name) if isinstance(name, str) else name
+    parent = data_folder()
+    given = parent/known.name if parent and (parent/known.name).is_dir() else None
+    if given and _is_ready(known, given): return given
+    root = Path(folder).expanduser() if folder else cache_folder()
+    ready, downloads = root/f"{known.name}-{known.digest}", root/f"{known.name}-{known.digest}.downloads"
+    if ready.is_dir(): return ready
+    _check_source(known, given)
+    with locked(ready):
+        if ready.is_dir(): return ready  # another process has made it meanwhile
+        tell(f"{known.name}: {known.about} Licence: {known.licence}.")
+        for left in root.glob(f".{ready.name}.*.tmp"): shutil.rmtree(left)  # a process was killed
+        with new_folder(ready) as temporary:
+            for file in known.files: _bring(file, given, downloads, temporary, progress)
+            if missing := [path for path in known.layout if not (temporary/path).exists()]:
+                raise FileNotFoundError(f"the files of {known.name!r} do not hold {', '.join(missing)}. "
+                                        "Expected what its layout names.")
+        shutil.rmtree(downloads, ignore_errors=True)
+    return ready
