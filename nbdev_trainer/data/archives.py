@@ -145,7 +145,6 @@ def _copy(
 ) -> int:  # bytes written
     "Write what `source` gives, up to one piece more than `limit`."
     written = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
     with source, path.open("xb") as file:
         while written <= limit and (piece := source.read(1 << 18)): written += file.write(piece)
     return written
@@ -165,6 +164,7 @@ def unpack(
         needed, free = sum(member.size for member in places.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(f"'{archive}' needs {needed:,} bytes, and '{folder}' has {free:,} free. Make room.")
+        for above in {place.parent for place in places}: (folder/above).mkdir(parents=True, exist_ok=True)
         for place, member in places.items():
             if (source := open_member(member)) is None: continue
             limit = member.size if member.entry else max_bytes
