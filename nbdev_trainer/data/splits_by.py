@@ -57,8 +57,6 @@ def _allot(
             once_more = counts[name] == sizes[name] * n // total and sizes[name] * n % total > 0
             room = sizes[name] - taken[name] - counts[name] > spare
             if once_more and room and sum(counts.values()) < n: counts[name] += 1
-    for name in by_remainder:  # in rare cases of tiny classes, more than one from a class
-        counts[name] += min(n - sum(counts.values()), sizes[name] - taken[name] - counts[name])
     return counts
 
 # %% ../../nbs/api/data/03b_splits_by.ipynb #08088fc4
