@@ -11,6 +11,9 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/sources.html.md"""
 # %% ../../nbs/api/data/10b_sources.ipynb #9404c460
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random as python_random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +35,7 @@ from .workers import Task
 
 # %% auto #0
 __all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'path_of',
-           'name_of_item', 'Read', 'ItemSource']
+           'name_of_item', 'key_of', 'Read', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
 LOCAL = threading.local()  # a generator for each thread
@@ -117,6 +120,17 @@ def name_of_item(
     path = path_of(item)
     return f"item {position} {path!r}" if path else f"item {position} ({describe(item, depth=1)})"
 
+def key_of(
+    item: Any,
+    position: int,
+    told: str,  # what the kinds say of themselves
+) -> str:
+    "What an encoded sample is kept under: a hash of the item, of its file, and of the kinds"
+    path = path_of(item)
+    file = os.stat(path) if path and os.path.isfile(path) else None
+    facts = [position, path, None if file is None else [file.st_size, file.st_mtime_ns], told]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
 # %% ../../nbs/api/data/10b_sources.ipynb #f35657da
 class Read(NamedTuple):
     "What a worker sends: the samples of a batch, collated, on the CPU"
@@ -135,7 +149,7 @@ class ItemSource:
     _: KW_ONLY
     weights: str | None = None                 # the field with a weight for each sample
     transforms: Sequence[Any] = ()             # for each sample
-    train_transforms: Sequence[Any] = ()       # likewise, in training only, before the others
+    train_transforms: Sequence[Any] = ()       # likewise, in training only, after the others
     batch_transforms: Sequence[Any] = ()       # for each batch, on the device
     train_batch_transforms: Sequence[Any] = () # likewise, in training only, before the others
     training: bool = False
@@ -143,11 +157,11 @@ class ItemSource:
     skip_limit: float = 0.05                   # how much may be skipped, as a fraction of `rows`
     rows: Tensor | None = None                 # the positions that are used; what may stand in for another
     skipped: dict[int, str] = field(default_factory=dict)  # what was left out so far, and why
-    cache: Any = None                          # keeps encoded samples; see the page cache
+    cache: Any = None                          # keeps encoded samples, such as a `Cache`
 
     def __post_init__(self) -> None:
-        steps = [*self.train_transforms, *self.transforms] if self.training else list(self.transforms)
-        self.steps = steps
+        steps = [*self.transforms, *self.train_transforms] if self.training else list(self.transforms)
+        self.steps, self.told = steps, "" if self.cache is None else repr([one.describe() for one in self.kinds.values()])
         self.foreign = any(getattr(one, "foreign", False) for one in steps)
 
     def for_evaluation(self) -> ItemSource:
@@ -158,15 +172,16 @@ class ItemSource:
 
     def encoded(self, position: int, stage: list[str]) -> dict[str, Tensor]:
         "The fields of an item as tensors; `stage` is told what is being done"
-        if self.cache is not None and (kept := self.cache.get(position)) is not None: return kept
-        stage[0] = "finding it"
         item, sample = self.items[position], {}
+        if self.cache is not None:
+            stage[0], key = "looking into the cache", key_of(item, position, self.told)
+            if (kept := self.cache.get(key)) is not None: return kept
         for name, kind in self.kinds.items():
             stage[0] = f"reading the field {name!r}"
             raw = kind.read(item)
             stage[0] = f"encoding the field {name!r} as {type(kind).__name__}"
             sample[name] = kind.encode(raw)
-        if self.cache is not None: self.cache.put(position, sample)
+        if self.cache is not None: self.cache.put(key, sample)
         return sample
 
     def sample(self,
@@ -230,6 +245,13 @@ class ItemSource:
         "The batch, as the model takes it"
         if read.skipped: self.note_skipped(read.skipped)
         if read.values is None: return None
+        values = self.values(read, device)
+        weights = None if self.weights is None else values[self.weights]
+        return Batch(pick(values, self.inputs), pick(values, self.targets), len(read.ids), torch.tensor(read.ids), weights)
+
+    def values(self, read: Read, device: torch.device | None) -> dict[str, Any]:
+        "The values of a batch by field, on the device and transformed there"
+        assert read.values is not None
         values = read.values if device is None else to_device(read.values, device)
         values = {name: self.kinds[name].arrive(value) for name, value in values.items()}
         steps = [*self.train_batch_transforms, *self.batch_transforms] if self.training else self.batch_transforms
@@ -239,8 +261,7 @@ class ItemSource:
             except Exception as error:
                 error.add_note(f"the batch transform {step!r} failed; the batch: {describe(values, depth=2)}")
                 raise
-        weights = None if self.weights is None else values[self.weights]
-        return Batch(pick(values, self.inputs), pick(values, self.targets), len(read.ids), torch.tensor(read.ids), weights)
+        return values
 
     def note_skipped(self, skipped: Sequence[tuple[int, str]]) -> None:
         "Keep what was skipped; raises `RuntimeError` when it is too much"
