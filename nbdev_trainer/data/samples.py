@@ -26,8 +26,8 @@ from .kinds import Kind
 from .pictures import Boxes, Image, Mask, Points
 
 # %% auto #0
-__all__ = ['Sample', 'Transform', 'size_pair', 'check_number', 'number_range', 'check_fill', 'between', 'picture_size', 'move',
-           'with_outside', 'kept', 'Spatial', 'part_to']
+__all__ = ['Sample', 'Transform', 'size_pair', 'check_number', 'number_range', 'check_fill', 'between', 'fields_of',
+           'picture_size', 'move', 'with_outside', 'kept', 'Spatial', 'part_to']
 
 # %% ../../nbs/api/data/07b_samples.ipynb #784d8740
 Sample = dict[str, Tensor]
@@ -107,6 +107,22 @@ def between(
 ) -> float:
     "The number at a share of the way between two"
     return limits[0] + (limits[1] - limits[0]) * share
+
+# %% ../../nbs/api/data/07b_samples.ipynb #10796886
+def fields_of(
+    owner: Any,  # the transform, for the error
+    sample: Sample,
+    kinds: Mapping[str, Kind],
+    wanted: type[Kind] | tuple[type[Kind], ...],
+) -> list[str]:
+    "The names of the fields of a kind; raises `ValueError` where there is none"
+    names = [name for name in sample if isinstance(kinds[name], wanted)]
+    if not names:
+        known = " or ".join(one.__name__ for one in (wanted if isinstance(wanted, tuple) else (wanted,)))
+        have = ", ".join(f"{name!r} ({type(kinds[name]).__name__})" for name in sample)
+        raise ValueError(f"{type(owner).__name__} found no field of the kind {known}; the sample has {have}. "
+                         "Leave the transform out, or give a field that kind")
+    return names
 
 # %% ../../nbs/api/data/07b_samples.ipynb #a4ed8690
 def picture_size(
