@@ -22,7 +22,8 @@ from torch import Tensor
 from .errors import describe
 
 # %% auto #0
-__all__ = ['check_seed', 'seed_everything', 'rng_state', 'set_rng_state', 'isolated_rng', 'hash64', 'permutation']
+__all__ = ['check_seed', 'seed_everything', 'rng_state', 'set_rng_state', 'isolated_rng', 'hash64', 'permutation', 'subkeys',
+           'uniforms']
 
 # %% ../../nbs/api/core/02_seeding.ipynb #f1198fc8
 def check_seed(
@@ -123,3 +124,20 @@ def permutation(
     "The order of `n` samples in an epoch: a pure function, the same on every machine."
     hashes = hash64(seed, epoch, np.arange(check_seed(n, "n")))
     return torch.from_numpy(np.argsort(hashes, kind="stable").astype(np.int64, copy=False))
+
+# %% ../../nbs/api/core/02_seeding.ipynb #17e207a0
+def subkeys(
+    keys: np.ndarray,  # (n,) uint64
+    number: int,       # which of several uses of the keys, at least 0
+) -> np.ndarray:  # (n,) uint64
+    "Other keys for the same samples; keys that differ stay different."
+    keys = _mix(np.asarray(keys, dtype=np.uint64))
+    return _mix(keys + np.uint64((check_seed(number, "number") + 1) * _GOLDEN & _MASK))
+
+def uniforms(
+    keys: np.ndarray,  # (n,) uint64
+    count: int,        # numbers for each key
+) -> np.ndarray:  # (n, count) float64 in [0, 1)
+    "Random-looking numbers for each key: a pure function of the key."
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return (_mix(np.asarray(keys, dtype=np.uint64)[:, None] + steps) >> np.uint64(11)) * 2.0**-53
