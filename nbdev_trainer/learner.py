@@ -168,7 +168,8 @@ class Learner:
         self.model, where = model, find_device(device)
         move_model(model, where)
         if str(device) == "auto": tell(f"device: {where}", shown)
-        step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown)
+        usual = None if self.loaders.data is None else self.loaders.data.loss_fn()
+        step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown, usual)
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
             step.loss.loss_fn.to(where)  # class weights, for example
         optimizers = make_optimizers(optimizer, model, lr, shown)

@@ -44,7 +44,8 @@ def read_key(
         raise KeyError(f"the item has no {key!r}. {did_you_mean(key, known, what='field')}")
     try: return item[key]
     except (KeyError, IndexError, TypeError) as error:
-        names = item.keys() if hasattr(item, "keys") else range(len(item)) if isinstance(item, Sequence) else ()
+        names: Iterable[Any] = item.keys() if hasattr(item, "keys") else ()
+        if isinstance(item, Sequence): names = range(len(item))
         raise KeyError(f"the item has no {key!r}. {did_you_mean(str(key), map(str, names), what='field')} "
                        f"The item: {describe(item)}") from error
 
@@ -65,9 +66,9 @@ def stack(
     "Tensors of one shape as one tensor; raises `ValueError` naming the first that differs"
     for number, value in enumerate(values):
         if value.shape != values[0].shape:
-            raise ValueError(f"sample {number} of the batch has the shape {tuple(value.shape)}, sample 0 has "
-                             f"{tuple(values[0].shape)}. To stack them they must be equal: bring them to one size "
-                             "by a transform such as Resize, or pass collation='list', or 'pad'")
+            raise ValueError(f"sample {number} of the batch has the shape {tuple(value.shape)}, sample 0 "
+                             f"has {tuple(values[0].shape)}. To stack them they must be equal: bring them "
+                             "to one size by a transform such as Resize, or pass collation='list', or 'pad'")
     return torch.stack(list(values))
 
 def pad(
@@ -111,8 +112,8 @@ class Kind:
 
     def encode(self, raw: Any) -> Tensor:
         "The raw value as a plain tensor; raises `ValueError` or `TypeError` for what it cannot be made of"
-        raise NotImplementedError(f"{type(self).__name__} does not define encode(self, raw), which makes a tensor "
-                                  "of a raw value")
+        raise NotImplementedError(f"{type(self).__name__} does not define encode(self, raw), which makes a "
+                                  "tensor of a raw value")
 
     def decode(self, value: Tensor) -> Any:
         "The raw value again"
@@ -165,7 +166,8 @@ def kind_from(
     name, known = told.pop("kind", None), {one.__name__: one for one in known_kinds()}
     if name not in known:
         raise ValueError(f"the description is of the kind {name!r}, which is not known here. "
-                         f"{did_you_mean(str(name), known, what='kind')} Import the module that defines it first")
+                         f"{did_you_mean(str(name), known, what='kind')} Import the module that defines it "
+                         "first")
     settings = {one.name for one in fields(known[name])}
     if unknown := sorted(told.keys() - settings):
         raise ValueError(f"the description of a {name} has the settings {unknown}, which it does not know; "
@@ -179,8 +181,8 @@ class Array(Kind):
     def encode(self, raw: Any) -> Tensor:
         value = torch.as_tensor(raw)
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{describe(raw)} holds {int((~value.isfinite()).sum())} values that are not finite; "
-                             "fill them in, or leave the item out")
+            raise ValueError(f"{describe(raw)} holds {int((~value.isfinite()).sum())} values that are not "
+                             "finite; fill them in, or leave the item out")
         return value
 
 # %% ../../nbs/api/data/06_kinds.ipynb #311ab2e1
@@ -224,15 +226,16 @@ class Numbers(Kind):
         try: return torch.tensor([math.nan if one is None else float(one) for one in self.listed(raw)],
                                  dtype=torch.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for names") from error
+            raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
+                             "names") from error
 
     def encode(self, raw: Any) -> Tensor:
         value = self.as_floats(raw)
         if not (here := value.isfinite()).all():
             if self.fill is None or value.isinf().any():
                 where = [i for i, one in enumerate(here.tolist()) if not one]
-                raise ValueError(f"{describe(raw)} has no finite number at position {where}; say what to put for a "
-                                 "missing one: missing='median', 'mean' or a number")
+                raise ValueError(f"{describe(raw)} has no finite number at position {where}; say what to "
+                                 "put for a missing one: missing='median', 'mean' or a number")
             value = torch.where(here, value, torch.tensor(self.fill, dtype=torch.float64))
         if self.standardize: value = (value - self.of("mean")) / self.of("std")
         return value.float()
@@ -240,7 +243,8 @@ class Numbers(Kind):
     def of(self, name: str) -> Tensor:
         "What was learnt; raises `ValueError` when nothing was"
         if getattr(self, name) is None:
-            raise ValueError(f"the {name} is not known yet; Data learns it from the training items, or pass {name}=")
+            raise ValueError(f"the {name} is not known yet; Data learns it from the training items, or "
+                             f"pass {name}=")
         return torch.tensor(getattr(self, name), dtype=torch.float64)
 
     def decode(self, value: Tensor) -> Any:
@@ -266,8 +270,9 @@ def sorted_classes(labels: Iterable[Any]) -> list[Any]:
     types = sorted({type(one).__name__ for one in counts})
     if None in counts or len(types) > 1 or any(one != one for one in counts):
         raise ValueError(f"the labels are of the types {', '.join(types)} (such as "
-                         f"{', '.join(repr(one) for one in list(counts)[:4])}); expected one type and none missing. "
-                         "Leave items without a label out, or turn labels into one type in the reader")
+                         f"{', '.join(repr(one) for one in list(counts)[:4])}); expected one type and none "
+                         "missing. Leave items without a label out, or turn labels into one type in the "
+                         "reader")
     return sorted(counts)
 
 @dataclass
@@ -286,14 +291,15 @@ class Category(Kind):
 
     def number_of(self, label: Any) -> int:
         "The number of a class; raises `ValueError` for a label that is no class"
-        if self.vocab is None: raise ValueError("the classes are not known yet; Data learns them, or pass vocab=")
+        if self.vocab is None: raise ValueError("the classes are not known yet; Data learns them, or pass "
+                                                "vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab): self.fit([])
         label = label.item() if hasattr(label, "item") else label
         number = self.numbers.get(label)
         if number is None:
             raise ValueError(f"the label {label!r} is not in the vocabulary. "
-                             f"{did_you_mean(str(label), map(str, self.vocab), what='class')} Correct the label, or "
-                             "say all classes: vocab=[...]")
+                             f"{did_you_mean(str(label), map(str, self.vocab), what='class')} Correct the "
+                             "label, or say all classes: vocab=[...]")
         return number
 
     def encode(self, raw: Any) -> Tensor:

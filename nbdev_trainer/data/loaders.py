@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +24,14 @@ from ..core.errors import checked_keywords, describe
 from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
 from .batch import Batch, count_samples, to_batch
+from .samplers import Sampler
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Sampler', 'Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader',
-           'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
+__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader', 'named_sets',
+           'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
-class Sampler(Protocol):
-    "Which samples make up which batch; a pure function of its arguments"
-    def batches(self, rows: Tensor, epoch: int, seed: int, batch_size: int, drop_last: bool) -> Sequence[Tensor]: ...
-
-    def n_batches(self, rows: Tensor, batch_size: int, drop_last: bool) -> int: ...
-
 @dataclass(eq=False)
 class Loader:
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
@@ -262,10 +257,11 @@ class Loaders:
         n: int = 9,             # samples, at most
         which: str = "train",   # or "valid", "test"
     ) -> Any:
-        "A batch as people see it: pictures, or a table; raises `ValueError` for tensors that nobody explained"
+        "A batch as people see it: pictures or a table; `ValueError` for tensors that nobody explained"
         if self.data is None:
-            raise ValueError("nobody said what these batches mean, so they cannot be shown; describe the fields by a "
-                             "Data(...) and take its loaders(), or plot the tensors of next(iter(loaders.train))")
+            raise ValueError("nobody said what these batches mean, so they cannot be shown; describe the "
+                             "fields by a Data(...) and take its loaders(), or plot the tensors of "
+                             "next(iter(loaders.train))")
         return self.data.show_batch(getattr(self, which), n)
 
     @classmethod

@@ -49,8 +49,9 @@ def open_picture(
         picture = require("PIL.ImageOps", extra="vision", why="reading images").exif_transpose(picture)
     if mode is not None and picture.mode != mode:
         if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"the image has pixels of the mode {picture.mode!r}, which are more than bytes; read "
-                             "them as an Array, with a reader such as lambda path: np.array(PIL.Image.open(path))")
+            raise ValueError(f"the image has pixels of the mode {picture.mode!r}, which are more than "
+                             "bytes; read them as an Array, with a reader such as lambda path: "
+                             "np.array(PIL.Image.open(path))")
         if picture.mode == "P" and "transparency" in picture.info: picture = picture.convert("RGBA")
         picture = picture.convert(mode)
     else: picture.load()
@@ -78,8 +79,9 @@ class Image(Kind):
         "An image that is an array already: (height, width) or (height, width, channels) bytes"
         if pixels.ndim == 2: pixels = pixels.unsqueeze(-1)
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, self.channels):
-            raise ValueError(f"an image is {describe(pixels)}; expected bytes (height, width, {self.channels}), as "
-                             "Pillow and OpenCV give. Arrays of other types are of the kind Array")
+            raise ValueError(f"an image is {describe(pixels)}; expected bytes (height, width, "
+                             f"{self.channels}), as Pillow and OpenCV give. Arrays of other types are of "
+                             "the kind Array")
         return pixels.permute(2, 0, 1).expand(self.channels, -1, -1)
 
     def decode(self, value: Tensor) -> PIL.Image.Image:
@@ -110,8 +112,8 @@ class Mask(Kind):
         array = np.array(raw if isinstance(raw, (np.ndarray, Tensor)) else open_picture(raw, None, False))
         if array.dtype == bool: array = array.astype(np.uint8)
         if array.ndim != 2 or array.dtype.kind not in "ui":
-            raise ValueError(f"a mask is {describe(array)}; expected one whole number for each pixel, (height, "
-                             "width). For colours, say in the reader which is which class")
+            raise ValueError(f"a mask is {describe(array)}; expected one whole number for each pixel, "
+                             "(height, width). For colours, say in the reader which is which class")
         if self.values is not None: array = self.mapped(array)
         value = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int64))
         self.check(value)
@@ -121,7 +123,8 @@ class Mask(Kind):
         "Classes for what a file holds; raises `ValueError` for a value that is not named"
         values = {int(one): number for one, number in (self.values or {}).items()}
         if unknown := sorted(set(np.unique(array).tolist()) - values.keys()):
-            raise ValueError(f"a mask holds {unknown[:5]}, for which values= names no class; it names {list(values)}")
+            raise ValueError(f"a mask holds {unknown[:5]}, for which values= names no class; it names "
+                             f"{list(values)}")
         keys = sorted(values)
         return np.array([values[one] for one in keys])[np.searchsorted(keys, array)]
 
@@ -131,9 +134,10 @@ class Mask(Kind):
         allowed = value < len(self.classes)
         if self.ignore_index is not None: allowed |= value == self.ignore_index
         if not allowed.all():
-            raise ValueError(f"a mask holds the class {int(value[~allowed][0])}; there are {len(self.classes)} classes, "
-                             f"0 to {len(self.classes) - 1}. Name the unlabelled one: ignore_index=, or map what the "
-                             "file holds: values={...}")
+            n = len(self.classes)
+            raise ValueError(f"a mask holds the class {int(value[~allowed][0])}; there are {n} classes, 0 to "
+                             f"{n - 1}. Name the unlabelled one: ignore_index=, or map what the file holds: "
+                             "values={...}")
 
     def decode(self, value: Tensor) -> np.ndarray:
         array = value.cpu().numpy()
@@ -169,7 +173,8 @@ class Boxes(Kind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in FORMATS: raise ValueError(f"format is {self.format!r}; expected one of {FORMATS}")
+        if self.format not in FORMATS: raise ValueError(f"format is {self.format!r}; expected one of "
+                                                        f"{FORMATS}")
 
     def encode(self, raw: Any) -> Tensor:
         value = torch.as_tensor(raw, dtype=torch.float32).reshape(-1, 4) if len(raw) else torch.zeros(0, 4)
@@ -179,8 +184,9 @@ class Boxes(Kind):
         sound = ((value[:, 2:] > value[:, :2]) & value.isfinite().reshape(-1, 2, 2).all(2)).all(1)
         if not sound.all():
             number = int((~sound).nonzero()[0])
-            raise ValueError(f"box {number} of {len(value)} is {list(raw)[number]} in the format {self.format!r}, which "
-                             "has no area; correct it, or leave it out where the annotations are read")
+            raise ValueError(f"box {number} of {len(value)} is {list(raw)[number]} in the format "
+                             f"{self.format!r}, which has no area; correct it, or leave it out where the "
+                             "annotations are read")
         return value
 
     def decode(self, value: Tensor) -> list[list[float]]:
@@ -193,7 +199,8 @@ class Boxes(Kind):
 
     def draw(self, axes: matplotlib.axes.Axes, value: Tensor) -> None:
         for x1, y1, x2, y2 in value.tolist():
-            axes.plot([x1 - .5, x2 - .5, x2 - .5, x1 - .5, x1 - .5], [y1 - .5, y1 - .5, y2 - .5, y2 - .5, y1 - .5],
+            across, down = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
+            axes.plot([x - 0.5 for x in across], [y - 0.5 for y in down],
                       color="lime", linewidth=1.5)
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #7aa3ad5a
@@ -206,13 +213,14 @@ class Points(Kind):
     def encode(self, raw: Any) -> Tensor:
         value = torch.as_tensor(raw, dtype=torch.float32).reshape(-1, 2)
         if self.names is not None and len(value) != len(self.names):
-            raise ValueError(f"there are {len(value)} points; expected {len(self.names)}: {list(self.names)}. Give "
-                             "NaN, NaN for one that is hidden")
+            raise ValueError(f"there are {len(value)} points; expected {len(self.names)}: "
+                             f"{list(self.names)}. Give NaN, NaN for one that is hidden")
         return value
 
     def decode(self, value: Tensor) -> list[list[float]]: return value.cpu().tolist()
 
-    def text(self, value: Tensor) -> str: return f"{int(value.isfinite().all(1).sum())} of {len(value)} points"
+    def text(self,
+             value: Tensor) -> str: return f"{int(value.isfinite().all(1).sum())} of {len(value)} points"
 
     def draw(self, axes: matplotlib.axes.Axes, value: Tensor) -> None:
         axes.plot(*(value.T - 0.5).tolist(), "o", color="red", markersize=4)

@@ -39,9 +39,12 @@ def checked_items(
 ) -> Any:
     "The items; raises `TypeError` for what has no length or no positions, `ValueError` where there is none"
     if hasattr(items, "iloc"):
-        raise TypeError(f"items is a {type(items).__name__}; expected rows: read_rows(table) makes them of it")
-    if not hasattr(items, "__len__") or not hasattr(items, "__getitem__") or isinstance(items, (str, Mapping)):
-        raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such as a list")
+        raise TypeError(f"items is a {type(items).__name__}; expected rows: read_rows(table) makes them of "
+                        f"it")
+    has_positions = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    if not has_positions or isinstance(items, (str, Mapping)):
+        raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such "
+                        f"as a list")
     if len(items) == 0: raise ValueError("items is empty; expected at least one item")
     return items
 
@@ -77,7 +80,7 @@ class Cache:
         self.limit, self.used, self.kept, self.lock = bytes_of(limit), 0, {}, threading.Lock()
         self.folder = None if folder is None else Path(folder)
 
-    def __repr__(self) -> str: return f"Cache({self.limit}, {'in memory' if self.folder is None else str(self.folder)!r})"
+    def __repr__(self) -> str: return f"Cache({self.limit}, {str(self.folder or 'in memory')!r})"
 
     def __getstate__(self) -> dict[str, Any]:  # into a worker process: without what is kept here
         return {**self.__dict__, "kept": {}, "lock": None}
@@ -100,7 +103,8 @@ class Cache:
             if self.folder is None: self.kept[key] = dict(sample)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(self.folder / f"{key}.safetensors", {name: one.contiguous() for name, one in sample.items()})
+            packed = {name: value.contiguous() for name, value in sample.items()}
+            write_tensors(self.folder / f"{key}.safetensors", packed)
 
 # %% ../../nbs/api/data/10d_reading.ipynb #c854cec6
 class MemorySource(ItemSource):
@@ -157,14 +161,14 @@ def check_workers(
         raise ValueError(f"{foreign[0]!r} may draw from global generators, which threads share; use "
                          "workers='processes'")
     if num_workers and workers == "processes" and source.cache is not None and source.cache.folder is None:
-        raise ValueError("a cache in memory is not shared by processes; give it a folder, Cache(folder=...), or use "
-                         "workers='threads'")
+        raise ValueError("a cache in memory is not shared by processes; give it a folder, "
+                         "Cache(folder=...), or use workers='threads'")
     if not in_memory: return
     if num_workers: raise ValueError("in_memory=True reads everything at once; leave out num_workers")
     for one in steps:
         if getattr(one, "random_draws", True):
-            raise ValueError(f"in_memory=True transforms each sample once, so {one!r} would draw once and for all; use "
-                             "a batch transform, or in_memory=False")
+            raise ValueError(f"in_memory=True transforms each sample once, so {one!r} would draw once and "
+                             "for all; use a batch transform, or in_memory=False")
 
 @dataclass
 class Reading:
@@ -189,5 +193,6 @@ class Reading:
         if self.in_memory:
             found = MemorySource(**{one.name: getattr(found, one.name) for one in fields(found)})
             found.keep()
-        return SampleLoader(found, rows, batch_size=batch_size, shuffle=training, drop_last=drop_last, sampler=sampler,
-                            num_workers=self.num_workers, workers=self.workers, timeout=self.timeout, seed=self.seed)
+        return SampleLoader(found, rows, batch_size=batch_size, shuffle=training, drop_last=drop_last,
+                            sampler=sampler, num_workers=self.num_workers, workers=self.workers,
+                            timeout=self.timeout, seed=self.seed)

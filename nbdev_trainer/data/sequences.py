@@ -41,8 +41,9 @@ class Tokens(Kind):
     def encode(self, raw: Any) -> Tensor:
         value = torch.as_tensor(raw, dtype=torch.int64)[:self.max_length]
         if value.ndim != 1: raise ValueError(f"tokens are {describe(raw)}; expected a list of whole numbers")
-        if len(value) and self.n_tokens is not None and not 0 <= int(value.min()) <= int(value.max()) < self.n_tokens:
-            raise ValueError(f"tokens from {int(value.min())} to {int(value.max())}; expected 0 to "
+        low, high = (int(value.min()), int(value.max())) if len(value) else (0, 0)
+        if self.n_tokens is not None and not 0 <= low <= high < self.n_tokens:
+            raise ValueError(f"tokens from {low} to {high}; expected 0 to "
                              f"{self.n_tokens - 1}, as n_tokens={self.n_tokens} says")
         return value
 
@@ -79,18 +80,21 @@ class Text(Tokens):
     def split(self, raw: Any) -> list[str]:
         "The tokens in a text; raises `TypeError` for what is no text"
         if not isinstance(raw, str):
-            raise TypeError(f"a text is {describe(raw)}; expected a str. A missing text may be '' in the reader")
+            raise TypeError(f"a text is {describe(raw)}; expected a str. A missing text may be '' in the "
+                            f"reader")
         if callable(self.tokenizer): return list(self.tokenizer(raw))
         return TOKENIZERS[self.tokenizer][0](raw)
 
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is not None: return
         counts = Counter(token for raw in raws for token in self.split(raw))
-        often = sorted((token for token in counts if counts[token] >= self.min_count), key=lambda one: (-counts[one], one))
+        often = sorted((token for token in counts if counts[token] >= self.min_count),
+                       key=lambda one: (-counts[one], one))
         self.vocab = [PADDING, UNKNOWN, START, END, *often][:self.max_vocab]
 
     def encode(self, raw: Any) -> Tensor:
-        if self.vocab is None: raise ValueError("the vocabulary is not known yet; Data learns it, or pass vocab=")
+        if self.vocab is None: raise ValueError("the vocabulary is not known yet; Data learns it, or pass "
+                                                "vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab):
             self.numbers = {token: number for number, token in enumerate(self.vocab)}
         room = None if self.max_length is None else self.max_length - 2 * self.ends
@@ -129,8 +133,8 @@ class Series(Kind):
                              + (f" with {self.channels} channels" if self.channels else ""))
         if not value.isfinite().all():
             where = tuple((~value.isfinite()).nonzero()[0].tolist())
-            raise ValueError(f"a series has {int((~value.isfinite()).sum())} values that are not finite (first: channel "
-                             f"{where[0]}, time {where[1]}); fill them in where it is read")
+            raise ValueError(f"a series has {int((~value.isfinite()).sum())} values that are not finite "
+                             f"(first: channel {where[0]}, time {where[1]}); fill them in where it is read")
         return value
 
     def decode(self, value: Tensor) -> np.ndarray: return value.cpu().numpy()
@@ -148,12 +152,12 @@ class Audio(Series):
 
     def encode(self, raw: Any) -> Tensor:
         if not isinstance(raw, tuple) or len(raw) != 2:
-            raise TypeError(f"a recording is {describe(raw)}; expected its samples and its rate, (samples, rate), as "
-                            "read_wav gives")
+            raise TypeError(f"a recording is {describe(raw)}; expected its samples and its rate, (samples, "
+                            "rate), as read_wav gives")
         samples, rate = raw
         if self.sample_rate not in (None, rate):
-            raise ValueError(f"a recording has {rate} samples a second; expected {self.sample_rate}. Bring all to one "
-                             "rate, for example with scipy.signal.resample_poly")
+            raise ValueError(f"a recording has {rate} samples a second; expected {self.sample_rate}. Bring "
+                             "all to one rate, for example with scipy.signal.resample_poly")
         return super().encode(samples)
 
     def decode(self, value: Tensor) -> Any: return value.cpu().numpy(), self.sample_rate

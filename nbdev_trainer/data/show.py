@@ -47,7 +47,7 @@ def draw_sample(
     titles = []
     for name in sorted(sample, key=lambda name: layer_of(kinds[name])):
         kind, value = kinds[name], sample[name]
-        if kind.per is not None and kind.per in sample: label_places(axes, sample[kind.per], kind.decode(value))
+        if kind.per in sample: label_places(axes, sample[kind.per], kind.decode(value))
         elif layer_of(kind) < len(LAYERS): kind.draw(axes, value)
         else: titles.append(kind.text(value))
     axes.set_title("\n".join(one if len(one) < 40 else one[:37] + "..." for one in titles), fontsize=8)
@@ -81,7 +81,8 @@ class SampleTable:
     def __repr__(self) -> str:
         lines = [dict(zip(self.columns, self.columns)), *self.rows]
         widths = {name: max(len(line[name]) for line in lines) for name in self.columns}
-        return "\n".join("  ".join(line[name].ljust(widths[name]) for name in self.columns).rstrip() for line in lines)
+        return "\n".join("  ".join(line[name].ljust(widths[name]) for name in self.columns).rstrip()
+                         for line in lines)
 
     def _repr_html_(self) -> str: return table_html(self.rows, self.columns)
 
@@ -93,7 +94,8 @@ def show_samples(
     "Samples as a grid of pictures, or as a table where there is nothing to draw"
     if not samples: raise ValueError("there is no sample to show; expected at least one")
     if all(layer_of(kinds[name]) == len(LAYERS) for name in samples[0]):
-        return SampleTable([{name: cut(kinds[name].text(value)) for name, value in one.items()} for one in samples])
+        return SampleTable([{name: cut(kinds[name].text(value)) for name, value in one.items()}
+                            for one in samples])
     pyplot = require("matplotlib.pyplot", extra="plot", why="show_batch()")
     columns = math.ceil(math.sqrt(len(samples)))
     rows = math.ceil(len(samples) / columns)

@@ -70,11 +70,14 @@ class Apply:
     random: bool = False         # call it with the generator of the sample as a second argument
     foreign: ClassVar[bool] = True  # may draw from global generators
 
-    def __call__(self, sample: Mapping[str, Tensor], kinds: Mapping[str, Kind], random: Any) -> dict[str, Tensor]:
+    def __call__(self, sample: Mapping[str, Tensor], kinds: Mapping[str, Kind],
+                 random: Any) -> dict[str, Tensor]:
         names = [self.on] if isinstance(self.on, str) else self.on
         for name in names:
-            if name not in sample: raise KeyError(f"the sample has no {name!r}. {did_you_mean(name, sample, what='field')}")
-        changed = {name: self.fn(sample[name], random) if self.random else self.fn(sample[name]) for name in names}
+            if name not in sample: raise KeyError(f"the sample has no {name!r}. "
+                                                  f"{did_you_mean(name, sample, what='field')}")
+        changed = {name: self.fn(sample[name], random) if self.random else self.fn(sample[name])
+                   for name in names}
         return {**sample, **changed}
 
 # %% ../../nbs/api/data/10b_sources.ipynb #483e8d7a
@@ -89,7 +92,8 @@ Fields = str | Sequence[str] | PerSample | None
 def names_in(chosen: Fields) -> list[str]:
     "The names of the fields"
     if chosen is None: return []
-    return [chosen] if isinstance(chosen, str) else list(chosen.names if isinstance(chosen, PerSample) else chosen)
+    if isinstance(chosen, str): return [chosen]
+    return list(chosen.names if isinstance(chosen, PerSample) else chosen)
 
 def pick(
     values: Mapping[str, Any],  # batch values by field
@@ -135,7 +139,8 @@ def key_of(
 class Read(NamedTuple):
     "What a worker sends: the samples of a batch, collated, on the CPU"
     values: dict[str, Any] | None  # None: all of them were left out
-    ids: list[int]                 # positions of the samples; of those in their place where some were replaced
+    # positions of the samples; of those in their place where some were replaced
+    ids: list[int]
     keys: list[int]
     skipped: list[tuple[int, str]]  # positions that could not be read, and why
 
@@ -161,7 +166,7 @@ class ItemSource:
 
     def __post_init__(self) -> None:
         steps = [*self.transforms, *self.train_transforms] if self.training else list(self.transforms)
-        self.steps, self.told = steps, "" if self.cache is None else repr([one.describe() for one in self.kinds.values()])
+        self.steps, self.told = steps, repr([kind.describe() for kind in self.kinds.values()])
         self.foreign = any(getattr(one, "foreign", False) for one in steps)
 
     def for_evaluation(self) -> ItemSource:
@@ -201,8 +206,9 @@ class ItemSource:
             return sample
         except Exception as error:
             shapes = f"; its fields: {describe(sample, depth=2)}" if sample else ""
-            error.add_note(f"{self.name_of(position)}: {stage[0]} failed{shapes}. Mend the item or leave it out; "
-                           "data.check(every_item=True) lists all such items, and on_error='skip' passes them over")
+            error.add_note(f"{self.name_of(position)}: {stage[0]} failed{shapes}. Mend the item or leave it "
+                           "out; data.check(every_item=True) lists all such items, and on_error='skip' "
+                           "passes them over")
             raise
 
     def read(self, task: Task, mark: Callable[[int], None]) -> Read:
@@ -233,7 +239,8 @@ class ItemSource:
         "Samples as a batch; an error gets a note of the items"
         values, name = {}, ""
         try:
-            for name, kind in self.kinds.items(): values[name] = kind.collate([sample[name] for sample in samples])
+            for name, kind in self.kinds.items():
+                values[name] = kind.collate([sample[name] for sample in samples])
         except Exception as error:
             odd = [number for number, one in enumerate(samples) if one[name].shape != samples[0][name].shape]
             named = "; ".join(f"sample {number} is {self.name_of(ids[number])}" for number in [0, *odd[:2]])
@@ -247,14 +254,15 @@ class ItemSource:
         if read.values is None: return None
         values = self.values(read, device)
         weights = None if self.weights is None else values[self.weights]
-        return Batch(pick(values, self.inputs), pick(values, self.targets), len(read.ids), torch.tensor(read.ids), weights)
+        return Batch(pick(values, self.inputs), pick(values, self.targets), len(read.ids),
+                     torch.tensor(read.ids), weights)
 
     def values(self, read: Read, device: torch.device | None) -> dict[str, Any]:
         "The values of a batch by field, on the device and transformed there"
         assert read.values is not None
         values = read.values if device is None else to_device(read.values, device)
         values = {name: self.kinds[name].arrive(value) for name, value in values.items()}
-        steps = [*self.train_batch_transforms, *self.batch_transforms] if self.training else self.batch_transforms
+        steps = [*(self.train_batch_transforms if self.training else ()), *self.batch_transforms]
         keys = np.array(read.keys, np.uint64) if steps else None
         for step in steps:
             try: values = step(values, self.kinds, keys)
@@ -268,6 +276,8 @@ class ItemSource:
         self.skipped.update(skipped)
         n = len(self.items) if self.rows is None else len(self.rows)
         if len(self.skipped) <= self.skip_limit * n: return
-        first = "\n- ".join(f"{self.name_of(position)}: {why}" for position, why in list(self.skipped.items())[:5])
-        raise RuntimeError(f"{len(self.skipped)} of {n} samples could not be read, more than skip_limit="
-                           f"{self.skip_limit:g} allows. The first:\n- {first}\nMend them, or allow more: skip_limit=")
+        listed = list(self.skipped.items())[:5]
+        first = "\n- ".join(f"{self.name_of(position)}: {why}" for position, why in listed)
+        raise RuntimeError(f"{len(self.skipped)} of {n} samples could not be read, more than "
+                           f"skip_limit={self.skip_limit:g} allows. The first:\n- {first}\nMend them, or "
+                           "allow more: skip_limit=")

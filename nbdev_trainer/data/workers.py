@@ -74,7 +74,8 @@ def tasks_of(
         positions = np.arange(position, position + len(ids)) if training else ids.numpy()
         keys = hash64((seed + SALT) % 2**63, epoch if training else 0, positions)
         position += len(ids)
-        if world_size > 1: ids, keys = ids.tensor_split(world_size)[rank], np.array_split(keys, world_size)[rank]
+        if world_size > 1:
+            ids, keys = ids.tensor_split(world_size)[rank], np.array_split(keys, world_size)[rank]
         yield Task(ids.tolist(), keys.tolist())
 
 # %% ../../nbs/api/data/10_workers.ipynb #1c4537d1
@@ -123,7 +124,8 @@ def read_in_threads(
     timeout: float = 0,    # seconds to wait for one task; 0: forever
 ) -> Iterator[tuple[Task, Any]]:
     "Tasks done by threads; raises `TimeoutError` naming the samples of a task that takes too long"
-    pool, left, pending = ThreadPoolExecutor(n, "nbdev_trainer"), iter(tasks), deque()  # type: ignore[var-annotated]
+    # type: ignore[var-annotated]
+    pool, left, pending = ThreadPoolExecutor(n, "nbdev_trainer"), iter(tasks), deque()
     try:
         while True:
             while len(pending) < n * ahead and (task := next(left, None)) is not None:
@@ -135,8 +137,8 @@ def read_in_threads(
             except FutureTimeout:
                 if future.done(): raise  # the source's own
                 what = source.name_of(marked[-1]) if marked else f"a batch of {len(task.ids)} samples"
-                raise TimeoutError(f"reading {what} took more than timeout={timeout:g} seconds. Look whether it can "
-                                   "be read at all, or wait longer: timeout=") from None
+                raise TimeoutError(f"reading {what} took more than timeout={timeout:g} seconds. Look "
+                                   "whether it can be read at all, or wait longer: timeout=") from None
             yield task, read
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
@@ -154,8 +156,9 @@ class Processes:
         self.marks = torch.full((n,), -1).share_memory_()
         queue: Any = self.queue
         self.loader: DataLoader[Any] = DataLoader(
-            InWorker(source, self.marks), batch_sampler=queue, collate_fn=unchanged, num_workers=n, prefetch_factor=ahead,
-            persistent_workers=True, timeout=timeout, generator=torch.Generator(), pin_memory=pin_memory)
+            InWorker(source, self.marks), batch_sampler=queue, collate_fn=unchanged, num_workers=n,
+            prefetch_factor=ahead, persistent_workers=True, timeout=timeout, generator=torch.Generator(),
+            pin_memory=pin_memory)
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         "Tasks done by the processes; raises what a worker raised, and `RuntimeError` when one died or hangs"
@@ -184,9 +187,10 @@ class Processes:
         hangs = "timed out" in str(error)
         what = f"no batch came within timeout={self.timeout:g} seconds" if hangs else "a worker process died"
         advice = ("look whether these can be read at all, or wait longer: timeout=" if hangs else
-                  "look at these, at the memory (the system ends processes when there is none left), or read here to "
-                  "see the error itself: num_workers=0")
-        return RuntimeError(f"{what}. Being read: {'; '.join(doing) or 'nothing yet'}. To find the cause, {advice}")
+                  "look at these, at the memory (the system ends processes when there is none left), or "
+                  "read here to see the error itself: num_workers=0")
+        return RuntimeError(f"{what}. Being read: {'; '.join(doing) or 'nothing yet'}. To find the cause, "
+                            f"{advice}")
 
 # %% ../../nbs/api/data/10_workers.ipynb #a5be8d43
 @dataclass(eq=False)
@@ -204,13 +208,16 @@ class SampleLoader(Loader):
         if self.workers not in ("processes", "threads"):
             raise ValueError(f"workers is {self.workers!r}. "
                              f"{did_you_mean(self.workers, ['processes', 'threads'], what='way')}")
-        if isinstance(self.num_workers, bool) or not isinstance(self.num_workers, int) or self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers!r}; expected a whole number, 0 to read in the main process")
+        n = self.num_workers
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"num_workers is {self.num_workers!r}; expected a whole number, 0 to read in "
+                             f"the main process")
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         source: Any = self.fetch
-        tasks = tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start, self.rank, self.world_size)
+        tasks = tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start, self.rank,
+                         self.world_size)
         done = self.done(tasks, device)
         if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
         for task, read in done:
@@ -221,7 +228,8 @@ class SampleLoader(Loader):
         "Tasks with what was read for them, by whoever does it"
         source: Any = self.fetch
         if self.num_workers == 0: return read_here(source, tasks)
-        if self.workers == "threads": return read_in_threads(source, tasks, self.num_workers, self.ahead, self.timeout)
+        if self.workers == "threads":
+            return read_in_threads(source, tasks, self.num_workers, self.ahead, self.timeout)
         pin = device is not None and device.type == "cuda"
         if self.processes and not self.processes[0].busy: return self.processes[0].read(tasks)
         started = Processes(source, self.num_workers, self.ahead, self.timeout, pin)
@@ -233,7 +241,8 @@ class SampleLoader(Loader):
         source: Any = self.fetch
         if not source.training: return super().in_order()
         rows = self.rows.sort().values
-        return replace(self, fetch=source.for_evaluation(), rows=rows, shuffle=False, drop_last=False, sampler=None)
+        return replace(self, fetch=source.for_evaluation(), rows=rows, shuffle=False, drop_last=False,
+                       sampler=None)
 
 def copied_ahead(  # pragma: gpu
     done: Iterator[tuple[Task, Any]],

@@ -65,13 +65,17 @@ def make_step(
     train: Iterable[Any],                     # the training data, for a loss that is not given
     as_batch: Callable[[Any], Batch] | None,  # what it yields, to a `Batch`
     shown: bool = True,                       # print what was inferred
+    usual: nn.Module | None = None,           # the loss for the kind of the targets, where the data says it
 ) -> Step:
     "The step of a run: the given one, or a supervised one with the given or inferred loss"
     if step is not None:
         if loss_fn is None and forward is None: return step
         raise ValueError("step= says itself how the model is called and what the loss is; leave out "
                          "loss_fn and forward")
-    if loss_fn is None:
+    if loss_fn is None and usual is not None:
+        tell(f"loss: {usual}, for the kind of the targets", shown)
+        loss_fn = usual
+    elif loss_fn is None:
         targets = first_batch(train, as_batch).targets
         loss_fn = infer_loss(targets)
         tell(f"loss: {loss_fn} for targets {describe(targets)}", shown)
