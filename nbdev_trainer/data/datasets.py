@@ -43,8 +43,8 @@ def data_folder() -> Path | None:
     if not named: return None
     folder = Path(named).expanduser()
     if folder.is_dir(): return folder
-    raise FileNotFoundError(f"NBDEV_TRAINER_DATA is {named!r}, and there is no such folder. Expected one that "
-                            "holds a folder for each data set; set the variable to one, or unset it.")
+    raise FileNotFoundError(f"NBDEV_TRAINER_DATA is {named!r}, and there is no such folder. Expected one "
+                            "that holds a folder for each data set; set the variable to one, or unset it.")
 
 
 def cache_folder() -> Path:
