@@ -145,9 +145,9 @@ def to_units(size: tuple[int, int]) -> np.ndarray:
     "The matrix from pixels to -1 ... 1"
     return np.array([[2 / size[1], 0, -1], [0, 2 / size[0], -1], [0, 0, 1.0]])
 
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    "An array as float32 on a device, without waiting for it"
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+def on_device(array: np.ndarray, device: torch.device, dtype: Any = np.float32) -> Tensor:
+    "An array on a device, without waiting for it"
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 def sampling_grid(

@@ -111,7 +111,7 @@ def between(
 # %% ../../nbs/api/data/07b_samples.ipynb #10796886
 def fields_of(
     owner: Any,  # the transform, for the error
-    sample: Sample,
+    sample: Mapping[str, Any],  # values by the names of their fields
     kinds: Mapping[str, Kind],
     wanted: type[Kind] | tuple[type[Kind], ...],
 ) -> list[str]:
