@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import index
 from .loaders import Loader
-from .sources import ItemSource, Read, path_of
+from .sources import ItemSource, Read, file_of
 from .workers import SampleLoader, Task
 from ..store.files import read_tensors, write_tensors
 
@@ -54,7 +54,7 @@ def fingerprint_of(
     "What tells a data set from another one, or from itself after a change"
     names, size = hashlib.sha256(), 0
     for position in range(len(items)):
-        path = path_of(items[position])
+        path = file_of(items[position])
         names.update(f"{Path(path).name if path else describe(items[position])}\n".encode())
         if path and os.path.isfile(path): size += os.path.getsize(path)
     return {"items": len(items), "names": names.hexdigest(), "bytes": size}

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
-from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,11 +29,12 @@ from ..core.errors import describe, did_you_mean
 from ..core.nested import index, to_device
 from ..core.seeding import hash64, isolated_rng
 from .batch import Batch
+from .items import path_of
 from .kinds import Kind
 from .workers import Task
 
 # %% auto #0
-__all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'path_of',
+__all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of',
            'name_of_item', 'key_of', 'Read', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
@@ -106,13 +106,12 @@ def pick(
     return [dict(zip(picked, one)) for one in zip(*picked.values())]
 
 # %% ../../nbs/api/data/10b_sources.ipynb #78161721
-def path_of(item: Any) -> str | None:
-    "The path in an item, or None"
-    if isinstance(item, (str, PathLike)): return str(item) if len(str(item)) < 500 else None
-    for name in ("path", "file", "filename", "image_path"):
-        value = item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
-        if isinstance(value, (str, PathLike)): return str(value)
-    return None
+def file_of(item: Any) -> str | None:
+    "The path in an item, or None where it names no file"
+    if isinstance(item, Mapping) and "path" not in item: return None
+    try: path = str(path_of(item))
+    except TypeError: return None
+    return path if len(path) < 300 else None  # a longer text is a text
 
 def name_of_item(
     items: Any,
@@ -121,7 +120,7 @@ def name_of_item(
     "An item in the words of an error message; never raises"
     try: item = items[position]
     except Exception: return f"item {position}"
-    path = path_of(item)
+    path = file_of(item)
     return f"item {position} {path!r}" if path else f"item {position} ({describe(item, depth=1)})"
 
 def key_of(
@@ -130,7 +129,7 @@ def key_of(
     told: str,  # what the kinds say of themselves
 ) -> str:
     "What an encoded sample is kept under: a hash of the item, of its file, and of the kinds"
-    path = path_of(item)
+    path = file_of(item)
     file = os.stat(path) if path and os.path.isfile(path) else None
     facts = [position, path, None if file is None else [file.st_size, file.st_mtime_ns], told]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
