@@ -251,13 +251,13 @@ class TokenBudget(Sampler):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", _column(self.lengths, "lengths"))
-        if self.budget < 1 or (self.max_samples or 1) < 1:
+        if self.budget < 1 or self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"budget is {self.budget}, max_samples {self.max_samples}. Expected at least 1.")
         long = np.flatnonzero(np.asarray(self.lengths) > self.budget)
         if not len(long): return
-        raise ValueError(f"{len(long)} samples are longer than the budget of {self.budget} tokens (first: "
-                         f"sample {long[0]} has {np.asarray(self.lengths)[long[0]]:g}). Cut them to fit, leave them "
-                         "out, or use a larger budget.")
+        first = f"sample {long[0]} has {np.asarray(self.lengths)[long[0]]:g}"
+        raise ValueError(f"{len(long)} samples are longer than the budget of {self.budget} tokens (first: {first})."
+                         " Cut them to fit, leave them out, or use a larger budget.")
 
     def _bounds(self, lengths: np.ndarray) -> list[int]:
         "Where samples of these lengths, in rising order, are cut."
