@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..core.errors import Problems, checked_keywords, describe, did_you_mean
 from . import augment, color, transforms
+from .data_check import DataCheck, check_source
 from .kinds import Kind, Reader, kind_from
 from .loaders import Loader, Loaders, Sampler, draw_seed
 from .pictures import Boxes, Image, Points
@@ -230,6 +231,10 @@ class Data:
         "The classes of the target, in the order of their numbers; None: it has none"
         kind = self.fields.get(self.targets) if isinstance(self.targets, str) else None
         return getattr(kind, "vocab", None) or getattr(kind, "classes", None)
+
+    def check(self, every_item: bool = False) -> DataCheck:
+        "One item and one batch through every stage, and what is odd; `every_item` reads them all"
+        return check_source(replace(self.source, training=True), self.split, every_item)
 
     def loss_fn(self) -> nn.Module | None:
         "The usual loss for the kind of the target; None: there is none"
