@@ -100,7 +100,7 @@ class Normalize(BatchTransform):
         n, at = len(self.mean), (images.device, images.dtype)
         if images.shape[-3] != n:
             raise ValueError(f"Normalize has numbers for {n} channels, the images are {describe(images)} "
-                             f"with {images.shape[-3]}; pass as many numbers, or read with Image(channels={n})")
+                             f"with {images.shape[-3]}; pass as many, or read with Image(channels={n})")
         if at not in self.kept:
             pairs = [(1 / std, -mean / std) for mean, std in zip(self.mean, self.std)]
             self.kept[at] = torch.tensor(pairs).to(*at).T.reshape(2, n, 1, 1)

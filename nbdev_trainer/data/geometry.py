@@ -115,8 +115,8 @@ def transform_points(
     return moved / depth.clip(1e-6)
 
 def points_inside(
-    points: Points,         # (..., 2) as x, y
-    size: tuple[int, int],  # height and width of the picture
+    points: Points,  # (..., 2) as x, y
+    size: Any,       # height and width of the picture; each may have one number for each point
 ) -> Points:  # (...) bool
     "Which points are in the picture, its edges included; a missing point is not"
     x, y = points[..., 0], points[..., 1]
