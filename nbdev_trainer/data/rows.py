@@ -11,8 +11,9 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/rows.html.md"""
 # %% ../../nbs/api/data/04d_rows.ipynb #85970359
 from __future__ import annotations
 import csv, gzip, warnings, zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 import numpy as np
@@ -29,14 +30,14 @@ class Texts(Sequence[str | None]):
     "A list of texts in one block of memory, some of which may be missing"
 
     def __init__(self, values: Iterable[str | None]) -> None:
-        encoded = [None if value is None else value.encode("utf-8", "surrogatepass") for value in values]
-        lengths = [0 if part is None else len(part) for part in encoded]
+        encoded = [None if value is None else value.encode() for value in values]
+        lengths = (0 if part is None else len(part) for part in encoded)
         self.block = b"".join(part for part in encoded if part is not None)
-        self.ends = np.cumsum(lengths, dtype=np.int64)  # (n,) where each text ends
-        self.missing = np.array([part is None for part in encoded], dtype=bool)  # (n,)
+        self.places = array("q", accumulate(lengths, initial=0))  # text i stands at places[i]:places[i + 1]
+        self.missing = bytes(part is None for part in encoded)    # (n,) 1 where a text is missing
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.missing)
 
     @overload
     def __getitem__(self, place: int) -> str | None: ...
@@ -45,10 +46,9 @@ class Texts(Sequence[str | None]):
 
     def __getitem__(self, place: int | slice) -> str | None | list[str | None]:
         if isinstance(place, slice): return [self[i] for i in range(*place.indices(len(self)))]
-        i = range(len(self))[place]
-        if self.missing[i]: return None
-        start = self.ends[i - 1] if i else 0
-        return self.block[start:self.ends[i]].decode("utf-8", "surrogatepass")
+        if self.missing[place]: return None  # or an IndexError
+        i = place if place >= 0 else place + len(self)
+        return self.block[self.places[i]:self.places[i + 1]].decode()
 
     def __repr__(self) -> str:
         return f"Texts({describe(self[:3])[:60]}; {len(self)} in all)"
@@ -61,15 +61,16 @@ class Row(dict[str, Any]):
         raise KeyError(f"there is no column {name!r}. {did_you_mean(name, self, what='column')}")
 
 
-def _is_plain(column: np.ndarray | Texts) -> bool:
-    "Whether a column holds numbers or truth values, which become Python's own."
-    return isinstance(column, np.ndarray) and column.dtype.kind in "biuf"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Rows(Sequence[Row]):
     "A table as a list of rows; `read_rows` makes it"
-    table: dict[str, np.ndarray | Texts]  # the values of each column, all of one length
+
+    def __init__(
+        self,
+        table: dict[str, np.ndarray | Texts],  # the values of each column, all of one length
+    ) -> None:
+        self.table = table
+        self.getters = [(name, column.item if isinstance(column, np.ndarray) and column.dtype.kind in "biuf"
+                         else column.__getitem__) for name, column in table.items()]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -91,9 +92,7 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice): return [self[i] for i in range(*place.indices(len(self)))]
-        i = range(len(self))[place]
-        return Row((name, column[i].item() if _is_plain(column) else column[i])  # type: ignore[union-attr]
-                   for name, column in self.table.items())
+        return Row([(name, get(place)) for name, get in self.getters])
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -114,9 +113,9 @@ def _array(series: pandas.Series) -> np.ndarray | Texts:
         return series.to_numpy(getattr(kind, "numpy_dtype", np.float64))
     values = [None if gap else value for value, gap in zip(series.tolist(), series.isna())]
     if all(value is None or isinstance(value, str) for value in values): return Texts(values)
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
+    kept = np.empty(len(values), dtype=object)
+    kept[:] = values
+    return kept
 
 
 def _rows_of(frame: pandas.DataFrame, where: str) -> Rows:
