@@ -89,7 +89,7 @@ def warp_boxes(
         left[other], its_sample = rows_of(fields[other])
         if not np.array_equal(its_sample, sample):
             raise ValueError(f"{other!r} has {len(its_sample)} entries in this batch, and there are "
-                             f"{len(sample)} {name!r}; expected one for each, as per={name!r} says. Check its reader")
+                             f"{len(sample)} {name!r}; expected one for each, as per={name!r} says")
     kept = np.flatnonzero(keep.cpu().numpy())  # waits for the device: the lists need their lengths
     counts = np.bincount(sample[kept], minlength=len(boxes)).tolist()
     chosen = on_device(kept, rows.device, np.int64)
