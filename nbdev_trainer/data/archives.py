@@ -127,6 +127,7 @@ def _opened(archive: Path) -> Iterator[tuple[Iterable[Member], Callable[[Member]
         if suffix == ".zip":
             with zipfile.ZipFile(archive) as file: yield _zip_members(file), lambda one: file.open(one.entry)
         elif suffix == ".gz":
+            if not archive.stat().st_size: raise EOFError("it is empty")
             with gzip.open(archive) as single: yield [Member(archive.stem, 0, "file")], lambda one: single
         elif suffix:
             with tarfile.open(archive) as tar: yield _tar_members(tar), lambda one: tar.extractfile(one.entry)

@@ -13,7 +13,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/download.html.md"""
 
 # %% ../../nbs/api/data/05b_download.ipynb #89ef5d78
 from __future__ import annotations
-import hashlib, logging, os, re, time
+import hashlib, logging, os, re, shutil, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def _receive(
         goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if have and (response.status_code == 416 or response.status_code == 206 and not goes_on):
             part.unlink()
-            raise requests.ConnectionError(f"the server cannot go on after {have:,} bytes")
+            raise requests.ConnectionError(f"the server cannot go on after {have:,} of {size:,} bytes")
         response.raise_for_status()
         if response.status_code != 206: have = 0
         with part.open("ab" if have else "wb") as file, _Bar(
@@ -85,7 +85,7 @@ def _receive(
 # %% ../../nbs/api/data/05b_download.ipynb #1e8ffbe4
 def _wait_or_give_up(
     error: Any,       # one of requests' errors
-    fruitless: int,   # tries in a row that brought nothing new
+    fruitless: int,   # tries in a row that came no further
     attempts: int,    # of these, at most
     deadline: float,  # by time.monotonic()
     advice: str,      # what the message ends with
@@ -105,7 +105,7 @@ class ResumingDownloader:
     sha256: str           # 64 hexadecimal digits
     size: int             # in bytes
     timeout: float = 30   # seconds that the server may be silent
-    attempts: int = 4     # tries in a row that bring nothing new, at most
+    attempts: int = 4     # tries in a row that come no further, at most
     within: float = 3600  # seconds for everything, at most
     progress: bool = True # show a bar when it takes more than a second
 
@@ -126,11 +126,12 @@ class ResumingDownloader:
 
     def _receive_all(self, url: str, deadline: float) -> None:
         requests = require("requests", extra="datasets", why="download()")
-        fruitless = 0
-        while (have := self._length()) < self.size:
+        fruitless, most = 0, self._length()
+        while self._length() < self.size:
             try: _receive(url, self.part, self.size, self.timeout, deadline, self.progress)
             except requests.RequestException as error:
-                fruitless = 0 if self._length() > have else fruitless + 1
+                fruitless = 0 if self._length() > most else fruitless + 1
+                most = max(most, self._length())
                 _wait_or_give_up(error, fruitless, self.attempts, deadline,
                     f"'{url}' could not be downloaded: {self._length():,} of {self.size:,} bytes are in "
                     f"'{self.part}'; another call goes on from there. Check the address and the connection.")
@@ -173,7 +174,7 @@ def download(
     sha256: str,  # 64 hexadecimal digits
     size: int,    # in bytes
     timeout: float = 30,   # seconds that the server may be silent
-    attempts: int = 4,     # tries in a row that bring nothing new, at most
+    attempts: int = 4,     # tries in a row that come no further, at most
     within: float = 3600,  # seconds for everything, at most
     progress: bool = True, # show a bar when it takes more than a second
 ) -> Path:  # the file; it has this size and this sha256
@@ -186,10 +187,15 @@ def download(
     problems.raise_if_any(f"cannot download '{path}'")
     if not path.exists():
         pooch = require("pooch", extra="datasets", why="download()")
-        part = path.with_name(f"{path.name}.part")
+        work = path.with_name(f"{path.name}.download")
+        part = work/f"{path.name}.part"
         resume = ResumingDownloader(part, sha256, size, timeout, attempts, within, progress)
-        with locked(part, within=within), _silenced(pooch.get_logger()):
-            if not path.exists():
-                pooch.retrieve(url, f"sha256:{sha256}", path.name, path.parent, downloader=resume)
+        with locked(work, within=within), _silenced(pooch.get_logger()):
+            try:
+                if not path.exists():
+                    whole = pooch.retrieve(url, f"sha256:{sha256}", path.name, work, downloader=resume)
+                    os.replace(whole, path)
+            finally:
+                if path.exists() or not part.exists(): shutil.rmtree(work, ignore_errors=True)
     check_file(path, sha256=sha256, size=size)
     return path

@@ -256,8 +256,8 @@ class TokenBudget(Sampler):
         long = np.flatnonzero(np.asarray(self.lengths) > self.budget)
         if not len(long): return
         first = f"sample {long[0]} has {np.asarray(self.lengths)[long[0]]:g}"
-        raise ValueError(f"{len(long)} samples are longer than the budget of {self.budget} tokens (first: {first})."
-                         " Cut them to fit, leave them out, or use a larger budget.")
+        raise ValueError(f"{len(long)} samples are longer than the budget, {self.budget} tokens (first: "
+                         f"{first}). Cut them to fit, leave them out, or use a larger budget.")
 
     def _bounds(self, lengths: np.ndarray) -> list[int]:
         "Where samples of these lengths, in rising order, are cut."
