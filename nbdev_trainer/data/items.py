@@ -14,8 +14,9 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/items.html.md"""
 # %% ../../nbs/api/data/04b_items.ipynb #5eec49f4
 from __future__ import annotations
 import csv, hashlib, os, re
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,14 @@ class FromCsv:
             tail = "/".join(path.parts[start:])
             for name in (tail, tail.removesuffix(path.suffix)):
                 if name in self.rows: return self.rows[name]
-        raise ValueError(f"'{self.file}' has no line for '{path}'. "
-                         f"{did_you_mean(path.name, list(self.rows)[:10_000], what='file')}")
+        raise ValueError(f"'{self.file}' has no line for '{path}'. {_nearby(path.name, self.rows)}")
+
+
+def _nearby(name: str, names: Iterable[str]) -> str:
+    "A suggestion for a name that was not found, out of those that stand beside it in the alphabet."
+    known = sorted(names)
+    place = bisect(known, name)
+    return did_you_mean(name, known[max(place - 6, 0):place + 6], what="neighbour")
 
 # %% ../../nbs/api/data/04b_items.ipynb #9ac84378
 def _read_pairs(path: Path, key: str, value: str) -> dict[str, str]:
@@ -207,8 +214,8 @@ class Beside:
             found = path.parent/self.place.format(stem=path.stem, name=path.name, parent=parent)
         found = Path(os.path.normpath(found))
         if found.is_file(): return found
-        names = sorted(os.listdir(found.parent))[:10_000] if found.parent.is_dir() else []
-        known = did_you_mean(found.name, names, what="file") if names else f"'{found.parent}' holds no files."
+        names = os.listdir(found.parent) if found.parent.is_dir() else []
+        known = _nearby(found.name, names) if names else f"'{found.parent}' holds no files."
         raise FileNotFoundError(f"'{path}' has no '{found}' beside it. {known}")
 
 # %% ../../nbs/api/data/04b_items.ipynb #6fde0f26
@@ -221,6 +228,7 @@ def read_all(
     failures: list[str] = []
     every = items if hasattr(items, "__iter__") else (items[i] for i in range(len(items)))
     for number, item in enumerate(every):
+        if len(failures) == _MOST_FAILURES: break
         try: values.append(read_item(item, reader))
         except Exception as error:
             text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -228,8 +236,12 @@ def read_all(
     problems = Problems()
     for text in failures[:3]: problems.add(text)
     if len(failures) > 3: problems.add(f"and {len(failures) - 3} more")
-    problems.raise_if_any(f"{len(failures)} of {len(values) + len(failures)} items cannot be read")
+    tried = len(values) + len(failures)
+    problems.raise_if_any(f"{len(failures)} of {tried} items cannot be read")
     return values
+
+
+_MOST_FAILURES = 100  # then the rest is not tried: a good message takes time to make
 
 # %% ../../nbs/api/data/04b_items.ipynb #9ec00a2e
 def content_hash(

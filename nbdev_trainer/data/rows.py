@@ -143,7 +143,7 @@ def _check_names(path: Path, first: list[str], names: Sequence[str] | None) -> l
         raise ValueError(f"'{path}' has no header: its first line is {line!r}. Pass names=[...].")
     if names is not None and len(names) != len(first):
         raise ValueError(f"'{path}' has {len(first)} columns, names has {len(names)}. Expected as many.")
-    found = list(first if names is None else names)
+    found = [name.strip() for name in first] if names is None else list(names)
     twice = [name for i, name in enumerate(found) if name in found[:i]]
     if twice: raise ValueError(f"'{path}' has several columns named {twice[0]!r}. Pass names=[...].")
     return found
