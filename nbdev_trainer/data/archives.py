@@ -17,7 +17,7 @@ import gzip, lzma, secrets, shutil, stat, tarfile, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 # %% auto #0
@@ -47,10 +47,9 @@ def place_of(
     name: str,  # of an entry in an archive, with "/" between its parts
 ) -> PurePosixPath | None:  # relative; None if it is not below the folder, or no name at all
     "Where an entry goes, relative to the folder it is unpacked into."
-    place, elsewhere = PurePosixPath(name), PureWindowsPath(name)
-    if "\0" in name or "\\" in name or ".." in place.parts: return None
-    if place.is_absolute() or elsewhere.drive or elsewhere.root: return None
-    return place
+    place = PurePosixPath(name)
+    if "\0" in name or "\\" in name or name[1:2] == ":": return None
+    return None if place.is_absolute() or ".." in place.parts else place
 
 # %% ../../nbs/api/data/05d_archives.ipynb #d4492fa0
 @dataclass(frozen=True)
@@ -97,11 +96,12 @@ def check_members(
         elif total > max_bytes or member.size < 0:
             problem = f"makes {total:,} bytes; max_bytes is {max_bytes:,}"
         else:
-            above = [place, *place.parents] if member.kind == "folder" else place.parents
-            taken = not places.keys().isdisjoint(above)
-            if not taken and (member.kind == "folder" or place not in folders and place not in places):
+            below = place if member.kind == "folder" else place.parent
+            new = [] if below in folders else [below, *below.parents]
+            free = member.kind == "folder" or place not in folders and place not in places
+            if free and places.keys().isdisjoint(new):
                 if member.kind == "file": places[place] = member
-                folders.update(above)
+                folders.update(new)
                 continue
             problem = "has the place of another"
         raise ValueError(f"'{archive}' is refused: its entry {member.name!r} {problem}. Nothing was unpacked."
