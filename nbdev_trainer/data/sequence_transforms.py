@@ -158,8 +158,8 @@ class TokenDropout(SequenceTransform):
     def __post_init__(self) -> None:
         check_number(self, "p")
         if self.token is not None and (isinstance(self.token, bool) or not isinstance(self.token, int)):
-            raise ValueError(f"TokenDropout got token={self.token!r}; expected the number of a token, or None "
-                             "to take tokens away")
+            raise ValueError(f"TokenDropout got token={self.token!r}; expected the number of a token, or "
+                             "None to take tokens away")
 
     def draw(self, random: np.random.Generator) -> Any: return int(random.integers(2**63))
 
