@@ -198,10 +198,10 @@ class Erase(PixelTransform):
         if self.fill != "noise": check_number(self, "fill")
 
     def draw(self, random: np.random.Generator) -> Any:
-        happens, area, shape, *place = random.random(5).tolist()
+        (happens, area, shape, *place), seed = random.random(5).tolist(), int(random.integers(2**63))
         if happens >= self.p: return None
         ratio = math.exp(between((math.log(self.ratio[0]), math.log(self.ratio[1])), shape))
-        return (between(self.scale, area), ratio, *place), int(random.integers(2**63))
+        return (between(self.scale, area), ratio, *place), seed
 
     def changed(self, image: Tensor, drawn: Any) -> Tensor:
         (numbers, seed), image = drawn, image.clone()
