@@ -11,7 +11,11 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/workers.html.md"""
 # %% ../../nbs/api/data/10_workers.ipynb #52bac9a3
 from __future__ import annotations
 
+import gc
+import os
 import pickle
+import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,11 +95,13 @@ class Failed:
 
 class InWorker(Dataset):
     "What lives in a worker process: the source, and a place to say which sample is being read"
-    def __init__(self, source: Source, marks: Tensor) -> None: self.source, self.marks = source, marks
+    def __init__(self, source: Source, marks: Tensor, pids: Tensor) -> None:
+        self.source, self.marks, self.pids = source, marks, pids
 
     def __getitems__(self, task: Sequence[Any]) -> Any:  # what torch's loader calls with a task
         info = get_worker_info()
         worker = 0 if info is None else info.id
+        self.pids[worker] = os.getpid()
         try: return self.source.read(Task(*task), lambda position: self.mark(worker, position))
         except Exception as error: return Failed(error)
 
@@ -153,10 +159,11 @@ class Processes:
         pin_memory: bool = False,
     ) -> None:
         self.source, self.timeout, self.queue, self.busy = source, timeout, Queue(), False
-        self.marks = torch.full((n,), -1).share_memory_()
+        self.broken = False  # after an error there are no workers any more
+        self.marks, self.pids = torch.tensor([[-1] * n, [0] * n]).share_memory_()
         queue: Any = self.queue
         self.loader: DataLoader[Any] = DataLoader(
-            InWorker(source, self.marks), batch_sampler=queue, collate_fn=unchanged, num_workers=n,
+            InWorker(source, self.marks, self.pids), batch_sampler=queue, collate_fn=unchanged, num_workers=n,
             prefetch_factor=ahead, persistent_workers=True, timeout=timeout, generator=torch.Generator(),
             pin_memory=pin_memory)
 
@@ -167,24 +174,38 @@ class Processes:
             for task in tasks:
                 asked.append(task)
                 yield task
-        self.queue.tasks, self.busy = handed_out(), True
+        self.queue.tasks, self.busy, problem = handed_out(), True, None
+        if not self.pids.any(): gc.collect()  # or a new process would end, as garbage, the workers of others
+        batches = iter(self.loader)
         try:
-            batches = iter(self.loader)
-            while True:
+            while problem is None:
                 try: read = next(batches)
                 except StopIteration: return
                 except RuntimeError as error:
-                    if "DataLoader" in str(error): raise self.lost(error) from error
-                    raise
-                if isinstance(read, Failed): raise read.error
-                yield asked.popleft(), read
+                    if "DataLoader" not in str(error): raise
+                    problem = self.lost(str(error))
+                else:
+                    if isinstance(read, Failed): problem = read.error
+                    else: yield asked.popleft(), read
         finally: self.busy = False
+        self.broken = True
+        if "within timeout" in str(problem): self.end()
+        del batches, self.loader  # nobody reads on after an error, and its traceback would keep the processes
+        raise problem
 
-    def lost(self, error: RuntimeError) -> RuntimeError:
+    def end(self) -> None:
+        "End the processes at once; one that hangs would be waited for"
+        for process in self.pids.tolist():
+            if process: os.kill(process, signal.SIGKILL)
+        for _ in range(100):  # torch tells about each process that ends, by an error at any place
+            try: time.sleep(0.001)
+            except RuntimeError: continue
+
+    def lost(self, error: str) -> RuntimeError:
         "The error for workers that died or hang, with what each was doing"
         doing = [f"worker {number}: {self.source.name_of(position)}" for number, position
                  in enumerate(self.marks.tolist()) if position >= 0]
-        hangs = "timed out" in str(error)
+        hangs = "timed out" in error
         what = f"no batch came within timeout={self.timeout:g} seconds" if hangs else "a worker process died"
         advice = ("look whether these can be read at all, or wait longer: timeout=" if hangs else
                   "look at these, at the memory (the system ends processes when there is none left), or "
@@ -231,6 +252,7 @@ class SampleLoader(Loader):
         if self.workers == "threads":
             return read_in_threads(source, tasks, self.num_workers, self.ahead, self.timeout)
         pin = device is not None and device.type == "cuda"
+        if self.processes and self.processes[0].broken: self.processes.clear()
         if self.processes and not self.processes[0].busy: return self.processes[0].read(tasks)
         started = Processes(source, self.num_workers, self.ahead, self.timeout, pin)
         if not self.processes: self.processes.append(started)  # a second reader at the same time gets its own
