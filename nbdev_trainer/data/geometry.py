@@ -33,7 +33,8 @@ def translation(
     y: Any,  # pixels downwards
 ) -> np.ndarray:  # (..., 3, 3)
     "The matrix that shifts"
-    matrix = scaling(1.0, 1.0 if np.ndim(x) == 0 else np.ones(np.shape(x)))
+    if isinstance(x, (int, float)): return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
+    matrix = scaling(1.0, np.ones(np.shape(x)))
     matrix[..., 0, 2], matrix[..., 1, 2] = x, y
     return matrix
 
@@ -157,12 +158,14 @@ def sampling_grid(
     device: torch.device,
 ) -> Tensor:  # (batch, height, width, 2) float32
     "For each new pixel the place it comes from, as `grid_sample` wants it"
-    back = to_units(source) @ np.linalg.inv(matrix) @ np.linalg.inv(to_units(size))
+    back = to_units(source) @ np.linalg.inv(matrix)
     affine = bool((np.abs(back[:, 2, :2]) < 1e-12).all())
-    theta = on_device(back, device)
-    if affine: return F.affine_grid(theta[:, :2], [len(theta), 1, *size], align_corners=False)
-    level = F.affine_grid(torch.eye(2, 3, device=device)[None], [1, 1, *size], align_corners=False)
-    return transform_points(level.view(1, -1, 2), theta).view(-1, *size, 2)
+    across, down, start = on_device(back[:, :2 if affine else 3, :, None, None], device).unbind(2)
+    x = torch.arange(size[1], device=device) + 0.5
+    y = torch.arange(size[0], device=device).view(-1, 1) + 0.5
+    planes = across * x + (down * y + start)
+    if not affine: planes = planes[:, :2] / planes[:, 2:].clamp(min=1e-6)
+    return planes.movedim(1, -1)
 
 # %% ../../nbs/api/data/07_geometry.ipynb #21f0ca68
 def warp(
@@ -238,6 +241,8 @@ def resample(
     "The picture that the matrix makes, in the cheapest way"
     if image.ndim == 2: return resample(image[None], matrix, size, fill=fill, nearest=nearest)[0]
     (a, b, x), (c, d, y), (g, h, w) = matrix.tolist()
+    if a == d == w == 1 and b == c == g == h == 0 and x == int(x) and y == int(y):
+        return crop(image, -int(y), -int(x), size, fill)
     if a == d == g == h == 0 and w == 1:  # x and y change places
         image, (a, b, c, d) = image.transpose(-1, -2), (b, a, d, c)
     if b == c == g == h == 0 and w == 1:

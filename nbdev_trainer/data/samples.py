@@ -52,6 +52,7 @@ def size_pair(
     size: Any,   # one number for a square, or (height, width)
 ) -> tuple[int, int]:  # height, width
     "A size in pixels; raises `ValueError` for what is none"
+    if type(size) is int and size > 0: return size, size  # asked for each sample, so the usual comes first
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     sound = [isinstance(one, (int, np.integer)) and not isinstance(one, bool) and one > 0 for one in pair]
     if len(pair) != 2 or not all(sound):
