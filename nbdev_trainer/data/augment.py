@@ -61,6 +61,7 @@ def on_images(
         if len(images) != len(keys):
             raise ValueError(f"{type(owner).__name__} got {len(images)} images {name!r} and {len(keys)} "
                              "keys; expected a key for each sample of the batch")
+        if len(keys) == 0: continue  # the part of a rank that got nothing of a short last batch
         if isinstance(images, Tensor): changed[name] = change(floats(owner, name, images), keys)
         else:
             pairs = zip(images, np.split(keys, len(keys)))

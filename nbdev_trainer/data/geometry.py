@@ -227,6 +227,8 @@ def rescale(
         rows, columns = (torch.arange(new).add(0.5).mul(old / new).long().clamp(max=old - 1)
                          for old, new in zip(image.shape[-2:], size))
         return image.index_select(-2, rows).index_select(-1, columns)
+    if size[1] == 1 and image.dtype == torch.uint8:  # one column of bytes comes out wrong in torch 2.13
+        return rescale(image.float(), size).round_().to(torch.uint8)
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 # %% ../../nbs/api/data/07_geometry.ipynb #e9608b10

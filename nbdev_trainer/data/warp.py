@@ -136,6 +136,7 @@ class SpatialBatch(BatchTransform):
 
     def __call__(self, fields: Fields, kinds: Mapping[str, Kind], keys: np.ndarray) -> Fields:
         "The batch with everything in its pictures moved"
+        if len(keys) == 0: return dict(fields)
         sizes = picture_sizes(self, fields, kinds, keys)
         matrices, moved = self.matrices(keys, sizes), dict(fields)
         for name, value in fields.items():
