@@ -252,7 +252,9 @@ class Numbers(Kind):
         return (exact * self.of("std") + self.of("mean") if self.standardize else exact).tolist()
 
     def text(self, value: Tensor) -> str:
-        return ", ".join(f"{one:.4g}" for one in self.listed(self.decode(value)))
+        numbers = self.listed(self.decode(value))  # a millionth of the spread is a rounding error
+        sized = zip(numbers, self.std or [1.0] * len(numbers))
+        return ", ".join(f"{one if abs(one) > 1e-6 * size else 0:.6g}" for one, size in sized)
 
     def loss_fn(self) -> nn.Module: return nn.MSELoss()
 
@@ -271,8 +273,8 @@ def sorted_classes(labels: Iterable[Any]) -> list[Any]:
     if None in counts or len(types) > 1 or any(one != one for one in counts):
         raise ValueError(f"the labels are of the types {', '.join(types)} (such as "
                          f"{', '.join(repr(one) for one in list(counts)[:4])}); expected one type and none "
-                         "missing. Leave items without a label out, or turn labels into one type in the "
-                         "reader")
+                         "missing. Leave items without a label out or give them a class, "
+                         "missing='unknown'; turn labels into one type in the reader")
     return sorted(counts)
 
 @dataclass
@@ -280,21 +282,27 @@ class Category(Kind):
     "One of several classes; with `per=`, one for each box or point"
     _: KW_ONLY
     vocab: Sequence[Any] | None = None  # the classes in the order of their numbers; None: learnt
+    missing: Any = None                 # the class of None and NaN, such as "unknown"; None: an error
 
     @property
     def must_learn(self) -> bool: return self.vocab is None
 
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is None:
-            self.vocab = sorted_classes(raws if self.per is None else (one for raw in raws for one in raw))
+            labels = raws if self.per is None else (one for raw in raws for one in raw)
+            self.vocab = sorted_classes(map(self.named, labels))
         self.numbers = {label: number for number, label in enumerate(self.vocab)}
+
+    def named(self, label: Any) -> Any:
+        "The label, or what stands for one that is missing"
+        return self.missing if self.missing is not None and (label is None or label != label) else label
 
     def number_of(self, label: Any) -> int:
         "The number of a class; raises `ValueError` for a label that is no class"
         if self.vocab is None: raise ValueError("the classes are not known yet; Data learns them, or pass "
                                                 "vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab): self.fit([])
-        label = label.item() if hasattr(label, "item") else label
+        label = self.named(label.item() if hasattr(label, "item") else label)
         number = self.numbers.get(label)
         if number is None:
             raise ValueError(f"the label {label!r} is not in the vocabulary. "

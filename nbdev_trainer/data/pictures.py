@@ -72,6 +72,9 @@ class Image(Kind):
 
     def encode(self, raw: Any) -> Tensor:
         if isinstance(raw, (np.ndarray, Tensor)): return self.of_array(torch.as_tensor(raw))
+        if not isinstance(raw, (str, PathLike, bytes, bytearray)) and not hasattr(raw, "convert"):
+            raise TypeError(f"an image is {describe(raw)}; expected a path, the bytes of a file, a Pillow "
+                            "image or an array. Say where in the item it is: Image('path')")
         pixels = torch.from_numpy(np.array(open_picture(raw, MODES[self.channels], self.upright)))
         return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -115,7 +118,8 @@ class Mask(Kind):
             raise ValueError(f"a mask is {describe(array)}; expected one whole number for each pixel, "
                              "(height, width). For colours, say in the reader which is which class")
         if self.values is not None: array = self.mapped(array)
-        value = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int64))
+        as_bytes = array.dtype == np.uint8 and 0 <= (self.ignore_index or 0) <= 255
+        value = torch.from_numpy(array if as_bytes else array.astype(np.int64))
         self.check(value)
         return value
 
@@ -155,7 +159,7 @@ class Mask(Kind):
     def draw(self, axes: matplotlib.axes.Axes, value: Tensor) -> None:
         shown = value.cpu().double().numpy()
         shown[shown == self.ignore_index] = np.nan
-        n = len(self.classes) if self.classes else max(int(value.max()), 1) + 1
+        n = len(self.classes) if self.classes else max(int(np.nan_to_num(shown).max()), 1) + 1
         axes.imshow(shown, alpha=0.5, cmap="tab20", vmin=0, vmax=max(n - 1, 1), interpolation="nearest")
 
     def loss_fn(self) -> nn.Module:
