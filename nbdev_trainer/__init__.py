@@ -3,6 +3,8 @@
 Modules:
 
 - `nbdev_trainer.apps.models`: Small models to begin with, and the scaling of their inputs and outputs
+- `nbdev_trainer.apps.networks`: Networks for photos: a small one that needs nothing, and those of timm and torchvision by name
+- `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
@@ -15,11 +17,39 @@ Modules:
 - `nbdev_trainer.core.messages`: What the library says while it works: a line for a person, and the same line for Python's `logging`
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
 - `nbdev_trainer.core.seeding`: Same seed, same numbers: global generators that can be kept and put back, and orders that need no generator
+- `nbdev_trainer.data.adapters`: Transforms of Albumentations and of torchvision, with boxes, labels, masks and points in step
+- `nbdev_trainer.data.annotations`: Images with boxes, from the files of Pascal VOC and of COCO
+- `nbdev_trainer.data.archives`: Unpack zip, tar and gz files: whole or not at all, and never outside of their folder
+- `nbdev_trainer.data.augment`: Whole batches on the device: normalised, recoloured, erased, with noise; drawn for each sample from its key
 - `nbdev_trainer.data.batch`: What a loader yields and what a step answers: two small dataclasses and the one rule that turns a loader's output into a `Batch`
-- `nbdev_trainer.data.datasets`: A small data set that comes with the library
+- `nbdev_trainer.data.catalog`: Well-known small data sets by name: what each holds, under which licence, and the sha256 of its files
+- `nbdev_trainer.data.color`: Brightness, contrast, saturation, hue, blur, grey, erased parts: transforms that change pixels and move nothing
+- `nbdev_trainer.data.data_check`: Every stage of a pipeline with shape, range and time, and what is odd about the items, before any training
+- `nbdev_trainer.data.datasets`: A small data set that comes with the library, and a dozen and more that are fetched by name
+- `nbdev_trainer.data.download`: Fetch a file whose size and sha256 are known: with progress, resumed after a cut, and never a wrong one
+- `nbdev_trainer.data.geometry`: Move an image, its mask, its boxes and its points by one matrix, so that they stay together
+- `nbdev_trainer.data.items`: Lists of files to learn from, and readers that get a label or a mask for one out of its name, its folder, or a table
+- `nbdev_trainer.data.kinds`: What a field of a sample means: how it is read, becomes a tensor, goes into a batch, and comes back
+- `nbdev_trainer.data.leaks`: What is on two sides of a split: the same file under two names, the same patient, the same hour
+- `nbdev_trainer.data.lines`: Texts with one sample on each line: sentences, translations, and time series
 - `nbdev_trainer.data.loaders`: Batches of samples in an order that is a pure function of seed and epoch, and the train, valid and test sets in one place
+- `nbdev_trainer.data.pictures`: Images, and what lies on them: masks, boxes and points
+- `nbdev_trainer.data.pipeline`: `Data`: items, what they mean, how they are split and transformed; from there to loaders, in one place
 - `nbdev_trainer.data.readers`: Read a folder in the format of MNIST, or a CSV file of numbers, into tensors
+- `nbdev_trainer.data.reading`: Read items every time, keep what was read, or read all of them at once
+- `nbdev_trainer.data.rows`: Tables as lists of rows, from CSV, Parquet or a DataFrame
+- `nbdev_trainer.data.samplers`: Which samples make up which batch: in order, shuffled, weighted, balanced, by length, by a budget of tokens
+- `nbdev_trainer.data.samples`: What a transform of a sample is, and how image, mask, boxes and points move together
+- `nbdev_trainer.data.sequence_transforms`: Shift, scale and disturb series and recordings; cut texts, and drop words of them
+- `nbdev_trainer.data.sequences`: Texts, tokens, series and sound: kinds of values that have a length
+- `nbdev_trainer.data.show`: Samples as people see them: pictures with what lies on them, curves, or a table
+- `nbdev_trainer.data.sound`: Recordings from files
+- `nbdev_trainer.data.sources`: From an item to a sample, from samples to a batch: one path, the same for every kind and for every worker
 - `nbdev_trainer.data.splits`: Which samples are trained on and which are held out
+- `nbdev_trainer.data.splits_by`: Splits that look at the items: by class, group, folder, value or time, and in folds
+- `nbdev_trainer.data.transforms`: Resize, crop, flip, turn, see from the side: transforms that move what is in a picture
+- `nbdev_trainer.data.warp`: Flip, turn, zoom, shift, shear and tilt a whole batch in one resampling; masks, boxes and points follow
+- `nbdev_trainer.data.workers`: Read the samples of a batch here, in threads or in other processes: the batches are the same
 - `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root
 - `nbdev_trainer.loop.advice`: Where an error happened, and what to do about the mistakes that torch's own messages explain least
 - `nbdev_trainer.loop.callback`: Code of one's own at the events of the loop: classes with a method per event, checked when they are defined

@@ -18,22 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from fastcore.script import anno_parser
-from torch import Tensor, nn
+from torch import nn
 
-from .apps.models import RelativeSquaredError, make_model
+from .apps.models import MODELS, RelativeSquaredError, make_model
+from .apps.prepare import Prepared, prepare
 from .core.errors import did_you_mean
 from .core.seeding import check_seed, seed_everything
-from .data.datasets import digits
-from .data.loaders import Loaders
-from .data.readers import read_mnist_folder, read_numeric_csv
-from .data.splits import random_split
 from .learner import Learner
 from .loop.engine import find_device
 from .loop.optimizers import default_optimizer
@@ -43,14 +40,12 @@ from .store.curves import curves_svg
 from .store.files import write_text
 from .store.run import holds_run
 from .use.choices import check_lr
-from .use.data_report import report_on
 from .use.environment import environment_report
 
 # %% auto #0
-__all__ = ['MAX_CLASSES', 'HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Prepared', 'hold_out', 'places_of',
-           'prepare_digits', 'prepare_folder', 'choose_task', 'prepare_table', 'prepare', 'Settings', 'choose_settings',
-           'make_learner', 'n_threads', 'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'env',
-           'complain', 'parse', 'run_command', 'main']
+__all__ = ['HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Settings', 'choose_settings', 'make_learner', 'n_threads',
+           'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'env', 'complain', 'parse',
+           'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -61,110 +56,6 @@ def one_line_errors() -> Iterator[None]:
     "Turn errors about what the user gave into a `CommandError`"
     try: yield
     except (ValueError, OSError) as error: raise CommandError(" ".join(str(error).split())) from error
-
-# %% ../nbs/api/cli.ipynb #1e33062e
-@dataclass(frozen=True)
-class Prepared:
-    "Data that is ready for training"
-    name: str                 # of the run
-    train: tuple[Tensor, Tensor]
-    valid: tuple[Tensor, Tensor]
-    task: str                 # "classification" or "regression"
-    n_outputs: int            # classes, or 1
-    model: str                # which model to take if none is asked for
-    facts: dict[str, Any] = field(default_factory=dict)  # for config.json: columns, class values
-    places: Sequence[str] | None = None  # where each sample stands in the source, those held out last
-
-def hold_out(inputs: Tensor, targets: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
-    "Samples to train on, and a fifth of all held out"
-    if len(inputs) < 10:
-        raise ValueError(f"there are {len(inputs)} samples; expected at least 10, to hold out some")
-    split = random_split(valid=0.2, seed=seed)(len(inputs))
-    return [(inputs[rows], targets[rows]) for rows in (split.train, split.valid)]
-
-def places_of(n: int, seed: int, name: str, first: int) -> list[str]:
-    "What each of `n` samples is called, in the order in which `hold_out` puts them"
-    split = random_split(valid=0.2, seed=seed)(n)
-    return [f"{name} {first + row}" for rows in (split.train, split.valid) for row in rows.tolist()]
-
-def prepare_digits(seed: int) -> Prepared:
-    "The digits that come with the library"
-    train, valid = hold_out(*digits(), seed)
-    places = places_of(len(train[0]) + len(valid[0]), seed, "image", 0)
-    return Prepared("digits", train, valid, "classification", 10, "small_cnn", places=places)
-
-# %% ../nbs/api/cli.ipynb #0784cf19
-def prepare_folder(path: Path) -> Prepared:
-    "A folder in the format of MNIST"
-    folder = read_mnist_folder(path)
-    for part, labels in (("train", folder.train_labels), ("t10k", folder.test_labels)):
-        if not len(labels): raise ValueError(f"'{path}' has no {part} images; expected at least one")
-    n_classes = int(max(folder.train_labels.max(), folder.test_labels.max())) + 1
-    if n_classes < 2: raise ValueError(f"all labels in '{path}' are 0; expected at least two classes")
-    train, valid = (folder.train_images, folder.train_labels), (folder.test_images, folder.test_labels)
-    model = "small_cnn" if min(train[0].shape[2:]) >= 4 else "multilayer_perceptron"
-    places = [f"{part} image {i}" for part, (_, labels) in (("train", train), ("t10k", valid))
-              for i in range(len(labels))]
-    return Prepared(path.resolve().name, train, valid, "classification", n_classes, model, places=places)
-
-# %% ../nbs/api/cli.ipynb #4364ee98
-MAX_CLASSES = 20  # distinct values up to which integers are taken for classes
-
-def choose_task(
-    targets: Tensor,     # int64 when written as integers, else float32
-    asked: str | None,   # "classification", "regression", or None for the rule
-    named: bool = False, # whether the target holds names of classes
-) -> tuple[str, str]:  # the task, and why
-    "Classification or regression; raises `ValueError` for what has nothing to learn"
-    n_values, as_written = len(targets.unique()), targets.dtype == torch.int64
-    whole = as_written or asked == "classification" and torch.equal(targets, targets.round())  # 1.0 and 2.0
-    if n_values < 2:
-        raise ValueError("the target has the same value in every row, so there is nothing to learn")
-    kind = "names" if named else "integers" if whole else "numbers with fractions"
-    if asked == "classification" and not whole or asked == "regression" and named:
-        needed = "written as integers, or names" if asked == "classification" else "of numbers"
-        raise ValueError(f"--task {asked} needs a target {needed}, and this holds {kind}")
-    if asked is not None: return asked, "as asked"
-    task = "classification" if named or whole and n_values <= MAX_CLASSES else "regression"
-    return task, f"the target has {n_values} distinct values, {kind}{'' if named else '; --task overrules'}"
-
-def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | None, seed: int) -> Prepared:
-    "A CSV file of numbers"
-    table = read_numeric_csv(path, target, drop=drop)
-    task, why = choose_task(table.targets, asked, table.classes is not None)
-    facts: dict[str, Any] = {"target": target, "columns": list(table.columns), "task_because": why}
-    targets, n_outputs = table.targets.float().unsqueeze(1), 1
-    if task == "classification":
-        classes, targets = table.targets.unique(return_inverse=True)
-        facts["classes"], n_outputs = table.classes or classes.tolist(), len(classes)
-    train, valid = hold_out(table.inputs, targets, seed)
-    return Prepared(path.name.removesuffix(".gz").removesuffix(".csv"), train, valid, task, n_outputs,
-                    "multilayer_perceptron", facts, places_of(len(targets), seed, "row", 1))
-
-# %% ../nbs/api/cli.ipynb #6f2066d4
-def prepare(
-    data: str | None,  # a path, or None for the digits
-    target: str | None,
-    drop: Sequence[str],
-    task: str | None,
-    seed: int,
-) -> Prepared:
-    "The data of a run; raises `ValueError` or `OSError` when it cannot be used"
-    if task not in (None, "classification", "regression"):
-        raise ValueError(f"--task is {task!r}. {did_you_mean(task, ['classification', 'regression'])}")
-    if data == "digits" and not Path(data).exists(): data = None  # the word for what comes without one
-    path = Path(data or ".")
-    if not path.exists(): raise ValueError(f"there is no file or folder {data!r}")
-    if data is not None and path.is_file():
-        if not path.name.lower().endswith((".csv", ".csv.gz")):
-            raise ValueError(f"{data!r} is no .csv or .csv.gz file, and no folder in the format of MNIST")
-        if target is None:
-            raise ValueError(f"{data!r} is a table; say which column to predict: --target COLUMN")
-        return prepare_table(path, target, drop, task, seed)
-    if target is not None or drop:
-        raise ValueError("--target and --drop name columns of a .csv file; there is none here")
-    if task == "regression": raise ValueError("--task regression needs a .csv file; images are classified")
-    return prepare_digits(seed) if data is None else prepare_folder(path)
 
 # %% ../nbs/api/cli.ipynb #b442f4d7
 @dataclass(frozen=True)
@@ -189,7 +80,7 @@ def choose_settings(
     threads: int | None = None,
 ) -> Settings:
     "Every setting, given or chosen; raises `ValueError` for what cannot train"
-    n_train = len(prepared.train[0])
+    n_train = prepared.sizes[0]
     for name, value in (("epochs", epochs), ("batch-size", batch_size), ("threads", threads)):
         if value is not None and value < 1: raise ValueError(f"--{name} is {value}; expected at least 1")
     if batch_size is None: batch_size = 128 if n_train > 20_000 else 64 if n_train > 1_000 else 32
@@ -214,11 +105,8 @@ def make_learner(
     model = make_model(settings.model, inputs, prepared.n_outputs, targets if regression else None)
     loss_fn = RelativeSquaredError(targets) if regression else nn.CrossEntropyLoss()
     metric = MeanAbsoluteError() if regression else Accuracy()
-    # a last batch of one sample has no variance, which batch normalization needs
-    drop_last = len(inputs) > settings.batch_size and len(inputs) % settings.batch_size == 1
-    loaders = Loaders.from_arrays(inputs, targets, valid=prepared.valid, batch_size=settings.batch_size,
-                                  drop_last=drop_last, seed=settings.seed)
-    return Learner(model, loaders, loss_fn, optimizer=default_optimizer, lr=settings.lr, metrics=[metric],
+    return Learner(model, prepared.loaders(settings.batch_size, settings.seed), loss_fn,
+                   optimizer=default_optimizer, lr=settings.lr, metrics=[metric],
                    device=settings.device, seed=settings.seed, run_dir=directory, config=config)
 
 # %% ../nbs/api/cli.ipynb #c8cc1136
@@ -232,14 +120,16 @@ def n_threads(n: int) -> Iterator[None]:
 
 def plan_lines(prepared: Prepared, settings: Settings, learner: Learner) -> list[str]:
     "What is about to happen, for people"
-    n_train, n_valid = len(prepared.train[0]), len(prepared.valid[0])
+    n_train, n_valid = prepared.sizes
     sample, classes = tuple(prepared.train[0].shape[1:]), f", {prepared.n_outputs} classes"
     why = f" ({prepared.facts['task_because']})" if "task_because" in prepared.facts else ""
     n_parameters = sum(p.numel() for p in learner.model.parameters())
     optimizer = type(learner.trainer.engine.slots["main"].optimizer).__name__
+    few = prepared.data is not None and n_train < 1000 and settings.model in MODELS
+    tip = "; few pictures: --model timm:resnet18 would start from a trained network" if few else ""
     return [f"data: {prepared.name}, {n_train:,} samples {sample} to train on, {n_valid:,} held out",
             f"task: {prepared.task}{classes if prepared.task == 'classification' else ''}{why}",
-            f"model: {settings.model}, {n_parameters:,} parameters",
+            f"model: {settings.model}, {n_parameters:,} parameters{tip}",
             f"optimizer: {optimizer}, one cycle of lr up to {settings.lr:g}",
             f"epochs: {settings.epochs}, batch size {settings.batch_size}",
             f"seed: {settings.seed}, device: {settings.device}, threads: {settings.threads}"]
@@ -282,9 +172,11 @@ def result_line(learner: Learner) -> str:
 
 # %% ../nbs/api/cli.ipynb #3002b760
 def fit(
-    data: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder like MNIST, or .csv; or digits
+    # folder of pictures, or .csv; or digits
+    data: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,
     target: str | None = None,      # column of the .csv to predict
-    model: str | None = None,       # small_cnn, multilayer_perceptron or linear_model; by the data
+    # small_cnn, photo_cnn, multilayer_perceptron, linear_model, timm:NAME; by the data
+    model: str | None = None,
     epochs: int | None = None,      # passes over the training data; by the size of the data
     batch_size: int | None = None,  # samples per step; by the size of the data
     lr: float | None = None,        # highest learning rate of the cycle; by the model
@@ -294,12 +186,13 @@ def fit(
     threads: int | None = None,     # threads to compute with; half of the cores
     task: str | None = None,        # classification or regression, for a .csv; by the values of the target
     drop: str = "",                 # columns of the .csv to leave out, separated by commas
+    size: int | None = None,        # height and width of pictures in pixels; by the pictures
 ) -> int:  # exit code
     "Train a small model on images or on a table of numbers, and keep the run in a directory"
     with one_line_errors():
         check_seed(seed)
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
-        prepared = prepare(data, target, dropped, task, seed)
+        prepared = prepare(data, target, dropped, task, seed, size)
         settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
         directory = free_directory(out, prepared.name)
         learner = make_learner(prepared, settings, directory, {
@@ -318,7 +211,8 @@ def fit(
 
 # %% ../nbs/api/cli.ipynb #e8c05a9e
 def check(
-    data: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # folder like MNIST, or .csv; or digits
+    # folder of pictures, or .csv; or digits
+    data: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,
     target: str | None = None,  # column of the .csv to predict
     seed: int = 0,              # decides what is held out
     task: str | None = None,    # classification or regression, for a .csv; by the values of the target
@@ -328,11 +222,9 @@ def check(
     with one_line_errors():
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed)
-    n_classes = prepared.n_outputs if prepared.task == "classification" else None
-    columns, classes = (prepared.facts.get(name) for name in ("columns", "classes"))
-    report = report_on(prepared.train, prepared.valid, n_classes, columns, prepared.places, classes)
+        report, sound = prepared.report()
     print(f"data: {prepared.name}", report, sep="\n")
-    return int(bool(report.oddities))
+    return 0 if sound else 1
 
 def env() -> int:  # exit code
     "Print versions, devices and settings, for a bug report"
@@ -365,7 +257,7 @@ HELP = """usage: nbdev-trainer COMMAND [DATA] [options]
 Train a PyTorch model and keep the run in a directory.
 
   nbdev-trainer fit                         the embedded digits
-  nbdev-trainer fit FOLDER                  images in the format of MNIST
+  nbdev-trainer fit FOLDER                  a folder of pictures for each class, or the format of MNIST
   nbdev-trainer fit FILE.csv --target NAME  a table of numbers
   nbdev-trainer check [DATA]                what is in the data, and what is odd; trains nothing
   nbdev-trainer env                         versions, devices and settings, for a bug report

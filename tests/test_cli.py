@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 WRONG = {
     "fti": "Did you mean 'fit'?",
     "fit nowhere": "no file or folder 'nowhere'",
-    "fit empty": "not a folder in the format of MNIST",
+    "fit empty": "neither a folder in the format of MNIST nor one with a folder of pictures for each class",
     "fit note.txt": "is no .csv or .csv.gz file",
     "fit t.csv": "say which column to predict",
     "fit t.csv --target knid": "Did you mean 'kind'?",

@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/apps/models.html.md"""
 # %% ../../nbs/api/apps/00_models.ipynb #88956e77
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .networks import is_named, named_network, photo_cnn
 from ..core.errors import Problems, describe, did_you_mean
 from ..learner import load_weights
 from ..store.files import read_tensors
@@ -153,22 +155,29 @@ class RelativeSquaredError(nn.Module):
         return (F.mse_loss(predictions, targets, reduction="none") / self.variance).mean()
 
 # %% ../../nbs/api/apps/00_models.ipynb #9aaaf43c
-MODELS = ("small_cnn", "multilayer_perceptron", "linear_model")
+MODELS = ("small_cnn", "photo_cnn", "multilayer_perceptron", "linear_model")
 
 def make_model(
-    name: str,                      # one of `MODELS`
+    name: str,                      # one of `MODELS`, or such as "timm:resnet18"
     inputs: Tensor,                 # (n, features) or (n, channels, height, width), the training samples
     n_outputs: int,                 # classes, or values to predict
     targets: Tensor | None = None,  # (n, n_outputs) of the training samples, for values; None for classes
+    pretrained: bool = True,        # a network of another package comes with its weights
 ) -> Standardized:
     "A model by name, for the data and with its scales"
-    if name not in MODELS:
+    if name not in MODELS and not is_named(name):
         raise ValueError(f"there is no model {name!r}. {did_you_mean(name, MODELS, what='model')}")
-    if name == "small_cnn":
+    model: nn.Module
+    if name in ("small_cnn", "photo_cnn") or is_named(name):
         if inputs.ndim != 4:
-            raise ValueError("small_cnn takes images, (samples, channels, height, width), and the inputs "
-                             f"are {describe(inputs)}. Use multilayer_perceptron or linear_model.")
-        model = small_cnn(inputs.shape[1], n_outputs, (inputs.shape[2], inputs.shape[3]))
+            raise ValueError(f"{name} takes images, (samples, channels, height, width), and the inputs are "
+                             f"{describe(inputs)}. Use multilayer_perceptron or linear_model.")
+        channels, height, width = inputs.shape[1:]
+        if name == "small_cnn": model = small_cnn(channels, n_outputs, (height, width))
+        elif name == "photo_cnn":
+            n_stages = max(1, min(4, int(math.log2(min(height, width))) - 1))
+            model = photo_cnn(channels, n_outputs, n_stages=n_stages)
+        else: model = named_network(name, channels, n_outputs, pretrained)
     else:
         build = multilayer_perceptron if name == "multilayer_perceptron" else linear_model
         model = build(inputs[0].numel(), n_outputs)
@@ -181,12 +190,13 @@ def model_of_run(
     "The trained model of a run, in evaluation mode; raises `ValueError` for a run that was made otherwise"
     run = Run.open(directory)
     missing = [name for name in ("model", "input_shape", "n_outputs", "task") if name not in run.config]
-    if missing or run.config["model"] not in MODELS:
+    if missing or run.config["model"] not in MODELS and not is_named(run.config["model"]):
         what = f"its config.json has no {', '.join(missing)}" if missing else f"model {run.config['model']!r}"
         raise ValueError(f"'{directory}' was not made by `nbdev-trainer fit`: {what}. Build the model as it "
                          f"was, and load {run.directory / 'model.safetensors'} with learner.load.")
     samples = torch.zeros(2, *run.config["input_shape"])
     targets = torch.zeros(2, run.config["n_outputs"]) if run.config["task"] == "regression" else None
-    model = make_model(run.config["model"], samples, run.config["n_outputs"], targets)
+    model = make_model(run.config["model"], samples, run.config["n_outputs"], targets,
+                       pretrained=False)
     load_weights(model, read_tensors(run.weights), str(run.weights))
     return model.eval()

@@ -122,8 +122,12 @@ def permutation(
     epoch: int = 0,  # in [0, 2**63)
 ) -> Tensor:  # (n,) int64, each of 0 ... n-1 once
     "The order of `n` samples in an epoch: a pure function, the same on every machine."
-    hashes = hash64(seed, epoch, np.arange(check_seed(n, "n")))
-    return torch.from_numpy(np.argsort(hashes, kind="stable").astype(np.int64, copy=False))
+    positions = np.arange(check_seed(n, "n"))
+    hashes, last = hash64(seed, epoch, positions), np.uint64(2**len(positions).bit_length() - 1)
+    marked = np.sort(hashes & ~last | positions.astype(np.uint64))
+    firsts, order = marked | last, marked & last
+    if (firsts[1:] == firsts[:-1]).any(): order = np.argsort(hashes)
+    return torch.from_numpy(order.astype(np.int64))
 
 # %% ../../nbs/api/core/02_seeding.ipynb #17e207a0
 def subkeys(

@@ -56,7 +56,7 @@ class Albumentations(Transform):
 
     def __post_init__(self) -> None:
         check_number(self, "min_visible")
-        package = require("albumentations", extra="vision", why="Albumentations")
+        package = require("albumentations", extra="transforms", why="Albumentations")
         p = getattr(self.transforms, "p", 1.0)
         listed = getattr(self.transforms, "transforms", self.transforms)
         if not isinstance(listed, (list, tuple)) or not all(callable(one) for one in listed) or not listed:
@@ -137,7 +137,7 @@ def marked(
     size: tuple[int, int],  # height and width of the picture
 ) -> Tensor:
     "A tensor with the mark that says what it is; raises `ValueError` for points where torchvision has none"
-    marks = require("torchvision.tv_tensors", extra="vision", why="Torchvision")
+    marks = require("torchvision.tv_tensors", extra="transforms", why="Torchvision")
     if isinstance(kind, Image): return marks.Image(value)
     if isinstance(kind, Mask): return marks.Mask(value)
     if isinstance(kind, Boxes): return marks.BoundingBoxes(value, format="XYXY", canvas_size=size)
@@ -157,7 +157,7 @@ class Torchvision(Transform):
 
     def __post_init__(self) -> None:
         check_number(self, "min_visible")
-        require("torchvision.tv_tensors", extra="vision", why="Torchvision")
+        require("torchvision.tv_tensors", extra="transforms", why="Torchvision")
         if not callable(self.transform):
             raise TypeError(f"Torchvision got {describe(self.transform)}; expected a transform of "
                             "torchvision.transforms.v2, several of them in its Compose([...])")

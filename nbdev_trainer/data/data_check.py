@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import tensors
 from .items import content_hash
-from .kinds import Categories, Category, Kind
+from .kinds import Categories, Category, Kind, Numbers
 from .leaks import find_leaks
 from .pictures import Boxes, Image, Mask
 from .sequences import Text
@@ -32,8 +32,8 @@ from .sources import ItemSource, file_of, generator_for, name_of_item
 from .splits import Split
 
 # %% auto #0
-__all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'label_problems', 'alike', 'used_in',
-           'file_problems', 'file_hash', 'item_problems', 'DataCheck', 'check_source']
+__all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'label_problems', 'alike', 'missing_problems',
+           'used_in', 'file_problems', 'file_hash', 'item_problems', 'DataCheck', 'check_source']
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #1f703e5a
 def in_words(
@@ -90,8 +90,10 @@ def batch_stages(
     steps = [*(source.train_batch_transforms if source.training else ()), *source.batch_transforms]
     for name, value in values.items(): yield Stage("arrive on the device", name, in_words(value))
     for step in steps:
+        before = values
         values, took = timed(step, values, source.kinds, keys)
-        for name, value in values.items(): yield Stage(repr(step), name, in_words(value), took)
+        for name, value in values.items():
+            if value is not before[name]: yield Stage(repr(step), name, in_words(value), took)
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #e1f93a6d
 def some(
@@ -116,6 +118,7 @@ def label_problems(
             try: raw = kind.read(items[position])
             except Exception: continue  # a look at every item tells
             labels = kind.labels(raw) if isinstance(kind, Categories) else raw if kind.per else [raw]
+            labels = [kind.named(label) for label in labels]
             counts[part].update(labels)
             for label in labels:
                 if label not in known: unknown.setdefault(label, []).append(name_of_item(items, position))
@@ -142,6 +145,24 @@ def alike(labels: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         plain = str(label).casefold().strip(" .,;:_-").replace(" ", "").replace("_", "").replace("-", "")
         if plain in seen: yield seen[plain], label
         seen.setdefault(plain, label)
+
+# %% ../../nbs/api/data/10e_data_check.ipynb #a758460e
+def missing_problems(
+    items: Any,
+    name: str,
+    kind: Numbers | Category,
+    positions: Sequence[int],
+) -> Iterator[str]:
+    "How often a field has no value, and what is put in its place"
+    gaps: list[str] = []
+    for position in positions:
+        try: raw = kind.read(items[position])
+        except Exception: continue  # a look at every item tells
+        values = kind.listed(raw) if isinstance(kind, Numbers) else raw if kind.per else [raw]
+        if any(one is None or one != one for one in values): gaps.append(name_of_item(items, position))
+    done = f"they get missing={kind.missing!r}" if kind.missing is not None else "say what they get: missing="
+    if gaps: yield (f"the field {name!r} has missing values in {len(gaps)} of {len(positions)} items (first: "
+                    f"{gaps[0]}); {done}")
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #75009c85
 def used_in(split: Split) -> list[int]:
@@ -253,7 +274,11 @@ def check_source(
     except Exception as error:
         notes = "; ".join(getattr(error, "__notes__", []))
         problems.append(f"a stage failed: {type(error).__name__}: {error}{'; ' if notes else ''}{notes}")
-    if every_item: problems += item_problems(source, used_in(split))
+    if every_item:
+        for field, kind in source.kinds.items():
+            if isinstance(kind, (Numbers, Category)) and not isinstance(kind, Categories):
+                problems += missing_problems(source.items, field, kind, used_in(split))
+        problems += item_problems(source, used_in(split))
     parts = [f"{len(ids):,} {part}" for part, ids in split.parts().items() if len(ids)]
     looked = "every item was read" if every_item else "to read every item: check(every_item=True)"
     return DataCheck([f"items: {', '.join(parts)}; {looked}"], stages, problems)

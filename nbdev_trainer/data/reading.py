@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -26,14 +26,43 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import index
 from .loaders import Loader
+from .rows import Texts
 from .sources import ItemSource, Read, file_of
 from .workers import SampleLoader, Task
 from ..store.files import read_tensors, write_tensors
 
 # %% auto #0
-__all__ = ['UNITS', 'checked_items', 'fingerprint_of', 'bytes_of', 'Cache', 'MemorySource', 'check_workers', 'Reading']
+__all__ = ['LONG', 'UNITS', 'Packed', 'packed', 'checked_items', 'fingerprint_of', 'bytes_of', 'Cache', 'MemorySource',
+           'check_workers', 'Reading']
 
 # %% ../../nbs/api/data/10d_reading.ipynb #d34d7bba
+LONG = 10_000  # items; of fewer, copies do no harm
+
+class Packed(Sequence[Any]):
+    "A list of texts, or of paths, in one block of memory that processes can share"
+    def __init__(self,
+        texts: Iterable[str],
+        made: Callable[[str], Any] = str,  # what makes an item of its text
+    ) -> None:
+        self.texts, self.made = Texts(texts), made
+
+    def __len__(self) -> int: return len(self.texts)
+
+    def __getitem__(self, place: Any) -> Any:  # a list, for a slice
+        found: Any = self.texts[place]
+        return [self.made(one) for one in found] if isinstance(place, slice) else self.made(found)
+
+    def __repr__(self) -> str: return f"Packed({describe(self[:3])}; {len(self)} in all)"
+
+def packed(items: Any) -> Any:
+    "A long list of paths or texts in one block of memory; everything else as it is"
+    if type(items) is not list or len(items) < LONG: return items
+    made = type(items[0])
+    if made not in (str, type(Path())) or any(type(one) is not made for one in items): return items
+    try: return Packed(map(str, items), made)
+    except UnicodeEncodeError: return items  # a name that is no text
+
+# %% ../../nbs/api/data/10d_reading.ipynb #d38b11e7
 def checked_items(
     items: Any,
 ) -> Any:
@@ -46,7 +75,7 @@ def checked_items(
         raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such "
                         f"as a list")
     if len(items) == 0: raise ValueError("items is empty; expected at least one item")
-    return items
+    return packed(items)
 
 def fingerprint_of(
     items: Any,

@@ -17,8 +17,8 @@ import os
 import random as python_random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import index, to_device
-from ..core.seeding import hash64, isolated_rng
+from ..core.nested import to_device
+from ..core.seeding import hash64, isolated_rng, subkeys
 from .batch import Batch
 from .items import path_of
 from .kinds import Kind
@@ -174,7 +174,7 @@ class ItemSource:
 
     def name_of(self, position: int) -> str: return name_of_item(self.items, position)
 
-    def encoded(self, position: int, stage: list[str]) -> dict[str, Tensor]:
+    def encoded(self, position: int, stage: list[Any]) -> dict[str, Tensor]:
         "The fields of an item as tensors; `stage` is told what is being done"
         item, sample = self.items[position], {}
         if self.cache is not None:
@@ -193,19 +193,21 @@ class ItemSource:
         key: int,       # what its random draws follow from
     ) -> dict[str, Tensor]:  # by field
         "One sample, transformed; an error gets a note of item and stage"
-        stage, sample = ["finding it"], {}
+        stage: list[Any] = ["finding it"]  # or the transform, whose words take longer than its call
+        sample: dict[str, Tensor] = {}
         try:
             sample = self.encoded(position, stage)
             if not self.steps: return sample
             random = generator_for(key)
             if self.foreign: seed_globals(key)
             for step in self.steps:
-                stage[0] = f"the transform {step!r}"
+                stage[0] = step
                 sample = step(sample, self.kinds, random)
             return sample
         except Exception as error:
             shapes = f"; its fields: {describe(sample, depth=2)}" if sample else ""
-            error.add_note(f"{self.name_of(position)}: {stage[0]} failed{shapes}. Mend the item or leave it "
+            what = stage[0] if isinstance(stage[0], str) else f"the transform {stage[0]!r}"
+            error.add_note(f"{self.name_of(position)}: {what} failed{shapes}. Mend the item or leave it "
                            "out; data.check(every_item=True) lists all such items, and on_error='skip' "
                            "passes them over")
             raise
@@ -263,8 +265,8 @@ class ItemSource:
         values = {name: self.kinds[name].arrive(value) for name, value in values.items()}
         steps = [*(self.train_batch_transforms if self.training else ()), *self.batch_transforms]
         keys = np.array(read.keys, np.uint64) if steps else None
-        for step in steps:
-            try: values = step(values, self.kinds, keys)
+        for number, step in enumerate(steps):
+            try: values = step(values, self.kinds, subkeys(keys, number))  # each draws for itself
             except Exception as error:
                 error.add_note(f"the batch transform {step!r} failed; the batch: {describe(values, depth=2)}")
                 raise
