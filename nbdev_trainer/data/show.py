@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 # %% auto #0
-__all__ = ['LAYERS', 'layer_of', 'draw_sample', 'label_places', 'samples_of', 'SampleTable', 'show_samples', 'cut']
+__all__ = ['LAYERS', 'layer_of', 'is_drawn', 'draw_sample', 'label_places', 'samples_of', 'SampleTable', 'show_samples', 'cut']
 
 # %% ../../nbs/api/data/10c_show.ipynb #d6e6b2b8
 LAYERS = (Image, Series, Mask, Boxes, Points)  # what is drawn, from the bottom up
@@ -37,6 +37,10 @@ LAYERS = (Image, Series, Mask, Boxes, Points)  # what is drawn, from the bottom 
 def layer_of(kind: Kind) -> int:
     "Where a kind is drawn; above all others is text"
     return next((number for number, one in enumerate(LAYERS) if isinstance(kind, one)), len(LAYERS))
+
+def is_drawn(kind: Kind) -> bool:
+    "Whether a kind has a picture, and not only a text"
+    return type(kind).draw is not Kind.draw
 
 def draw_sample(
     axes: matplotlib.axes.Axes,
@@ -48,7 +52,7 @@ def draw_sample(
     for name in sorted(sample, key=lambda name: layer_of(kinds[name])):
         kind, value = kinds[name], sample[name]
         if kind.per in sample: label_places(axes, sample[kind.per], kind.decode(value))
-        elif layer_of(kind) < len(LAYERS): kind.draw(axes, value)
+        elif is_drawn(kind): kind.draw(axes, value)
         else: titles.append(kind.text(value))
     axes.set_title("\n".join(one if len(one) < 40 else one[:37] + "..." for one in titles), fontsize=8)
     if any(isinstance(kinds[name], (Image, Mask)) for name in sample): axes.axis("off")
@@ -93,7 +97,7 @@ def show_samples(
 ) -> matplotlib.figure.Figure | SampleTable:
     "Samples as a grid of pictures, or as a table where there is nothing to draw"
     if not samples: raise ValueError("there is no sample to show; expected at least one")
-    if all(layer_of(kinds[name]) == len(LAYERS) for name in samples[0]):
+    if not any(is_drawn(kinds[name]) for name in samples[0]):
         return SampleTable([{name: cut(kinds[name].text(value)) for name, value in one.items()}
                             for one in samples])
     pyplot = require("matplotlib.pyplot", extra="plot", why="show_batch()")
