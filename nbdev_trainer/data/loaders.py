@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from .samplers import Sampler
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Loader', 'check_loader', 'fetch_rows', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader', 'named_sets',
-           'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
+__all__ = ['Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader',
+           'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 @dataclass(eq=False)
@@ -116,9 +117,14 @@ def fetch_rows(
     targets: Any,  # likewise, or None
 ) -> Callable[[Tensor], Batch]:
     "A function that picks the given rows of arrays in memory"
-    def fetch(ids: Tensor) -> Batch:
-        return Batch(index(inputs, ids), None if targets is None else index(targets, ids), len(ids), ids)
+    pick_inputs, pick_targets = row_picker(inputs), row_picker(targets)
+    def fetch(ids: Tensor) -> Batch: return Batch(pick_inputs(ids), pick_targets(ids), ids.numel(), ids)
     return fetch
+
+def row_picker(values: Any) -> Callable[[Tensor], Any]:
+    "A function that picks rows; for a tensor on the CPU without a detour, which a small batch would feel"
+    plain = type(values) is Tensor and values.device.type == "cpu"
+    return partial(values.index_select, 0) if plain else partial(index, values)
 
 # %% ../../nbs/api/data/01_loaders.ipynb #eb445f03
 def fetch_samples(
