@@ -126,7 +126,7 @@ def permutation(
     hashes, last = hash64(seed, epoch, positions), np.uint64(2**len(positions).bit_length() - 1)
     marked = np.sort(hashes & ~last | positions.astype(np.uint64))
     firsts, order = marked | last, marked & last
-    if (firsts[1:] == firsts[:-1]).any(): order = np.argsort(hashes)
+    if (firsts[1:] == firsts[:-1]).any(): order = np.argsort(hashes).astype(np.uint64)
     return torch.from_numpy(order.astype(np.int64))
 
 # %% ../../nbs/api/core/02_seeding.ipynb #17e207a0

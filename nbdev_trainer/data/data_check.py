@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import tensors
 from .items import content_hash
-from .kinds import Categories, Category, Kind, Numbers
+from .kinds import Categories, Category, Numbers
 from .leaks import find_leaks
 from .pictures import Boxes, Image, Mask
 from .sequences import Text
@@ -198,7 +198,8 @@ def item_problems(
     positions: Sequence[int],
 ) -> Iterator[str]:
     "What is odd about single items: read every one"
-    failed, grey, outside, sizes, empty, unlike = [], [], [], Counter(), [], []
+    failed, grey, outside, empty, unlike = [], [], [], [], []
+    sizes: Counter[tuple[int, ...]] = Counter()
     for position in positions:
         name = name_of_item(source.items, position)
         try: sample = source.sample(position, 0)

@@ -208,7 +208,7 @@ class Numbers(Kind):
 
     def listed(self, raw: Any) -> list[Any]:
         "The raw value as a list"
-        return list(raw) if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0) else [raw]
+        return list(raw) if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0) != 0 else [raw]
 
     def fit(self, raws: Iterable[Any]) -> None:
         table = torch.stack([self.as_floats(raw) for raw in raws])

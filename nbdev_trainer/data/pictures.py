@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, require
-from .kinds import Kind, Reader, kind_from, stack
+from .kinds import Kind
 
 if TYPE_CHECKING:
     import matplotlib.axes

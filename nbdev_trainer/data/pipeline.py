@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import Problems, checked_keywords, describe, did_you_mean
-from . import augment, color, transforms
+from . import augment, color, sequence_transforms, transforms, warp
 from .data_check import DataCheck, check_source
 from .kinds import Kind, Reader, kind_from
 from .loaders import Loader, Loaders, Sampler, draw_seed
@@ -128,7 +128,7 @@ def describe_step(step: Any) -> dict[str, Any]:
 
 def step_from(description: Mapping[str, Any], known: Mapping[str, type]) -> Any:
     "A transform built again; raises `ValueError` for one that is not among the known"
-    name = description.get("transform")
+    name = str(description.get("transform"))
     if name not in known or "settings" not in description:
         raise ValueError(f"the transform {description.get('shown', name)!r} cannot be built from its "
                          "description; pass the transforms themselves: Data.from_description(..., "
@@ -139,7 +139,8 @@ def step_from(description: Mapping[str, Any], known: Mapping[str, type]) -> Any:
 
 def known_steps() -> dict[str, type]:
     "The transforms of this library, by name"
-    return {name: one for module in (transforms, color, augment) for name, one in vars(module).items()
+    modules = transforms, color, sequence_transforms, augment, warp
+    return {name: one for module in modules for name, one in vars(module).items()
             if isinstance(one, type) and is_dataclass(one) and one.__module__ == module.__name__}
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #655fca1c

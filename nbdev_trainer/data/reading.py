@@ -106,7 +106,8 @@ class Cache:
         limit: int | str = "1GB",                    # bytes, at most
         folder: str | PathLike[str] | None = None,   # where; None: in memory
     ) -> None:
-        self.limit, self.used, self.kept, self.lock = bytes_of(limit), 0, {}, threading.Lock()
+        self.limit, self.used, self.lock = bytes_of(limit), 0, threading.Lock()
+        self.kept: dict[str, dict[str, Tensor]] = {}
         self.folder = None if folder is None else Path(folder)
 
     def __repr__(self) -> str: return f"Cache({self.limit}, {str(self.folder or 'in memory')!r})"

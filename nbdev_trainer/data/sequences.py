@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
-from .kinds import Kind, Reader, kind_from
+from .kinds import Kind
 
 if TYPE_CHECKING: import matplotlib.axes
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..core.errors import require
@@ -51,7 +50,8 @@ def draw_sample(
     titles = []
     for name in sorted(sample, key=lambda name: layer_of(kinds[name])):
         kind, value = kinds[name], sample[name]
-        if kind.per in sample: label_places(axes, sample[kind.per], kind.decode(value))
+        if kind.per is not None and kind.per in sample:
+            label_places(axes, sample[kind.per], kind.decode(value))
         elif is_drawn(kind): kind.draw(axes, value)
         else: titles.append(kind.text(value))
     axes.set_title("\n".join(one if len(one) < 40 else one[:37] + "..." for one in titles), fontsize=8)
@@ -62,9 +62,11 @@ def label_places(
     places: Tensor,         # (n, 4) boxes or (n, 2) points
     labels: Sequence[Any],  # one for each
 ) -> None:
-    "Write each label at its box or point"
+    "Write each label at its box or point: above it, or below where there is no room"
+    bottom, top = axes.get_ylim()
     for (x, y), label in zip(places[:, :2].tolist(), labels):
-        axes.text(x, y, str(label), fontsize=7, color="black", va="bottom", clip_on=True,
+        below = abs(y - top) < 0.08 * abs(bottom - top)
+        axes.text(x, y, str(label), fontsize=7, color="black", va="top" if below else "bottom", clip_on=True,
                   bbox={"facecolor": "lime", "alpha": 0.8, "pad": 0.5, "edgecolor": "none"})
 
 # %% ../../nbs/api/data/10c_show.ipynb #1b65334f

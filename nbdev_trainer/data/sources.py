@@ -264,7 +264,7 @@ class ItemSource:
         values = read.values if device is None else to_device(read.values, device)
         values = {name: self.kinds[name].arrive(value) for name, value in values.items()}
         steps = [*(self.train_batch_transforms if self.training else ()), *self.batch_transforms]
-        keys = np.array(read.keys, np.uint64) if steps else None
+        keys = np.array(read.keys, np.uint64)
         for number, step in enumerate(steps):
             try: values = step(values, self.kinds, subkeys(keys, number))  # each draws for itself
             except Exception as error:

@@ -135,8 +135,8 @@ def read_in_threads(
     timeout: float = 0,    # seconds to wait for one task; 0: forever
 ) -> Iterator[tuple[Task, Any]]:
     "Tasks done by threads; raises `TimeoutError` naming the samples of a task that takes too long"
-    # type: ignore[var-annotated]
-    pool, left, pending = ThreadPoolExecutor(n, "nbdev_trainer"), iter(tasks), deque()
+    pool, left = ThreadPoolExecutor(n, "nbdev_trainer"), iter(tasks)
+    pending: deque[tuple[Task, list[int], Any]] = deque()
     try:
         while True:
             while len(pending) < n * ahead and (task := next(left, None)) is not None:

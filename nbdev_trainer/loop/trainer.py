@@ -51,7 +51,7 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     if state.epoch_batch == 0:
         in_fixed_order = isinstance(loader, (Loader, Sequence))
         trainer.at_epoch_start = None if in_fixed_order else generators(loader)
-    batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start, trainer.device)
+    batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start, trainer.engine.device)
     first = next(batches, None)
     if first is None and state.epoch_batch == 0:
         raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected at least one. "
