@@ -47,6 +47,7 @@ Modules:
 - `nbdev_trainer.data.sources`: From an item to a sample, from samples to a batch: one path, the same for every kind and for every worker
 - `nbdev_trainer.data.splits`: Which samples are trained on and which are held out
 - `nbdev_trainer.data.splits_by`: Splits that look at the items: by class, group, folder, value or time, and in folds
+- `nbdev_trainer.data.streams`: Sources without a length, several loaders as one, and loaders that change from epoch to epoch
 - `nbdev_trainer.data.transforms`: Resize, crop, flip, turn, see from the side: transforms that move what is in a picture
 - `nbdev_trainer.data.warp`: Flip, turn, zoom, shift, shear and tilt a whole batch in one resampling; masks, boxes and points follow
 - `nbdev_trainer.data.workers`: Read the samples of a batch here, in threads or in other processes: the batches are the same

@@ -24,7 +24,9 @@ import nbdev_trainer
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.data.batch import Batch, StepOutput
-from nbdev_trainer.data.loaders import Loader
+from nbdev_trainer.data import Data, Number
+from nbdev_trainer.data.loaders import EpochLoader
+from nbdev_trainer.data.streams import ByEpoch, Combined, StreamLoader
 from nbdev_trainer.loop.callback import AttachedFunction, Callback, attach
 from nbdev_trainer.loop.optimizers import FusedAdamW
 from nbdev_trainer.loop.schedules import linear
@@ -349,6 +351,11 @@ def as_texts(values):
     return [" ".join(map(str, row)) for row in values.view(len(values), -1).argsort(1).tolist()]
 
 
+def sample_loader():
+    """Eight samples, one by one, in batches of three."""
+    return Data(list(range(8)), {"x": Number()}, inputs="x").loaders(3, seed=0).train
+
+
 MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
     "AUROC": lambda: AUROC("multiclass", 3),
     "Accuracy": Accuracy,
@@ -356,6 +363,11 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Answers": lambda: Accuracy(),
     "ClassAnswers": lambda: Accuracy("kept", ignore_index=1),
     "AttachedFunction": lambda: attach("after_step", lambda trainer: None, every="2ba"),
+    "ByEpoch": lambda: ByEpoch(lambda epoch: own_loader()),
+    "Combined": lambda: Combined({"one": own_loader(), "other": sample_loader()}),
+    "EpochLoader": sample_loader,
+    "SampleLoader": sample_loader,
+    "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "AveragePrecision": lambda: AveragePrecision("multiclass", 3, n_bins=20),
     "BLEU": lambda: shown(BLEU(), as_texts, as_texts),
     "BinaryAccuracy": lambda: shown(BinaryAccuracy(), first_scores, is_one),
@@ -421,7 +433,7 @@ def use(thing, turn):
         thing.update(output, Batch(scores, targets, 6))
     elif isinstance(thing, RunningMean):
         thing.add(scores.mean(), turn + 1)
-    elif isinstance(thing, Loader):
+    elif isinstance(thing, EpochLoader):
         list(thing)
     elif isinstance(thing, torch.optim.Optimizer):
         for p in thing.param_groups[0]["params"]:

@@ -29,12 +29,36 @@ from .samplers import Sampler
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators', 'looking_at', 'as_loader',
-           'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
+__all__ = ['EpochLoader', 'Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators', 'looking_at',
+           'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
+class EpochLoader:
+    "What can yield the batches of any epoch from any batch on; the loop positions it instead of skipping"
+    epoch: int = 0  # which epoch the next `for` loop over the loader runs through
+
+    def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
+        "The batches of one epoch, from batch `start` on"
+        raise NotImplementedError(f"{type(self).__name__} does not define batches(self, epoch, start, device)")
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch += 1
+        return self.batches(self.epoch - 1)
+
+    def in_order(self) -> EpochLoader:
+        "The same samples for evaluation"
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        "What decides the batches; the position in an epoch is counted by whoever iterates"
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Go on with the order of a saved loader"
+        self.epoch = state["epoch"]
+
 @dataclass(eq=False)
-class Loader:
+class Loader(EpochLoader):
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
     fetch: Callable[..., Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these
     rows: Tensor = field(repr=False)  # (n_samples,) int64, the positions this loader may use
@@ -70,10 +94,6 @@ class Loader:
         "The batches of one epoch, from batch `start` on"
         for ids in self.index_batches(epoch)[start:]:
             yield self.fetch(ids if self.world_size == 1 else ids.tensor_split(self.world_size)[self.rank])
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.epoch += 1
-        return self.batches(self.epoch - 1)
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each exactly once, in the order of the data set"
@@ -162,7 +182,7 @@ def own_generators(loader: Any) -> list[torch.Generator]:
 def looking_at(loader: Any) -> Iterator[None]:
     "Read from a loader inside of the block; afterwards the next epoch is what it would have been"
     generators = [(one, one.get_state()) for one in own_generators(loader)]
-    state = loader.state_dict() if isinstance(loader, Loader) else None
+    state = loader.state_dict() if isinstance(loader, EpochLoader) else None
     with_workers: Any = loader if getattr(loader, "persistent_workers", False) else None
     workers = getattr(with_workers, "_iterator", None)
     if with_workers is not None: with_workers._iterator = None

@@ -31,20 +31,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.errors import did_you_mean
-from ..core.nested import map_tensors, to_device
+from ..core.nested import index, map_tensors, to_device
 from ..core.seeding import hash64
 from .batch import Batch
 from .loaders import Loader
 
 # %% auto #0
-__all__ = ['SALT', 'Task', 'Source', 'tasks_of', 'Failed', 'InWorker', 'Queue', 'unchanged', 'compact', 'nothing', 'read_here',
-           'read_in_threads', 'keeping_garbage', 'Processes', 'SampleLoader', 'copied_ahead', 'arrived']
+__all__ = ['SALT', 'Task', 'Source', 'tasks_of', 'part_of', 'emptied', 'Failed', 'InWorker', 'Queue', 'unchanged', 'compact',
+           'nothing', 'read_here', 'read_in_threads', 'keeping_garbage', 'Processes', 'SampleLoader', 'copied_ahead',
+           'arrived']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
     "The samples of one batch"
     ids: list[int]   # their positions in the data set
     keys: list[int]  # for each, in [0, 2**64): what its random draws follow from
+    spare: bool = False  # nothing of the batch is for this rank; one sample is read for its shape
 
 class Source(Protocol):
     "What a `SampleLoader` takes its samples from; it is copied into the workers"
@@ -72,16 +74,34 @@ def tasks_of(
     start: int = 0,                   # the first batch that is wanted
     rank: int = 0,
     world_size: int = 1,
+    first: int = 0,                   # the place of the first sample in the order of the epoch
 ) -> Iterator[Task]:
     "The tasks of one rank, from a batch on"
-    position = sum(len(ids) for ids in index_batches[:start])
+    position = first + sum(len(ids) for ids in index_batches[:start])
     for ids in index_batches[start:]:
         positions = np.arange(position, position + len(ids)) if training else ids.numpy()
         keys = hash64((seed + SALT) % 2**63, epoch if training else 0, positions)
         position += len(ids)
-        if world_size > 1:
-            ids, keys = ids.tensor_split(world_size)[rank], np.array_split(keys, world_size)[rank]
-        yield Task(ids.tolist(), keys.tolist())
+        part = part_of(len(ids), rank, world_size)
+        spare = part.start == part.stop
+        if spare: part = slice(0, 1)
+        yield Task(ids[part].tolist(), keys[part].tolist(), spare)
+
+def part_of(
+    n: int,           # samples in a batch
+    rank: int,
+    world_size: int,
+) -> slice:
+    "The part of a batch that is for one of several ranks; the first ones may have one more than the others"
+    each, more = divmod(n, world_size)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+def emptied(batch: Batch) -> Batch:
+    "A batch without its samples, for a rank that has nothing to do in this step"
+    def no(value: Any) -> Any: return None if value is None else index(value, torch.empty(0,
+                                                                                          dtype=torch.int64))
+    return Batch(no(batch.inputs), no(batch.targets), 0, no(batch.ids), no(batch.weights))
 
 # %% ../../nbs/api/data/10_workers.ipynb #1c4537d1
 class Failed:
@@ -258,7 +278,7 @@ class SampleLoader(Loader):
         if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
         for task, read in done:
             batch = source.finish(read, task, device)
-            if batch is not None: yield batch
+            if batch is not None: yield emptied(batch) if task.spare else batch
 
     def done(self, tasks: Iterable[Task], device: torch.device | None) -> Iterator[tuple[Task, Any]]:
         "Tasks with what was read for them, by whoever does it"

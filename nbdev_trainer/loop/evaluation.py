@@ -23,7 +23,7 @@ from ..core.errors import describe, did_you_mean
 from ..core.nested import concatenate, detach, to_device
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
-from ..data.loaders import Loader, own_generators
+from ..data.loaders import EpochLoader, own_generators
 from .advice import add_notes
 from .callback import handler_table
 from .control import Control
@@ -83,7 +83,7 @@ def outputs(
     state, on, n = trainer.state, trainer.handlers, 0
     kept = [(one, one.get_state()) for one in own_generators(loader)]
     try:
-        ours = loader.in_order().batches(0, device=trainer.engine.device) if isinstance(loader, Loader) else None
+        ours = loader.in_order().batches(0, device=trainer.engine.device) if isinstance(loader, EpochLoader) else None
         for n, raw in enumerate(loader if ours is None else ours, 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
             state.current_batch = batch

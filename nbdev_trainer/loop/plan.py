@@ -25,7 +25,7 @@ from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.nested import map_tensors
 from ..core.seeding import rng_state, set_rng_state
-from ..data.loaders import Loader, own_generators
+from ..data.loaders import EpochLoader, own_generators
 from .engine import OptimizerSlot
 from .schedules import progress_of
 from .state import State
@@ -233,12 +233,12 @@ def generators(loader: Iterable[Any]) -> dict[str, Any]:
 
 def loader_state(loader: Any) -> dict[str, Any]:
     "What a loader needs to go on in the next epoch: our own state, or that of a generator of its own"
-    return {"loader": loader.state_dict() if isinstance(loader, Loader) else None,
+    return {"loader": loader.state_dict() if isinstance(loader, EpochLoader) else None,
             "own": [one.get_state() for one in own_generators(loader)]}
 
 def load_loader_state(loader: Any, saved: Mapping[str, Any]) -> None:
     "Put a loader where a saved one was"
-    if saved["loader"] is not None and isinstance(loader, Loader): loader.load_state_dict(saved["loader"])
+    if saved["loader"] is not None and isinstance(loader, EpochLoader): loader.load_state_dict(saved["loader"])
     for one, state in zip(own_generators(loader), saved["own"]): one.set_state(state)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #af776f57
@@ -250,7 +250,7 @@ def open_epoch(
     device: torch.device | None = None,        # where they are going to be used
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
-    if isinstance(loader, Loader): return loader.batches(epoch, start, device)
+    if isinstance(loader, EpochLoader): return loader.batches(epoch, start, device)
     if start == 0 or isinstance(loader, Iterator): return iter(loader)
     now = rng_state()
     if at_epoch_start is not None:

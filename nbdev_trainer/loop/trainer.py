@@ -24,7 +24,7 @@ from ..core.errors import checked_keywords, describe, did_you_mean
 from ..core.messages import tell
 from ..core.seeding import set_rng_state
 from ..data.batch import Batch, StepOutput, to_batch
-from ..data.loaders import Loader, named_sets
+from ..data.loaders import EpochLoader, named_sets
 from .advice import add_notes
 from .callback import Callback, check_callbacks, handler_table, in_order
 from .control import call_each, check_events
@@ -49,7 +49,7 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     "The batches of this epoch that are still to do; raises `ValueError` when a new epoch has none"
     state, loader = trainer.state, plan.train
     if state.epoch_batch == 0:
-        in_fixed_order = isinstance(loader, (Loader, Sequence))
+        in_fixed_order = isinstance(loader, (EpochLoader, Sequence))
         trainer.at_epoch_start = None if in_fixed_order else generators(loader)
     batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start, trainer.engine.device)
     first = next(batches, None)

@@ -21,7 +21,7 @@ from ..core.errors import describe, did_you_mean
 from ..core.messages import tell
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, to_batch
-from ..data.loaders import Loader, looking_at
+from ..data.loaders import EpochLoader, looking_at
 from ..loop.optimizers import default_optimizer
 from ..loop.steps import Step, SupervisedStep
 
@@ -39,7 +39,7 @@ def first_batch(
         raise ValueError("the loss cannot be inferred from an iterator, because looking at a batch would "
                          "use it up; pass loss_fn=")
     with isolated_rng(), looking_at(loader):
-        raw = next(loader.batches(0) if isinstance(loader, Loader) else iter(loader), None)
+        raw = next(loader.batches(0) if isinstance(loader, EpochLoader) else iter(loader), None)
     if raw is None: raise ValueError(f"{describe(loader)} gave no batch to look at; expected at least one")
     return to_batch(raw if as_batch is None else as_batch(raw))
 

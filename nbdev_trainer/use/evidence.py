@@ -25,7 +25,7 @@ from ..core.errors import describe
 from ..core.nested import map_tensors, tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch, StepOutput
-from ..data.loaders import Loader
+from ..data.loaders import EpochLoader
 from ..loop.callback import Callback, handler_table
 from ..loop.evaluation import module_modes
 from ..loop.plan import set_lr, current_lrs
@@ -64,7 +64,7 @@ def peek(trainer: Trainer, loader: Iterable[Any], needs_targets: bool = True) ->
     seen, end, samples = Peek(), time.monotonic() + MOST_SECONDS, 0
     if isinstance(loader, Iterator): return seen
     try:
-        for raw in loader.batches(trainer.state.epoch) if isinstance(loader, Loader) else loader:
+        for raw in loader.batches(trainer.state.epoch) if isinstance(loader, EpochLoader) else loader:
             seen.batches.append(batch := fresh(trainer.read(raw, needs_targets)))
             samples += batch.size
             enough = samples >= MOST_SAMPLES or len(seen.batches) >= MOST_BATCHES

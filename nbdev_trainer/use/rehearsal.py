@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core.errors import Problems, describe
 from ..core.nested import map_tensors, tensors
 from ..data.batch import Batch
-from ..data.loaders import Loader, named_sets
+from ..data.loaders import EpochLoader, named_sets
 from ..loop.callback import Callback
 from ..loop.evaluation import module_modes
 from ..loop.plan import length_of
@@ -105,7 +105,7 @@ def overfit(
     if isinstance(train, Iterator): raise ValueError("overfit would use up an iterator; pass a loader")
     began = time.monotonic()
     with undisturbed(trainer, train):
-        source = train.batches(trainer.state.epoch) if isinstance(train, Loader) else train
+        source = train.batches(trainer.state.epoch) if isinstance(train, EpochLoader) else train
         read = [trainer.engine.move(fresh(trainer.read(raw))) for raw in islice(source, batches)]
         if not read: raise ValueError(f"{describe(train)} gave no batch to learn; expected at least one")
         rounds = learn_by_heart(trainer, read, steps, goal)
