@@ -12,6 +12,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/cli.html.md"""
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 import re
 import sys
@@ -28,6 +30,7 @@ from fastcore.script import anno_parser
 from torch import nn
 
 from .apps.models import MODELS, RelativeSquaredError, make_model
+from .apps.predict import predict_with
 from .apps.prepare import Prepared, prepare
 from .core.errors import did_you_mean
 from .core.seeding import check_seed, seed_everything
@@ -44,8 +47,8 @@ from .use.environment import environment_report
 
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Settings', 'choose_settings', 'make_learner', 'n_threads',
-           'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'env', 'complain', 'parse',
-           'run_command', 'main']
+           'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'predict', 'env', 'complain',
+           'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -226,6 +229,23 @@ def check(
     print(f"data: {prepared.name}", report, sep="\n")
     return 0 if sound else 1
 
+def predict(
+    run: Annotated[str, {"opt": False}],   # directory of a run
+    data: Annotated[str, {"opt": False}],  # a picture, a folder of pictures, or a .csv with the columns of the run
+    out: str | None = None,                # a .csv file to write; None: print
+) -> int:  # exit code
+    "Say what the model of a run makes of new pictures or rows"
+    with one_line_errors():
+        rows = predict_with(run, data)
+        if out is not None and Path(out).exists(): raise ValueError(f"--out {out!r} exists; expected a new file")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if out is None: print(table.getvalue(), end="")
+    else: write_text(out, table.getvalue())
+    return 0
+
 def env() -> int:  # exit code
     "Print versions, devices and settings, for a bug report"
     print(environment_report())
@@ -260,11 +280,12 @@ Train a PyTorch model and keep the run in a directory.
   nbdev-trainer fit FOLDER                  a folder of pictures for each class, or the format of MNIST
   nbdev-trainer fit FILE.csv --target NAME  a table of numbers
   nbdev-trainer check [DATA]                what is in the data, and what is odd; trains nothing
+  nbdev-trainer predict RUN DATA            what the model of a run says about new pictures or rows
   nbdev-trainer env                         versions, devices and settings, for a bug report
   nbdev-trainer COMMAND --help              all options
   nbdev-trainer --version"""
 
-COMMANDS: dict[str, Callable[..., int]] = {"fit": fit, "check": check, "env": env}
+COMMANDS: dict[str, Callable[..., int]] = {"fit": fit, "check": check, "predict": predict, "env": env}
 
 def run_command(arguments: Sequence[str]) -> int:  # exit code
     "Do what the words after `nbdev-trainer` say"

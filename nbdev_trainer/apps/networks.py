@@ -25,8 +25,7 @@ def photo_cnn(
     channels: int,            # 1 for grey pictures, 3 for colour
     n_classes: int,           # outputs of the last layer
     width: int = 32,          # filters of the first stage
-    # each halves height and width; the pictures must have 2**n_stages pixels at least
-    n_stages: int = 4,
+    n_stages: int = 4,        # each halves height and width, so pictures need 2**n_stages pixels at least
     dropout: float = 0.2,     # share of the features that are left out in training
 ) -> nn.Sequential:
     "Convolutions with batch normalization, and the mean over all places (Lin et al. 2013, arXiv:1312.4400)"
@@ -34,13 +33,12 @@ def photo_cnn(
     for stage in range(n_stages):
         n_filters = width * 2**stage
         layers += [nn.Conv2d(channels, n_filters, 3, padding=1, bias=False), nn.BatchNorm2d(n_filters),
-                   nn.ReLU(),
-                   nn.MaxPool2d(2)]
+                   nn.ReLU(), nn.MaxPool2d(2)]
         channels = n_filters
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout),
                          nn.Linear(channels, n_classes))
 
-# %% ../../nbs/api/apps/00b_networks.ipynb #76a2f54f
+# %% ../../nbs/api/apps/00b_networks.ipynb #208cdd60
 PACKAGES = ("timm", "torchvision")
 
 def is_named(name: str) -> bool:
@@ -73,15 +71,16 @@ def check_name(name: str, network: str, known: list[str]) -> None:
     if network not in known:
         raise ValueError(f"there is no network {name!r}. {did_you_mean(network, known, what='network')}")
 
+# %% ../../nbs/api/apps/00b_networks.ipynb #17fdea6f
 def replace_last_linear(
-    model: nn.Module,
-    n_outputs: int,
+    model: nn.Module,  # changed in place
+    n_outputs: int,    # of the new layer
 ) -> None:
     "Put a new layer in the place of the last linear one; raises `ValueError` where there is none"
     last: Any = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)]
-    if not last: raise ValueError(f"{type(model).__name__} has no linear layer to replace by one of "
-                                  f"{n_outputs} outputs")
+    if not last:
+        raise ValueError(f"{type(model).__name__} has no linear layer to replace by one of {n_outputs} outputs")
     name, layer = last[-1]
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).__setattr__(child, nn.Linear(layer.in_features, n_outputs,
-                                                             layer.bias is not None))
+    new = nn.Linear(layer.in_features, n_outputs, layer.bias is not None)
+    setattr(model.get_submodule(parent), child, new)

@@ -50,8 +50,7 @@ class Prepared:
     model: str                # which model to take if none is asked for
     facts: dict[str, Any] = field(default_factory=dict)  # for config.json: columns, class values
     places: Sequence[str] | None = None  # where each sample stands in the source, those held out last
-    # where samples are read when they are needed; `train` then has some, for their scales
-    data: Data | None = None
+    data: Data | None = None  # reads samples when they are needed; `train` then has some, for their scales
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -63,8 +62,8 @@ class Prepared:
         "Loaders of all samples"
         # a last batch of one sample has no variance, which batch normalization needs
         drop_last = self.sizes[0] > batch_size and self.sizes[0] % batch_size == 1
-        if self.data is not None: return self.data.loaders(batch_size, in_memory=True, drop_last=drop_last,
-                                                           seed=seed)
+        if self.data is not None:
+            return self.data.loaders(batch_size, in_memory=True, drop_last=drop_last, seed=seed)
         return Loaders.from_arrays(*self.train, valid=self.valid, batch_size=batch_size,
                                    drop_last=drop_last, seed=seed)
 
@@ -78,6 +77,7 @@ class Prepared:
         report = report_on(self.train, self.valid, n_classes, columns, self.places, classes)
         return report, not report.oddities
 
+# %% ../../nbs/api/apps/01_prepare.ipynb #31d9f42c
 def hold_out(inputs: Tensor, targets: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
     "Samples to train on, and a fifth of all held out"
     if len(inputs) < 10:
@@ -215,8 +215,8 @@ def prepare(
         raise ValueError("--target and --drop name columns of a .csv file; there is none here")
     if task == "regression": raise ValueError("--task regression needs a .csv file; images are classified")
     if data is not None and not holds_idx(path): return prepare_pictures(path, seed, size)
-    if size is not None: raise ValueError("--size is for folders of pictures; these images have a size "
-                                          "already")
+    if size is not None:
+        raise ValueError("--size is for folders of pictures; these images have a size already")
     return prepare_digits(seed) if data is None else prepare_folder(path)
 
 def holds_idx(path: Path) -> bool:

@@ -21,7 +21,7 @@ from ..core.errors import Problems, describe, did_you_mean
 from ..store.files import existing_file
 
 # %% auto #0
-__all__ = ['MnistFolder', 'read_mnist_folder', 'Table', 'read_numeric_csv']
+__all__ = ['MnistFolder', 'read_mnist_folder', 'Table', 'read_numeric_csv', 'read_columns']
 
 # %% ../../nbs/api/data/04_readers.ipynb #4fcf8974
 def _read(path: Path, limit: int | None = None) -> bytes:
@@ -238,3 +238,22 @@ def read_numeric_csv(
     else: targets = numbers[target].astype(np.float32)
     named = None if classes is None else tuple(classes)
     return Table(torch.from_numpy(inputs), torch.from_numpy(targets), columns, target, named)
+
+# %% ../../nbs/api/data/04_readers.ipynb #3f379ae2
+def read_columns(
+    path: str | Path,        # a .csv or .csv.gz file with a header, in UTF-8
+    columns: Sequence[str],  # names, in the order of the result
+) -> Tensor:  # (n, columns) float32
+    "Some columns of a CSV file, all numbers; raises `ValueError` listing what is missing or no number"
+    path, problems = existing_file(path), Problems()
+    names, rows, lines = _read_rows(path)
+    _check_header(names, path)
+    for name in columns:
+        if name not in names: problems.add(f"there is no column {name!r}. "
+                                           f"{did_you_mean(name, names, what='column')}")
+    problems.raise_if_any(f"'{path}' has not the columns {list(columns)}")
+    if not rows: raise ValueError(f"'{path}' has a header and no data below it.")
+    texts = dict(zip(names, zip(*rows)))
+    found = [_numbers(name, texts[name], lines, problems) for name in columns]
+    problems.raise_if_any(f"'{path}' has values that are no numbers")
+    return torch.from_numpy(np.stack(found, axis=1).astype(np.float32))
