@@ -41,6 +41,7 @@ def is_drawn(kind: Kind) -> bool:
     "Whether a kind has a picture, and not only a text"
     return type(kind).draw is not Kind.draw
 
+# %% ../../nbs/api/data/10c_show.ipynb #1310827e
 def draw_sample(
     axes: matplotlib.axes.Axes,
     sample: Mapping[str, Tensor],  # encoded values by field
@@ -57,6 +58,7 @@ def draw_sample(
     axes.set_title("\n".join(one if len(one) < 40 else one[:37] + "..." for one in titles), fontsize=8)
     if any(isinstance(kinds[name], (Image, Mask)) for name in sample): axes.axis("off")
 
+# %% ../../nbs/api/data/10c_show.ipynb #e2a24e9a
 def label_places(
     axes: matplotlib.axes.Axes,
     places: Tensor,         # (n, 4) boxes or (n, 2) points
@@ -92,6 +94,7 @@ class SampleTable:
 
     def _repr_html_(self) -> str: return table_html(self.rows, self.columns)
 
+# %% ../../nbs/api/data/10c_show.ipynb #a1bddfbb
 def show_samples(
     samples: Sequence[Mapping[str, Tensor]],  # encoded values by field
     kinds: Mapping[str, Kind],
