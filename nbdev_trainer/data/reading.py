@@ -32,8 +32,8 @@ from .workers import SampleLoader, Task
 from ..store.files import read_tensors, write_tensors
 
 # %% auto #0
-__all__ = ['LONG', 'UNITS', 'Packed', 'packed', 'checked_items', 'fingerprint_of', 'bytes_of', 'Cache', 'MemorySource',
-           'check_workers', 'Reading']
+__all__ = ['LONG', 'UNITS', 'Packed', 'path_from', 'packed', 'checked_items', 'fingerprint_of', 'bytes_of', 'Cache',
+           'MemorySource', 'check_workers', 'Reading']
 
 # %% ../../nbs/api/data/10d_reading.ipynb #d34d7bba
 LONG = 10_000  # items; of fewer, copies do no harm
@@ -54,12 +54,22 @@ class Packed(Sequence[Any]):
 
     def __repr__(self) -> str: return f"Packed({describe(self[:3])}; {len(self)} in all)"
 
+# %% ../../nbs/api/data/10d_reading.ipynb #519e3b82
+def path_from(
+    text: str,
+) -> Path:
+    "The path of a text, equal to `Path(text)`; where it can, it shares no name with other paths"
+    start, _, ending = text.rpartition(".")
+    stem = start.rpartition(os.sep)[2]
+    if not stem or not ending or "." in stem or os.sep in ending: return Path(text)
+    return Path(start).with_suffix(f".{ending}")
+
 def packed(items: Any) -> Any:
     "A long list of paths or texts in one block of memory; everything else as it is"
     if type(items) is not list or len(items) < LONG: return items
     made = type(items[0])
     if made not in (str, type(Path())) or any(type(one) is not made for one in items): return items
-    try: return Packed(map(str, items), made)
+    try: return Packed(map(str, items), str if made is str else path_from)
     except UnicodeEncodeError: return items  # a name that is no text
 
 # %% ../../nbs/api/data/10d_reading.ipynb #d38b11e7
