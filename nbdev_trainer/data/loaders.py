@@ -29,17 +29,23 @@ from .samplers import Sampler
 from .splits import random_split
 
 # %% auto #0
-__all__ = ['EpochLoader', 'Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators', 'looking_at',
-           'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'Loaders']
+__all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators',
+           'looking_at', 'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'array_loaders',
+           'explained', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 class EpochLoader:
     "What can yield the batches of any epoch from any batch on; the loop positions it instead of skipping"
     epoch: int = 0  # which epoch the next `for` loop over the loader runs through
 
-    def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
+    def batches(self,
+        epoch: int,      # decides the order
+        start: int = 0,  # index of the first batch to yield
+        device: torch.device | None = None,  # where they are going to be used; None: nobody knows yet
+    ) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        raise NotImplementedError(f"{type(self).__name__} does not define batches(self, epoch, start, device)")
+        raise NotImplementedError(f"{type(self).__name__} does not define "
+                                  "batches(self, epoch, start, device)")
 
     def __iter__(self) -> Iterator[Batch]:
         self.epoch += 1
@@ -57,8 +63,22 @@ class EpochLoader:
         "Go on with the order of a saved loader"
         self.epoch = state["epoch"]
 
+# %% ../../nbs/api/data/01_loaders.ipynb #5f92bb41
+class SeededLoader(EpochLoader):
+    "An `EpochLoader` whose order follows from a seed and the epoch"
+    seed: int = 0  # decides the order, in [0, 2**63)
+
+    def state_dict(self) -> dict[str, int]:
+        "What decides the order; the position in an epoch is counted by whoever iterates"
+        return dict(seed=self.seed, epoch=self.epoch)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        "Go on with the order of a saved loader"
+        self.seed, self.epoch = state["seed"], state["epoch"]
+
+# %% ../../nbs/api/data/01_loaders.ipynb #91fc6450
 @dataclass(eq=False)
-class Loader(EpochLoader):
+class Loader(SeededLoader):
     "Batches of samples fetched by position, in an order that is a pure function of (seed, epoch)"
     fetch: Callable[..., Batch] = field(repr=False)  # positions, (n,) int64, to the batch of these
     rows: Tensor = field(repr=False)  # (n_samples,) int64, the positions this loader may use
@@ -86,11 +106,7 @@ class Loader(EpochLoader):
         order = self.rows[permutation(len(self.rows), self.seed, epoch)] if self.shuffle else self.rows
         return order.split(self.batch_size)[:len(self)]
 
-    def batches(self,
-        epoch: int,      # decides the order, together with the seed
-        start: int = 0,  # index of the first batch to yield
-        device: torch.device | None = None,  # where they are going to be used; None: nobody knows yet
-    ) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         for ids in self.index_batches(epoch)[start:]:
             yield self.fetch(ids if self.world_size == 1 else ids.tensor_split(self.world_size)[self.rank])
@@ -108,14 +124,6 @@ class Loader(EpochLoader):
     def shard(self, rank: int, world_size: int) -> Loader:
         "The part of every batch that belongs to one of several ranks; no sample is repeated to fill up"
         return replace(self, rank=rank, world_size=world_size)
-
-    def state_dict(self) -> dict[str, int]:
-        "What decides the order; the position in an epoch is counted by whoever iterates"
-        return dict(seed=self.seed, epoch=self.epoch)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        "Go on with the order of a saved loader"
-        self.seed, self.epoch = state["seed"], state["epoch"]
 
 # %% ../../nbs/api/data/01_loaders.ipynb #b5f3c94b
 def check_loader(loader: Loader) -> None:
@@ -256,6 +264,35 @@ def check_arrays(value: Any, name: str) -> None:
                         f"torch.tensor({name})")
 
 # %% ../../nbs/api/data/01_loaders.ipynb #45320ea8
+def array_loaders(
+    arrays: Any,         # a pair (inputs, targets), each any nesting of arrays with one row per sample
+    valid: Any,          # a fraction or number of samples to split off, another pair, or None
+    batch_size: int,     # samples in a batch, over all ranks together
+    shuffle: bool,       # the training samples, anew each epoch
+    drop_last: bool,     # leave out a last training batch that is not full
+    seed: int | None,    # decides split and order; None: drawn from torch's generator
+) -> tuple[Loader, Loader | None]:  # to train on, and to validate with
+    "Loaders over arrays in memory, a part of them split off where a fraction is given"
+    seed = draw_seed() if seed is None else seed
+    held_out, whole = None, array_loader(arrays, batch_size, "the training data")
+    train = replace(whole, shuffle=shuffle, seed=seed)
+    if isinstance(valid, (int, float)):
+        split = random_split(valid=valid, seed=seed)(len(whole.rows))
+        train, held_out = replace(train, rows=split.train), replace(whole, rows=split.valid)
+    elif valid is not None: held_out = array_loader(valid, batch_size, "valid")
+    return replace(train, drop_last=drop_last), held_out
+
+def explained(
+    data: Any,  # the `Data` that batches come from, or None
+) -> Any:
+    "The data; raises `ValueError` where there is none, so that nobody can say what the batches mean"
+    if data is None:
+        raise ValueError("nobody said what these batches mean, so they cannot be shown; describe the "
+                         "fields by a Data(...) and take its loaders(), or plot the tensors of "
+                         "next(iter(loaders.train))")
+    return data
+
+# %% ../../nbs/api/data/01_loaders.ipynb #cfbbb216
 class Loaders:
     "The training, validation and test data of a run"
     def __init__(self,
@@ -280,15 +317,10 @@ class Loaders:
         return self.valid_sets.get("valid") if set(self.valid_sets) <= {"valid"} else self.valid_sets
 
     def show_batch(self,
-        n: int = 9,             # samples, at most
-        which: str = "train",   # or "valid", "test"
+        n: int = 9, which: str = "train",  # samples, at most, and of which set: or "valid", "test"
     ) -> Any:
         "A batch as people see it: pictures or a table; `ValueError` for tensors that nobody explained"
-        if self.data is None:
-            raise ValueError("nobody said what these batches mean, so they cannot be shown; describe the "
-                             "fields by a Data(...) and take its loaders(), or plot the tensors of "
-                             "next(iter(loaders.train))")
-        return self.data.show_batch(getattr(self, which), n)
+        return explained(self.data).show_batch(getattr(self, which), n)
 
     @classmethod
     @checked_keywords
@@ -303,11 +335,4 @@ class Loaders:
         seed: int | None = None,  # decides split and order; None: drawn from torch's generator
     ) -> Loaders:
         "Loaders over arrays in memory, on a vectorised path"
-        seed = draw_seed() if seed is None else seed
-        held_out, whole = None, array_loader((inputs, targets), batch_size, "the training data")
-        train = replace(whole, shuffle=shuffle, seed=seed)
-        if isinstance(valid, (int, float)):
-            split = random_split(valid=valid, seed=seed)(len(whole.rows))
-            train, held_out = replace(train, rows=split.train), replace(whole, rows=split.valid)
-        elif valid is not None: held_out = array_loader(valid, batch_size, "valid")
-        return cls(replace(train, drop_last=drop_last), held_out)
+        return cls(*array_loaders((inputs, targets), valid, batch_size, shuffle, drop_last, seed))
