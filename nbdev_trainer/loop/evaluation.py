@@ -83,8 +83,10 @@ def outputs(
     state, on, n = trainer.state, trainer.handlers, 0
     kept = [(one, one.get_state()) for one in own_generators(loader)]
     try:
-        ours = loader.in_order().batches(0, device=trainer.engine.device) if isinstance(loader, EpochLoader) else None
-        for n, raw in enumerate(loader if ours is None else ours, 1):
+        source = loader
+        if isinstance(loader, EpochLoader):
+            source = loader.in_order().batches(0, device=trainer.engine.device)
+        for n, raw in enumerate(source, 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
             state.current_batch = batch
             if on.before_evaluate_batch:

@@ -238,7 +238,8 @@ def loader_state(loader: Any) -> dict[str, Any]:
 
 def load_loader_state(loader: Any, saved: Mapping[str, Any]) -> None:
     "Put a loader where a saved one was"
-    if saved["loader"] is not None and isinstance(loader, EpochLoader): loader.load_state_dict(saved["loader"])
+    if saved["loader"] is not None and isinstance(loader, EpochLoader):
+        loader.load_state_dict(saved["loader"])
     for one, state in zip(own_generators(loader), saved["own"]): one.set_state(state)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #af776f57
