@@ -79,7 +79,8 @@ def replace_last_linear(
     "Put a new layer in the place of the last linear one; raises `ValueError` where there is none"
     last: Any = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)]
     if not last:
-        raise ValueError(f"{type(model).__name__} has no linear layer to replace by one of {n_outputs} outputs")
+        raise ValueError(f"{type(model).__name__} has no linear layer to replace by one of {n_outputs} "
+                         "outputs")
     name, layer = last[-1]
     parent, _, child = name.rpartition(".")
     new = nn.Linear(layer.in_features, n_outputs, layer.bias is not None)
