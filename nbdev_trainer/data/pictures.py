@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
 # %% auto #0
-__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'Image', 'Mask', 'Boxes', 'Points']
+__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'Image', 'as_class_numbers', 'classes_for', 'check_classes', 'Mask',
+           'Boxes', 'Points']
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #5052cbf2
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -103,6 +104,44 @@ class Image(Kind):
         axes.imshow(np.asarray(self.decode(value)), cmap="gray", vmin=0, vmax=255)
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #7216d4ce
+def as_class_numbers(
+    raw: Any,  # a path, the bytes of a file, a Pillow image, or an array
+) -> np.ndarray:  # (height, width) of whole numbers
+    "What a mask holds; raises `ValueError` for what has not one whole number for each pixel"
+    array = np.array(raw if isinstance(raw, (np.ndarray, Tensor)) else open_picture(raw, None, False))
+    if array.dtype == bool: array = array.astype(np.uint8)
+    if array.ndim != 2 or array.dtype.kind not in "ui":
+        raise ValueError(f"a mask is {describe(array)}; expected one whole number for each pixel, "
+                         "(height, width). For colours, say in the reader which is which class")
+    return array
+
+def classes_for(
+    array: np.ndarray,          # what a file holds
+    values: Mapping[int, int],  # to classes
+) -> np.ndarray:
+    "Classes for what a file holds; raises `ValueError` for a value that is not named"
+    classes = {int(one): number for one, number in values.items()}
+    if unknown := sorted(set(np.unique(array).tolist()) - classes.keys()):
+        raise ValueError(f"a mask holds {unknown[:5]}, for which values= names no class; it names "
+                         f"{list(classes)}")
+    keys = sorted(classes)
+    return np.array([classes[one] for one in keys])[np.searchsorted(keys, array)]
+
+# %% ../../nbs/api/data/06b_pictures.ipynb #5e851791
+def check_classes(
+    value: Tensor,             # (height, width) of whole numbers
+    n_classes: int,
+    ignore_index: int | None,  # is allowed as well
+) -> None:
+    "Raise `ValueError` for classes that do not exist"
+    allowed = value < n_classes
+    if ignore_index is not None: allowed |= value == ignore_index
+    if allowed.all(): return
+    raise ValueError(f"a mask holds the class {int(value[~allowed][0])}; there are {n_classes} classes, 0 to "
+                     f"{n_classes - 1}. Name the unlabelled one: ignore_index=, or map what the file holds: "
+                     "values={...}")
+
+# %% ../../nbs/api/data/06b_pictures.ipynb #6db2a843
 @dataclass
 class Mask(Kind):
     "A class for each pixel: (height, width); on the device int64"
@@ -112,11 +151,7 @@ class Mask(Kind):
     values: Mapping[int, int] | None = None    # what the file holds, to classes; None: it holds classes
 
     def encode(self, raw: Any) -> Tensor:
-        array = np.array(raw if isinstance(raw, (np.ndarray, Tensor)) else open_picture(raw, None, False))
-        if array.dtype == bool: array = array.astype(np.uint8)
-        if array.ndim != 2 or array.dtype.kind not in "ui":
-            raise ValueError(f"a mask is {describe(array)}; expected one whole number for each pixel, "
-                             "(height, width). For colours, say in the reader which is which class")
+        array = as_class_numbers(raw)
         if self.values is not None: array = self.mapped(array)
         as_bytes = array.dtype == np.uint8 and 0 <= (self.ignore_index or 0) <= 255
         value = torch.from_numpy(array if as_bytes else array.astype(np.int64))
@@ -125,23 +160,11 @@ class Mask(Kind):
 
     def mapped(self, array: np.ndarray) -> np.ndarray:
         "Classes for what a file holds; raises `ValueError` for a value that is not named"
-        values = {int(one): number for one, number in (self.values or {}).items()}
-        if unknown := sorted(set(np.unique(array).tolist()) - values.keys()):
-            raise ValueError(f"a mask holds {unknown[:5]}, for which values= names no class; it names "
-                             f"{list(values)}")
-        keys = sorted(values)
-        return np.array([values[one] for one in keys])[np.searchsorted(keys, array)]
+        return classes_for(array, self.values or {})
 
     def check(self, value: Tensor) -> None:
         "Raise `ValueError` for classes that do not exist"
-        if self.classes is None: return
-        allowed = value < len(self.classes)
-        if self.ignore_index is not None: allowed |= value == self.ignore_index
-        if not allowed.all():
-            n = len(self.classes)
-            raise ValueError(f"a mask holds the class {int(value[~allowed][0])}; there are {n} classes, 0 to "
-                             f"{n - 1}. Name the unlabelled one: ignore_index=, or map what the file holds: "
-                             "values={...}")
+        if self.classes is not None: check_classes(value, len(self.classes), self.ignore_index)
 
     def decode(self, value: Tensor) -> np.ndarray:
         array = value.cpu().numpy()
@@ -177,8 +200,8 @@ class Boxes(Kind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in FORMATS: raise ValueError(f"format is {self.format!r}; expected one of "
-                                                        f"{FORMATS}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; expected one of {FORMATS}")
 
     def encode(self, raw: Any) -> Tensor:
         value = torch.as_tensor(raw, dtype=torch.float32).reshape(-1, 4) if len(raw) else torch.zeros(0, 4)
@@ -204,10 +227,9 @@ class Boxes(Kind):
     def draw(self, axes: matplotlib.axes.Axes, value: Tensor) -> None:
         for x1, y1, x2, y2 in value.tolist():
             across, down = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
-            axes.plot([x - 0.5 for x in across], [y - 0.5 for y in down],
-                      color="lime", linewidth=1.5)
+            axes.plot([x - 0.5 for x in across], [y - 0.5 for y in down], color="lime", linewidth=1.5)
 
-# %% ../../nbs/api/data/06b_pictures.ipynb #7aa3ad5a
+# %% ../../nbs/api/data/06b_pictures.ipynb #ea052e60
 @dataclass
 class Points(Kind):
     "Places in the picture: (n, 2) float32, each x and y in pixels; NaN where one is missing"
@@ -223,8 +245,8 @@ class Points(Kind):
 
     def decode(self, value: Tensor) -> list[list[float]]: return value.cpu().tolist()
 
-    def text(self,
-             value: Tensor) -> str: return f"{int(value.isfinite().all(1).sum())} of {len(value)} points"
+    def text(self, value: Tensor) -> str:
+        return f"{int(value.isfinite().all(1).sum())} of {len(value)} points"
 
     def draw(self, axes: matplotlib.axes.Axes, value: Tensor) -> None:
         axes.plot(*(value.T - 0.5).tolist(), "o", color="red", markersize=4)
