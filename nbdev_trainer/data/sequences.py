@@ -27,7 +27,8 @@ from .kinds import Kind
 if TYPE_CHECKING: import matplotlib.axes
 
 # %% auto #0
-__all__ = ['TOKENIZERS', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'Text', 'draw_curves', 'Series', 'Audio']
+__all__ = ['TOKENIZERS', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'text_in', 'frequent', 'Text', 'draw_curves',
+           'Series', 'Audio']
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #f87e163b
 @dataclass
@@ -49,7 +50,7 @@ class Tokens(Kind):
 
     def decode(self, value: Tensor) -> Any: return value.cpu().tolist()
 
-# %% ../../nbs/api/data/06c_sequences.ipynb #5d577674
+# %% ../../nbs/api/data/06c_sequences.ipynb #2411b1ab
 def words(text: str) -> list[str]:
     "Words in lower case, and marks of punctuation"
     return re.findall(r"\w+(?:'\w+)?|[^\w\s]", text.lower())
@@ -58,6 +59,25 @@ TOKENIZERS: dict[str, tuple[Callable[[str], list[str]], str]] = {  # each with w
     "words": (words, " "), "spaces": (str.split, " "), "characters": (list, "")}
 PADDING, UNKNOWN, START, END = "<pad>", "<unknown>", "<start>", "<end>"
 
+def text_in(
+    raw: Any,
+) -> str:
+    "The text; raises `TypeError` for what is none"
+    if isinstance(raw, str): return raw
+    raise TypeError(f"a text is {describe(raw)}; expected a str. A missing text may be '' in the reader")
+
+def frequent(
+    tokens: Iterable[str],  # of all training texts
+    max_vocab: int,         # entries, at most, the four special ones included
+    min_count: int,         # a token must be there so often
+) -> list[str]:
+    "The vocabulary: the special tokens, then the most frequent ones, equals in alphabetical order"
+    counts = Counter(tokens)
+    often = sorted((token for token in counts if counts[token] >= min_count),
+                   key=lambda one: (-counts[one], one))
+    return [PADDING, UNKNOWN, START, END, *often][:max_vocab]
+
+# %% ../../nbs/api/data/06c_sequences.ipynb #99502c8d
 @dataclass
 class Text(Tokens):
     "A text as the numbers of its tokens"
@@ -79,22 +99,17 @@ class Text(Tokens):
 
     def split(self, raw: Any) -> list[str]:
         "The tokens in a text; raises `TypeError` for what is no text"
-        if not isinstance(raw, str):
-            raise TypeError(f"a text is {describe(raw)}; expected a str. A missing text may be '' in the "
-                            f"reader")
-        if callable(self.tokenizer): return list(self.tokenizer(raw))
-        return TOKENIZERS[self.tokenizer][0](raw)
+        split = self.tokenizer if callable(self.tokenizer) else TOKENIZERS[self.tokenizer][0]
+        return list(split(text_in(raw)))
 
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is not None: return
-        counts = Counter(token for raw in raws for token in self.split(raw))
-        often = sorted((token for token in counts if counts[token] >= self.min_count),
-                       key=lambda one: (-counts[one], one))
-        self.vocab = [PADDING, UNKNOWN, START, END, *often][:self.max_vocab]
+        tokens = (token for raw in raws for token in self.split(raw))
+        self.vocab = frequent(tokens, self.max_vocab, self.min_count)
 
     def encode(self, raw: Any) -> Tensor:
-        if self.vocab is None: raise ValueError("the vocabulary is not known yet; Data learns it, or pass "
-                                                "vocab=")
+        if self.vocab is None:
+            raise ValueError("the vocabulary is not known yet; Data learns it, or pass vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab):
             self.numbers = {token: number for number, token in enumerate(self.vocab)}
         room = None if self.max_length is None else self.max_length - 2 * self.ends
@@ -104,14 +119,12 @@ class Text(Tokens):
 
     def decode(self, value: Tensor) -> str:
         "The text again, in the tokenizer's words; unknown ones stay unknown"
-        vocab = self.vocab or ()
-        tokens = [vocab[one] for one in value.tolist()]
+        tokens = [(self.vocab or ())[one] for one in value.tolist()]
         joined = " " if callable(self.tokenizer) else TOKENIZERS[self.tokenizer][1]
         return joined.join(one for one in tokens if one not in (PADDING, START, END))
 
     def describe(self) -> dict[str, Any]:
-        named = {} if isinstance(self.tokenizer, str) else {"tokenizer": "spaces"}
-        return super().describe() | named
+        return super().describe() | ({} if isinstance(self.tokenizer, str) else {"tokenizer": "spaces"})
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #faa7df63
 def draw_curves(axes: matplotlib.axes.Axes, value: Tensor, seconds: float = 1.0) -> None:
