@@ -9,7 +9,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/catalog.html.md"""
 
 # %% ../../nbs/api/data/05c_catalog.ipynb #9322b92e
 from __future__ import annotations
-import hashlib, tomllib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -105,6 +105,8 @@ def parse_sets(
 
 def known_sets() -> dict[str, KnownSet]:  # by name
     "All sets of the catalog."
+    import tomllib  # only those who ask for a set need it
+
     return parse_sets(tomllib.loads(files("nbdev_trainer.data").joinpath("datasets.toml").read_text("utf-8")))
 
 

@@ -15,15 +15,14 @@ from __future__ import annotations
 import os, shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import require
 from ..core.messages import tell
-from .archives import new_folder, unpack
-from .catalog import KnownFile, KnownSet, known_set
-from .download import check_file, download, locked
+
+if TYPE_CHECKING: from nbdev_trainer.data.catalog import KnownFile, KnownSet  # what only fetch needs is imported there
 
 # %% auto #0
 __all__ = ['digits', 'data_folder', 'cache_folder', 'fetch']
@@ -61,6 +60,9 @@ def _bring(
     progress: bool,
 ) -> None:
     "Put one file of a set into the folder that will be the finished one."
+    from nbdev_trainer.data.archives import unpack
+    from nbdev_trainer.data.download import check_file, download
+
     if given and not (given/file.name).is_file() and (given/f"{file.name}.gz").is_file():
         unpack(given/f"{file.name}.gz", target)
         return check_file(target/file.name, sha256=file.sha256, size=file.size)
@@ -78,6 +80,8 @@ def _is_ready(
     folder: Path | None,  # may hold the set, unpacked
 ) -> bool:
     "Is all that the layout of a set names in `folder`? Files that the catalog knows must then be right."
+    from nbdev_trainer.data.download import check_file
+
     if folder is None or not all((folder/path).exists() for path in known.layout): return False
     for file in known.files:
         if not file.is_archive and (folder/file.name).is_file():
@@ -108,6 +112,10 @@ def fetch(
     progress: bool = True,            # show a bar when a download takes more than a second
 ) -> Path:  # the folder with the files that `known_set(name).layout` names; please do not write to it
     "The folder of a data set: from NBDEV_TRAINER_DATA if it is there, else downloaded, once."
+    from nbdev_trainer.data.archives import new_folder
+    from nbdev_trainer.data.catalog import known_set
+    from nbdev_trainer.data.download import locked
+
     known = known_set(name) if isinstance(name, str) else name
     parent = data_folder()
     given = parent/known.name if parent and (parent/known.name).is_dir() else None

@@ -27,7 +27,8 @@ from ..core.errors import describe, did_you_mean
 if TYPE_CHECKING: import matplotlib.axes
 
 # %% auto #0
-__all__ = ['Reader', 'read_key', 'read_item', 'stack', 'pad', 'Kind', 'known_kinds', 'kind_from', 'Array', 'Numbers', 'Number',
+__all__ = ['Reader', 'read_key', 'read_item', 'stack', 'pad', 'Encoding', 'Kind', 'known_kinds', 'kind_from', 'Array',
+           'floats_of', 'columns_of', 'filled', 'learnt', 'spelled', 'check_missing', 'Numbers', 'Number',
            'sorted_classes', 'Category', 'Categories']
 
 # %% ../../nbs/api/data/06_kinds.ipynb #33d59a54
@@ -86,8 +87,8 @@ def pad(
 
 # %% ../../nbs/api/data/06_kinds.ipynb #a06ed3d3
 @dataclass
-class Kind:
-    "What a field means; derive from it for a kind of your own, and define at least `encode`"
+class Encoding:
+    "The way of a value from an item to the model; the first half of a `Kind`"
     reader: Reader = None        # how to get the raw value out of an item
     _: KW_ONLY
     collation: str = "stack"     # how values become a batch: "stack", "pad" or "list"
@@ -115,10 +116,6 @@ class Kind:
         raise NotImplementedError(f"{type(self).__name__} does not define encode(self, raw), which makes a "
                                   "tensor of a raw value")
 
-    def decode(self, value: Tensor) -> Any:
-        "The raw value again"
-        return value
-
     def collate(self, values: Sequence[Tensor]) -> Tensor | list[Tensor]:
         "Values of several samples as one batch"
         if self.collation == "list": return list(values)
@@ -132,6 +129,14 @@ class Kind:
     def arrive(self, batch: Any) -> Any:
         "A whole batch, as the model wants it; runs on the device"
         return batch
+
+# %% ../../nbs/api/data/06_kinds.ipynb #edb95d68
+@dataclass
+class Kind(Encoding):
+    "What a field means; derive from it for a kind of your own, and define at least `encode`"
+    def decode(self, value: Tensor) -> Any:
+        "The raw value again"
+        return value
 
     def text(self, value: Tensor) -> str:
         "An encoded value in words"
@@ -185,7 +190,66 @@ class Array(Kind):
                              "finite; fill them in, or leave the item out")
         return value
 
-# %% ../../nbs/api/data/06_kinds.ipynb #311ab2e1
+# %% ../../nbs/api/data/06_kinds.ipynb #208e6e47
+def floats_of(
+    values: Sequence[Any],  # numbers, texts of numbers, None or NaN
+    raw: Any,               # where they come from, for the error
+) -> Tensor:  # (k,) float64, NaN where missing
+    "Values as numbers; raises `ValueError` for what is none"
+    try: return torch.tensor([math.nan if one is None else float(one) for one in values], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
+                         "names") from error
+
+def columns_of(
+    table: Tensor,  # (items, k), NaN where missing
+) -> list[Tensor]:
+    "The numbers that are there in each column; raises `ValueError` for a column without any"
+    columns = [column[~column.isnan()] for column in table.T]
+    if any(len(column) == 0 for column in columns):
+        raise ValueError("a column has no number in any training item; leave it out")
+    return columns
+
+def filled(
+    value: Tensor,                 # (k,) float64, NaN where missing
+    fill: Sequence[float] | None,  # what stands for a missing one
+    raw: Any,                      # where it comes from, for the error
+) -> Tensor:
+    "Numbers without gaps; raises `ValueError` where one is infinite, or missing and nothing stands for it"
+    if (here := value.isfinite()).all(): return value
+    if fill is None or value.isinf().any():
+        where = [i for i, one in enumerate(here.tolist()) if not one]
+        raise ValueError(f"{describe(raw)} has no finite number at position {where}; say what to "
+                         "put for a missing one: missing='median', 'mean' or a number")
+    return torch.where(here, value, torch.tensor(fill, dtype=torch.float64))
+
+# %% ../../nbs/api/data/06_kinds.ipynb #ac0269e1
+def learnt(
+    values: Sequence[float] | None,  # of each column
+    name: str,                       # what they are, for the error
+) -> Tensor:  # (k,) float64
+    "What was learnt; raises `ValueError` when nothing was"
+    if values is None:
+        raise ValueError(f"the {name} is not known yet; Data learns it from the training items, or "
+                         f"pass {name}=")
+    return torch.tensor(values, dtype=torch.float64)
+
+def spelled(
+    numbers: Sequence[float],
+    spreads: Sequence[float] | None,  # the standard deviation of each; None: 1
+) -> str:
+    "Numbers as a text; 0 for what is a millionth of the spread, which is a rounding error of float32"
+    sized = zip(numbers, spreads or [1.0] * len(numbers))
+    return ", ".join(f"{one if abs(one) > 1e-6 * size else 0:.6g}" for one, size in sized)
+
+def check_missing(
+    missing: Any,  # what to put for a missing number
+) -> None:
+    "Raise `ValueError` for what is neither a number nor a way to get one"
+    if missing is not None and missing not in ("mean", "median") and not isinstance(missing, (int, float)):
+        raise ValueError(f"missing is {missing!r}; expected 'mean', 'median', a number, or None")
+
+# %% ../../nbs/api/data/06_kinds.ipynb #7621aa63
 @dataclass
 class Numbers(Kind):
     "A fixed list of numbers, such as columns of a table"
@@ -198,9 +262,7 @@ class Numbers(Kind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = self.missing is None or self.missing in ("mean", "median")
-        if not known and not isinstance(self.missing, (int, float)):
-            raise ValueError(f"missing is {self.missing!r}; expected 'mean', 'median', a number, or None")
+        check_missing(self.missing)
 
     @property
     def must_learn(self) -> bool:
@@ -211,53 +273,35 @@ class Numbers(Kind):
         return list(raw) if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0) != 0 else [raw]
 
     def fit(self, raws: Iterable[Any]) -> None:
-        table = torch.stack([self.as_floats(raw) for raw in raws])
-        columns = [column[~column.isnan()] for column in table.T]
-        if any(len(column) == 0 for column in columns):
-            raise ValueError("a column has no number in any training item; leave it out")
+        columns = columns_of(torch.stack([self.as_floats(raw) for raw in raws]))
         self.mean = [column.mean().item() for column in columns]
         self.std = [column.std(correction=0).item() or 1.0 for column in columns]
-        middle = [column.median().item() for column in columns]
-        if self.missing in ("mean", "median"): self.fill = self.mean if self.missing == "mean" else middle
-        elif isinstance(self.missing, (int, float)): self.fill = [float(self.missing)] * len(columns)
+        if self.missing == "mean": self.fill = self.mean
+        elif self.missing == "median": self.fill = [column.median().item() for column in columns]
+        elif self.missing is not None: self.fill = [float(self.missing)] * len(columns)
 
     def as_floats(self, raw: Any) -> Tensor:  # (k,) float64, NaN where missing
         "The raw value as numbers; raises `ValueError` for what is none"
-        try: return torch.tensor([math.nan if one is None else float(one) for one in self.listed(raw)],
-                                 dtype=torch.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
-                             "names") from error
+        return floats_of(self.listed(raw), raw)
 
     def encode(self, raw: Any) -> Tensor:
-        value = self.as_floats(raw)
-        if not (here := value.isfinite()).all():
-            if self.fill is None or value.isinf().any():
-                where = [i for i, one in enumerate(here.tolist()) if not one]
-                raise ValueError(f"{describe(raw)} has no finite number at position {where}; say what to "
-                                 "put for a missing one: missing='median', 'mean' or a number")
-            value = torch.where(here, value, torch.tensor(self.fill, dtype=torch.float64))
+        value = filled(self.as_floats(raw), self.fill, raw)
         if self.standardize: value = (value - self.of("mean")) / self.of("std")
         return value.float()
 
     def of(self, name: str) -> Tensor:
         "What was learnt; raises `ValueError` when nothing was"
-        if getattr(self, name) is None:
-            raise ValueError(f"the {name} is not known yet; Data learns it from the training items, or "
-                             f"pass {name}=")
-        return torch.tensor(getattr(self, name), dtype=torch.float64)
+        return learnt(getattr(self, name), name)
 
     def decode(self, value: Tensor) -> Any:
         exact = value.double().cpu()
         return (exact * self.of("std") + self.of("mean") if self.standardize else exact).tolist()
 
-    def text(self, value: Tensor) -> str:
-        numbers = self.listed(self.decode(value))  # a millionth of the spread is a rounding error
-        sized = zip(numbers, self.std or [1.0] * len(numbers))
-        return ", ".join(f"{one if abs(one) > 1e-6 * size else 0:.6g}" for one, size in sized)
+    def text(self, value: Tensor) -> str: return spelled(self.listed(self.decode(value)), self.std)
 
     def loss_fn(self) -> nn.Module: return nn.MSELoss()
 
+# %% ../../nbs/api/data/06_kinds.ipynb #64655de4
 @dataclass
 class Number(Numbers):
     "One number"
@@ -265,7 +309,7 @@ class Number(Numbers):
 
     def decode(self, value: Tensor) -> float: return super().decode(value.reshape(1))[0]
 
-# %% ../../nbs/api/data/06_kinds.ipynb #64655de4
+# %% ../../nbs/api/data/06_kinds.ipynb #bc6d4179
 def sorted_classes(labels: Iterable[Any]) -> list[Any]:
     "The different labels, in order; raises `ValueError` for labels that are missing or of several types"
     counts = Counter(one.item() if hasattr(one, "item") else one for one in labels)
@@ -277,6 +321,7 @@ def sorted_classes(labels: Iterable[Any]) -> list[Any]:
                          "missing='unknown'; turn labels into one type in the reader")
     return sorted(counts)
 
+# %% ../../nbs/api/data/06_kinds.ipynb #04398db7
 @dataclass
 class Category(Kind):
     "One of several classes; with `per=`, one for each box or point"
@@ -299,8 +344,8 @@ class Category(Kind):
 
     def number_of(self, label: Any) -> int:
         "The number of a class; raises `ValueError` for a label that is no class"
-        if self.vocab is None: raise ValueError("the classes are not known yet; Data learns them, or pass "
-                                                "vocab=")
+        if self.vocab is None:
+            raise ValueError("the classes are not known yet; Data learns them, or pass vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab): self.fit([])
         label = self.named(label.item() if hasattr(label, "item") else label)
         number = self.numbers.get(label)

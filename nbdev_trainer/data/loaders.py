@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ from ..core.errors import checked_keywords, describe
 from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
 from .batch import Batch, count_samples, to_batch
-from .samplers import Sampler
 from .splits import random_split
+
+if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
 
 # %% auto #0
 __all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators',

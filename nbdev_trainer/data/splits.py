@@ -14,15 +14,15 @@ import hashlib, os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import size_of
 from ..core.seeding import check_seed, permutation
-from .items import read_all
-from .kinds import Reader
+
+if TYPE_CHECKING: from nbdev_trainer.data.kinds import Reader
 
 # %% auto #0
 __all__ = ['Split', 'check_shares', 'count_held_out', 'stable_text', 'item_order', 'random_split']
@@ -60,6 +60,8 @@ class Split:
 
     def report(self, items: Any = None, *, by: Reader = None) -> str:  # by: a class or number of each item
         "A table of the size of each part, and of its classes when told how to read them from the items."
+        from nbdev_trainer.data.items import read_all
+
         return _report(self.parts(), [] if items is None else read_all(items, by))
 
 # %% ../../nbs/api/data/03_splits.ipynb #fe53f2e9
@@ -115,6 +117,8 @@ def item_order(
     "A random order of items, in which splits hold out the first; with `key`, whatever order they stand in."
     if key is None: return permutation(_n_samples(items), seed, _SPLIT_EPOCH)
     if isinstance(items, int): raise TypeError(f"key={describe(key)} needs the items, and got their number.")
+    from nbdev_trainer.data.items import read_all
+
     names = [stable_text(name) for name in read_all(items, key)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice: raise ValueError(f"{len(twice)} names belong to several items (first: {twice[0]}). Expected a "
