@@ -26,12 +26,65 @@ from .kinds import Kind
 from .loaders import EpochLoader
 from .pipeline import check_fields, check_steps
 from .sources import Fields, ItemSource
-from .workers import emptied, nothing, tasks_of
+from .workers import Task, emptied, nothing, tasks_of
 
 # %% auto #0
-__all__ = ['Numbered', 'StreamLoader', 'Combined', 'together', 'ByEpoch']
+__all__ = ['Positioned', 'check_stream', 'stream_source', 'Numbered', 'read_and_finish', 'StreamLoader', 'check_loaders',
+           'together', 'Combined', 'ByEpoch']
 
 # %% ../../nbs/api/data/10f_streams.ipynb #b7e08901
+class Positioned(EpochLoader):
+    "An `EpochLoader` over a stream, which is brought to its place before it is read"
+    stream: Any               # a function of the epoch that gives items, or an iterable of them
+    positioned: bool = False  # whether the source was put to its place by its own state
+
+    def items(self, epoch: int, done: int) -> Iterator[Any]:
+        "The items of an epoch after those that are done"
+        items = iter(self.stream(epoch) if callable(self.stream) else self.stream)
+        if not self.positioned:  # otherwise the source was put where it was
+            for _ in islice(items, done): pass
+        self.positioned = False
+        return items
+
+    def state_dict(self) -> dict[str, Any]:
+        "The epoch, and where the source is if it knows"
+        knows = hasattr(self.stream, "state_dict")
+        return {"epoch": self.epoch, "source": self.stream.state_dict() if knows else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        "Put the source where it was"
+        self.epoch, self.positioned = state["epoch"], state["source"] is not None
+        if self.positioned: self.stream.load_state_dict(state["source"])
+
+# %% ../../nbs/api/data/10f_streams.ipynb #bbadd597
+def check_stream(
+    stream: Any,
+) -> None:
+    "Raise `TypeError` for what gives no items, or gives them only once"
+    if isinstance(stream, Iterator):
+        raise TypeError(f"stream is {describe(stream)}, which can be read only once; pass a function of "
+                        "the epoch that makes one, or something that begins anew with each iter()")
+    if not callable(stream) and not isinstance(stream, Iterable):
+        raise TypeError(f"stream is {describe(stream)}; expected an iterable, or a function of the epoch")
+
+def stream_source(
+    fields: Mapping[str, Kind],      # what a sample is made of: name to kind; they are copied
+    inputs: Fields,                  # the field that the model gets, or several
+    targets: Fields,                 # likewise, what the predictions are compared with
+    transforms: Sequence[Any],       # of each sample
+    batch_transforms: Sequence[Any], # of each batch, on the device
+) -> ItemSource:  # without items
+    "What makes samples of a stream; raises `ValueError` for kinds that would have to learn"
+    check_fields(fields, {"inputs": inputs, "targets": targets})
+    check_steps(transforms=transforms, batch_transforms=batch_transforms)
+    unlearnt = [name for name, kind in fields.items() if kind.must_learn]
+    if unlearnt:
+        raise ValueError(f"the field {unlearnt[0]!r} would learn from the training items, and a stream "
+                         "has none to look at before; pass what it should know, such as vocab=[...]")
+    return ItemSource((), {name: copy.copy(kind) for name, kind in fields.items()}, inputs, targets,
+                      transforms=transforms, batch_transforms=batch_transforms, training=True)
+
+# %% ../../nbs/api/data/10f_streams.ipynb #a5818f36
 class Numbered:
     "The items of a batch of a stream, by their positions in it"
     def __init__(self, first: int, items: Sequence[Any]) -> None: self.first, self.items = first, items
@@ -40,12 +93,21 @@ class Numbered:
 
     def __getitem__(self, position: int) -> Any: return self.items[position - self.first]
 
-class StreamLoader(EpochLoader):
+def read_and_finish(
+    source: ItemSource,
+    task: Task,
+    device: torch.device | None,  # where the batch is going to be used
+) -> Batch | None:  # None: nothing could be read, and that is allowed
+    "A batch, read here and now; without samples for a rank that has nothing to do"
+    batch = source.finish(source.read(task, nothing), task, device)
+    return emptied(batch) if task.spare and batch is not None else batch
+
+# %% ../../nbs/api/data/10f_streams.ipynb #4085ff14
+class StreamLoader(Positioned):
     "Batches of samples from a source that can only be read from its beginning"
     @checked_keywords
     def __init__(self,
-        # items; or a function of the epoch that gives them
-        stream: Iterable[Any] | Callable[[int], Iterable[Any]],
+        stream: Iterable[Any] | Callable[[int], Iterable[Any]],  # items, or a function of the epoch
         fields: Mapping[str, Kind],            # what a sample is made of: name to kind
         *,
         inputs: Fields,                        # the field that the model gets, or several
@@ -58,31 +120,16 @@ class StreamLoader(EpochLoader):
         rank: int = 0,                         # which part of each batch is yielded
         world_size: int = 1,                   # in how many parts each batch is divided
     ) -> None:
-        if isinstance(stream, Iterator):
-            raise TypeError(f"stream is {describe(stream)}, which can be read only once; pass a function of "
-                            "the epoch that makes one, or something that begins anew with each iter()")
-        if not callable(stream) and not isinstance(stream, Iterable):
-            raise TypeError(f"stream is {describe(stream)}; expected an iterable, or a function of the epoch")
-        check_fields(fields, {"inputs": inputs, "targets": targets})
-        check_steps(transforms=transforms, batch_transforms=batch_transforms)
-        unlearnt = [name for name, kind in fields.items() if kind.must_learn]
-        if unlearnt:
-            raise ValueError(f"the field {unlearnt[0]!r} would learn from the training items, and a stream "
-                             "has none to look at before; pass what it should know, such as vocab=[...]")
+        check_stream(stream)
+        self.source = stream_source(fields, inputs, targets, transforms, batch_transforms)
         self.stream, self.seed = stream, check_seed(seed)
         self.batch_size, self.drop_last = batch_size, drop_last
-        self.rank, self.world_size, self.positioned = rank, world_size, False
-        self.source = ItemSource((), {name: copy.copy(kind) for name, kind in fields.items()}, inputs,
-                                 targets,
-                                 transforms=transforms, batch_transforms=batch_transforms, training=True)
+        self.rank, self.world_size = rank, world_size
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        items = iter(self.stream(epoch) if callable(self.stream) else self.stream)
-        if not self.positioned:  # otherwise the source was put where it was
-            for _ in islice(items, start * self.batch_size): pass
-        self.positioned = False
         position = start * self.batch_size
+        items = self.items(epoch, position)
         while some := list(islice(items, self.batch_size)):
             if self.drop_last and len(some) < self.batch_size: return
             batch = self.batch_of(some, position, epoch, device)
@@ -93,38 +140,43 @@ class StreamLoader(EpochLoader):
                  device: torch.device | None) -> Batch | None:
         "A batch of this rank's part of some items"
         self.source.items = Numbered(first, items)
-        ids = torch.arange(first, first + len(items))
-        task = next(tasks_of([ids], self.seed, epoch, True, rank=self.rank, world_size=self.world_size,
-                             first=first))
-        batch = self.source.finish(self.source.read(task, nothing), task, device)
-        return emptied(batch) if task.spare and batch is not None else batch
+        ids = [torch.arange(first, first + len(items))]
+        task = next(tasks_of(ids, self.seed, epoch, True, 0, self.rank, self.world_size, first))
+        return read_and_finish(self.source, task, device)
 
-    def state_dict(self) -> dict[str, Any]:
-        "The epoch, and where the source is if it knows"
-        knows: Any = self.stream
-        return {"epoch": self.epoch, "source": knows.state_dict() if hasattr(knows, "state_dict") else None}
+# %% ../../nbs/api/data/10f_streams.ipynb #62d56795
+def check_loaders(
+    loaders: Mapping[str, Any],  # by name
+    how: str,                    # the way to combine them
+) -> None:
+    "Raise `ValueError` or `TypeError` for what cannot be combined"
+    ways = ["in turn", "one after the other", "together"]
+    if how not in ways: raise ValueError(f"how is {how!r}. {did_you_mean(how, ways, what='way')}")
+    for name, one in loaders.items():
+        if not isinstance(one, EpochLoader) or not hasattr(one, "__len__"):
+            raise TypeError(f"the loader {name!r} is {describe(one)}; expected a loader of ours with a "
+                            "length, such as Loaders.from_arrays(...).train")
+    if len(loaders) < 2:
+        raise ValueError(f"there are {len(loaders)} loaders; expected two or more to combine")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        "Put the source where it was"
-        knows: Any = self.stream
-        self.epoch, self.positioned = state["epoch"], state["source"] is not None
-        if self.positioned: knows.load_state_dict(state["source"])
+def together(parts: Mapping[str, Batch]) -> Batch:
+    "Batches as one, with inputs and targets by name; raises `ValueError` where their sizes differ"
+    sizes = {name: one.size for name, one in parts.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the batches that come together have the sizes {sizes}; expected one size: use "
+                         "the same batch_size, and drop_last=True")
+    targets = {name: one.targets for name, one in parts.items() if one.targets is not None}
+    return Batch({name: one.inputs for name, one in parts.items()}, targets or None,
+                 next(iter(sizes.values())))
 
-# %% ../../nbs/api/data/10f_streams.ipynb #64f02d3f
+# %% ../../nbs/api/data/10f_streams.ipynb #050d1fec
 class Combined(EpochLoader):
     "Several loaders as one: one after the other, in turn, or together"
     def __init__(self,
         loaders: Mapping[str, EpochLoader],  # by name, each with a length
         how: str = "in turn",                # or "one after the other", "together"
     ) -> None:
-        ways = ["in turn", "one after the other", "together"]
-        if how not in ways: raise ValueError(f"how is {how!r}. {did_you_mean(how, ways, what='way')}")
-        for name, one in loaders.items():
-            if not isinstance(one, EpochLoader) or not hasattr(one, "__len__"):
-                raise TypeError(f"the loader {name!r} is {describe(one)}; expected a loader of ours with a "
-                                "length, such as Loaders.from_arrays(...).train")
-        if len(loaders) < 2: raise ValueError(f"there are {len(loaders)} loaders; expected two or more to "
-                                              f"combine")
+        check_loaders(loaders, how)
         self.loaders, self.how = dict(loaders), how
 
     def __len__(self) -> int:
@@ -134,11 +186,9 @@ class Combined(EpochLoader):
     def schedule(self) -> list[str]:
         "Whose batch comes when"
         sizes = {name: len(one) for name, one in self.loaders.items()}  # type: ignore[arg-type]
-        if self.how == "one after the other": return [name for name, size in sizes.items()
-                                                      for _ in range(size)]
-        places = sorted((((number + 0.5) / size, name) for name, size in sizes.items()
-                         for number in range(size)))
-        return [name for _, name in places]
+        numbered = [(name, size, number) for name, size in sizes.items() for number in range(size)]
+        if self.how != "one after the other": numbered.sort(key=lambda one: ((one[2] + 0.5) / one[1], one[0]))
+        return [name for name, _, _ in numbered]
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
@@ -155,22 +205,12 @@ class Combined(EpochLoader):
         return Combined({name: one.in_order() for name, one in self.loaders.items()}, self.how)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "loaders": {name: one.state_dict() for name,
-                                                 one in self.loaders.items()}}
+        return {"epoch": self.epoch,
+                "loaders": {name: one.state_dict() for name, one in self.loaders.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = state["epoch"]
         for name, one in state["loaders"].items(): self.loaders[name].load_state_dict(one)
-
-def together(parts: Mapping[str, Batch]) -> Batch:
-    "Batches as one, with inputs and targets by name; raises `ValueError` where their sizes differ"
-    sizes = {name: one.size for name, one in parts.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the batches that come together have the sizes {sizes}; expected one size: use "
-                         "the same batch_size, and drop_last=True")
-    targets = {name: one.targets for name, one in parts.items() if one.targets is not None}
-    return Batch({name: one.inputs for name, one in parts.items()}, targets or None,
-                 next(iter(sizes.values())))
 
 # %% ../../nbs/api/data/10f_streams.ipynb #1df103f9
 class ByEpoch(EpochLoader):
@@ -179,8 +219,9 @@ class ByEpoch(EpochLoader):
         loader_for: Callable[[int], EpochLoader],  # a pure function of the epoch
         length: int | None = None,                 # batches of every epoch; None: that of epoch 0
     ) -> None:
-        if not callable(loader_for): raise TypeError(f"loader_for is {describe(loader_for)}; expected a "
-                                                     "function of the epoch that gives a loader")
+        if not callable(loader_for):
+            raise TypeError(f"loader_for is {describe(loader_for)}; expected a function of the epoch that "
+                            "gives a loader")
         first: Any = loader_for(0)
         if not isinstance(first, EpochLoader) or not hasattr(first, "__len__"):
             raise TypeError(f"loader_for(0) gave {describe(first)}; expected a loader of ours, such as "
