@@ -64,8 +64,9 @@ def unpacked(tmp_path_factory):
 
     def folder_of(name):
         if name not in folders:
+            archive = next(data_set(name).glob("*.zip"))  # may skip the test
             folders[name] = tmp_path_factory.mktemp(name)
-            unpack(next(data_set(name).glob("*.zip")), folders[name])
+            unpack(archive, folders[name])
         return folders[name]
 
     return folder_of

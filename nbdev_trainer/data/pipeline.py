@@ -25,10 +25,11 @@ from ..core.errors import Problems, checked_keywords, describe, did_you_mean
 from . import augment, color, sequence_transforms, transforms, warp
 from .data_check import DataCheck, check_source
 from .kinds import Kind, Reader, kind_from
-from .loaders import Loader, Loaders, Sampler, draw_seed
+from .loaders import Loader, Loaders, draw_seed
 from .pictures import Boxes, Image, Points
 from .reading import Reading, check_workers, checked_items, fingerprint_of
 from .show import samples_of, show_samples
+from .samplers import Sampler
 from .sources import Fields, ItemSource, PerSample, name_of_item, names_in
 from .splits import Split
 from .workers import nothing, tasks_of
