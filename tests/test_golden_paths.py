@@ -2,10 +2,14 @@
 
 import os
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from nbdev_trainer.cli import main
 
 ARRAYS_IN_MEMORY = '''
 from torch import nn
@@ -129,3 +133,52 @@ def test_the_loop_alone():
     exec(OWN_LOOP.replace("[...]", "[recorder]"), names)
     assert names["recorder"].history["epoch"] == [1, 2, 3]
     assert names["recorder"].history["valid_loss"][2] < names["recorder"].history["valid_loss"][0]
+
+
+PIPELINE = """
+data = Data(
+    items=image_files("flowers/"),
+    fields={"image": Image(), "label": Category(parent_name)},   # kind(reader): how to get the raw value out of an item
+    inputs="image", targets="label",
+    split=random_split(valid=0.2, seed=0),
+    transforms=[Resize(160)],                     # every item
+    train_transforms=[RandomCrop(128), Flip()],   # training items; random
+    batch_transforms=[Normalize.imagenet()],      # whole batches, on the device
+)
+loaders = data.loaders(batch_size=64, num_workers=2)
+data.check()            # one item and one batch through every stage: type, shape, range, time of each
+loaders.show_batch()
+"""
+
+
+def draw_flowers(folder):
+    """Sixty pictures of two kinds of flowers, of different heights."""
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        pixels = draw.integers(0, 120, (180 + number, 200, 3), np.uint8)
+        pixels[60:120, 70:130, number % 2] = 250
+        place = folder / "flowers" / ("poppy", "clover")[number % 2] / f"{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).save(place)
+
+
+def test_the_data_pipeline(tmp_path, monkeypatch):
+    draw_flowers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(f"from nbdev_trainer.data import *\n{PIPELINE}", names)
+    assert names["data"].check().ok
+    batch = next(iter(names["loaders"].train))
+    assert batch.inputs.shape == (48, 3, 128, 128) and batch.inputs.dtype == torch.float32
+    assert next(iter(names["loaders"].valid)).inputs.shape == (12, 3, 160, 160)
+    assert len(names["loaders"].show_batch().axes) == 9
+
+
+def test_photos_on_the_command_line(tmp_path, monkeypatch, capsys):
+    draw_flowers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "flowers/"]) == 0
+    assert main(["fit", "flowers/", "--epochs", "5", "--size", "32", "--out", "run", "--device", "cpu"]) == 0
+    assert main(["predict", "run", "flowers/poppy"]) == 0
+    assert "nothing odd was found" in (said := capsys.readouterr().out)
+    assert "few pictures: --model timm:resnet18" in said and said.splitlines()[-1].startswith("8.jpg,")

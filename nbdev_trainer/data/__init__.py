@@ -54,6 +54,8 @@ def modules_by_name() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return __dir__()
     if name.startswith("__") or name not in modules_by_name():
         from nbdev_trainer.core.errors import did_you_mean
 
