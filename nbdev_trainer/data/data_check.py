@@ -32,8 +32,9 @@ from .sources import ItemSource, file_of, generator_for, name_of_item
 from .splits import Split
 
 # %% auto #0
-__all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'label_problems', 'alike', 'missing_problems',
-           'used_in', 'file_problems', 'file_hash', 'item_problems', 'DataCheck', 'check_source']
+__all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'alike', 'labels_of', 'label_problems',
+           'missing_problems', 'used_in', 'file_problems', 'file_hash', 'reaches_out', 'stage_of', 'item_problems',
+           'DataCheck', 'check_source']
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #1f703e5a
 def in_words(
@@ -45,7 +46,7 @@ def in_words(
     low, high = min(one.min().item() for one in found), max(one.max().item() for one in found)
     return f"{describe(value, depth=1)}, {low:.4g} to {high:.4g}"
 
-# %% ../../nbs/api/data/10e_data_check.ipynb #49c38992
+# %% ../../nbs/api/data/10e_data_check.ipynb #76a4afe9
 @dataclass
 class Stage:
     "What one stage made of a field"
@@ -59,6 +60,7 @@ def timed(fn: Callable[..., Any], *values: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     return fn(*values), (time.perf_counter() - start) * 1e3
 
+# %% ../../nbs/api/data/10e_data_check.ipynb #db83f991
 def item_stages(
     source: ItemSource,
     position: int,
@@ -78,6 +80,7 @@ def item_stages(
             if sample[name] is before[name]: continue
             yield Stage(repr(step), name, in_words(sample[name]), took)
 
+# %% ../../nbs/api/data/10e_data_check.ipynb #780e9c6b
 def batch_stages(
     source: ItemSource,
     samples: Sequence[Mapping[str, Tensor]],
@@ -95,17 +98,40 @@ def batch_stages(
         for name, value in values.items():
             if value is not before[name]: yield Stage(repr(step), name, in_words(value), took)
 
-# %% ../../nbs/api/data/10e_data_check.ipynb #e1f93a6d
+# %% ../../nbs/api/data/10e_data_check.ipynb #4edbede4
 def some(
     names: Sequence[str],
-    n: int = 3,
+    n: int = 3,  # so many are named
 ) -> str:
     "The first few names, and how many more there are"
     return "; ".join(names[:n]) + (f"; and {len(names) - n} more" if len(names) > n else "")
 
+# %% ../../nbs/api/data/10e_data_check.ipynb #12d5f19c
+def alike(
+    labels: Sequence[Any],
+) -> Iterator[tuple[Any, Any]]:
+    "Pairs of labels that are equal but for case, spaces and points"
+    seen: dict[str, Any] = {}
+    for label in labels:
+        plain = str(label).casefold().strip(" .,;:_-").replace(" ", "").replace("_", "").replace("-", "")
+        if plain in seen: yield seen[plain], label
+        seen.setdefault(plain, label)
+
+def labels_of(
+    items: Any,
+    position: int,
+    kind: Category,
+) -> list[Any]:  # none where the item cannot be read, which a look at every item tells
+    "The labels of an item: one, or several of boxes or tags"
+    try: raw = kind.read(items[position])
+    except Exception: return []
+    labels = kind.labels(raw) if isinstance(kind, Categories) else raw if kind.per else [raw]
+    return [kind.named(label) for label in labels]
+
+# %% ../../nbs/api/data/10e_data_check.ipynb #1212c4c5
 def label_problems(
     items: Any,
-    name: str,
+    name: str,  # of the field
     kind: Category,
     split: Split,
 ) -> Iterator[str]:
@@ -115,10 +141,7 @@ def label_problems(
     known = set(kind.vocab or ())
     for part in counts:
         for position in split.parts()[part].tolist():
-            try: raw = kind.read(items[position])
-            except Exception: continue  # a look at every item tells
-            labels = kind.labels(raw) if isinstance(kind, Categories) else raw if kind.per else [raw]
-            labels = [kind.named(label) for label in labels]
+            labels = labels_of(items, position, kind)
             counts[part].update(labels)
             for label in labels:
                 if label not in known: unknown.setdefault(label, []).append(name_of_item(items, position))
@@ -131,25 +154,18 @@ def label_problems(
         yield (f"the labels {one!r} and {other!r} of the field {name!r} differ only in case, spaces or "
                "points; if they are one class, bring them together in the reader")
     rare = [label for label in kind.vocab or () if counts["train"][label] < 2]
-    if rare: yield (f"{len(rare)} classes of {name!r} have fewer than 2 training items: {rare[:5]}; a model "
-                    "cannot learn them")
+    if rare:
+        yield (f"{len(rare)} classes of {name!r} have fewer than 2 training items: {rare[:5]}; a model "
+               "cannot learn them")
     held_out = counts["valid"] + counts["test"]
     if held_out and (never := [label for label in kind.vocab or () if not held_out[label]]):
         yield (f"{len(never)} classes of {name!r} are not among the items held out: {never[:5]}; use "
                "stratified_split")
 
-def alike(labels: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    "Pairs of labels that are equal but for case, spaces and points"
-    seen: dict[str, Any] = {}
-    for label in labels:
-        plain = str(label).casefold().strip(" .,;:_-").replace(" ", "").replace("_", "").replace("-", "")
-        if plain in seen: yield seen[plain], label
-        seen.setdefault(plain, label)
-
 # %% ../../nbs/api/data/10e_data_check.ipynb #a758460e
 def missing_problems(
     items: Any,
-    name: str,
+    name: str,  # of the field
     kind: Numbers | Category,
     positions: Sequence[int],
 ) -> Iterator[str]:
@@ -161,11 +177,14 @@ def missing_problems(
         values = kind.listed(raw) if isinstance(kind, Numbers) else raw if kind.per else [raw]
         if any(one is None or one != one for one in values): gaps.append(name_of_item(items, position))
     done = f"they get missing={kind.missing!r}" if kind.missing is not None else "say what they get: missing="
-    if gaps: yield (f"the field {name!r} has missing values in {len(gaps)} of {len(positions)} items (first: "
-                    f"{gaps[0]}); {done}")
+    if gaps:
+        yield (f"the field {name!r} has missing values in {len(gaps)} of {len(positions)} items (first: "
+               f"{gaps[0]}); {done}")
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #75009c85
-def used_in(split: Split) -> list[int]:
+def used_in(
+    split: Split,
+) -> list[int]:
     "The positions that are in use, in order"
     return torch.cat([split.train, split.valid, split.test]).sort().values.tolist()
 
@@ -188,11 +207,29 @@ def file_problems(
              if len(same) > 1]
     if twice and not leaks: yield f"{len(twice)} files are there twice: {some(twice)}"
 
-def file_hash(item: Any) -> str:
-    "A hash of the file of an item; of its name where it cannot be read"
+def file_hash(
+    item: Any,  # a path, or what holds one
+) -> str:
+    "A hash of the file of an item; its name where it cannot be read"
     try: return content_hash(item)
     except (OSError, ValueError): return str(file_of(item))
 
+# %% ../../nbs/api/data/10e_data_check.ipynb #29c7e0c8
+def reaches_out(
+    boxes: Tensor,  # (n, 4), corners in pixels
+    height: int,
+    width: int,
+) -> bool:
+    "Whether any of the boxes has a corner outside of its picture"
+    return bool((boxes < 0).any() or (boxes > torch.tensor([width, height, width, height])).any())
+
+def stage_of(
+    error: Exception,  # with the note of the source, if it has one
+) -> str:
+    "In which stage an item failed, in the words of the note"
+    return getattr(error, "__notes__", [""])[-1].split(" failed")[0].rpartition(": ")[2]
+
+# %% ../../nbs/api/data/10e_data_check.ipynb #ad5f981e
 def item_problems(
     source: ItemSource,
     positions: Sequence[int],
@@ -204,8 +241,7 @@ def item_problems(
         name = name_of_item(source.items, position)
         try: sample = source.sample(position, 0)
         except Exception as error:
-            stage = getattr(error, "__notes__", [""])[-1].split(" failed")[0].rpartition(": ")[2]
-            failed.append(f"{name}, {stage}: {type(error).__name__}: {error}")
+            failed.append(f"{name}, {stage_of(error)}: {type(error).__name__}: {error}")
             continue
         images = {key: one for key, one in sample.items() if isinstance(source.kinds[key], Image)}
         for image in images.values():
@@ -218,9 +254,7 @@ def item_problems(
             if frame is None: continue
             height, width = frame.shape[-2:]
             if isinstance(kind, Mask) and value.shape != (height, width): unlike.append(name)
-            if isinstance(kind, Boxes) and len(value):
-                limits = torch.tensor([0, 0, 0, 0, width, height, width, height]).split(4)
-                if (value < limits[0]).any() or (value > limits[1]).any(): outside.append(name)
+            if isinstance(kind, Boxes) and reaches_out(value, height, width): outside.append(name)
     if failed:
         yield (f"{len(failed)} of {len(positions)} items cannot be read: {some(failed)}. Mend them or leave "
                "them out; on_error='skip' passes them over")
@@ -233,7 +267,7 @@ def item_problems(
         yield (f"the images have {len(sizes)} sizes after all transforms, such as {list(sizes)[:3]}, and "
                "cannot be stacked; add Resize, or keep them as they are: Image(collation='list')")
 
-# %% ../../nbs/api/data/10e_data_check.ipynb #22aff0bd
+# %% ../../nbs/api/data/10e_data_check.ipynb #9d1b4b50
 class DataCheck:
     "What a look at data found: the stages of a sample and a batch, and what is odd"
     def __init__(self, facts: Sequence[str], stages: Sequence[Stage], problems: Sequence[str]) -> None:
@@ -245,16 +279,16 @@ class DataCheck:
         return not self.problems
 
     def __repr__(self) -> str:
+        times = ["" if one.milliseconds is None else f"{one.milliseconds:.2f}" for one in self.stages]
         rows = [("stage", "field", "value", "ms"),
-                *((one.name, one.field, one.value, "" if one.milliseconds is None
-                   else f"{one.milliseconds:.2f}")
-                  for one in self.stages)]
+                *((one.name, one.field, one.value, took) for one, took in zip(self.stages, times))]
         widths = [min(max(len(row[i]) for row in rows), 60) for i in range(4)]
         table = ["  ".join(cell[:60].ljust(width) for cell, width in zip(row, widths)).rstrip()
                  for row in rows]
         found = [f"- {text}" for text in self.problems] or ["nothing odd was found"]
         return "\n".join([*self.facts, "", *table, "", *found])
 
+# %% ../../nbs/api/data/10e_data_check.ipynb #d899bb90
 def check_source(
     source: ItemSource,
     split: Split,
