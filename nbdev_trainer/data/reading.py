@@ -72,18 +72,18 @@ def packed(items: Any) -> Any:
     try: return Packed(map(str, items), str if made is str else path_from)
     except UnicodeEncodeError: return items  # a name that is no text
 
-# %% ../../nbs/api/data/10d_reading.ipynb #d38b11e7
+# %% ../../nbs/api/data/10d_reading.ipynb #2a3b848e
 def checked_items(
     items: Any,
 ) -> Any:
     "The items; raises `TypeError` for what has no length or no positions, `ValueError` where there is none"
     if hasattr(items, "iloc"):
         raise TypeError(f"items is a {type(items).__name__}; expected rows: read_rows(table) makes them of "
-                        f"it")
+                        "it")
     has_positions = hasattr(items, "__len__") and hasattr(items, "__getitem__")
     if not has_positions or isinstance(items, (str, Mapping)):
         raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such "
-                        f"as a list")
+                        "as a list")
     if len(items) == 0: raise ValueError("items is empty; expected at least one item")
     return packed(items)
 
@@ -110,6 +110,7 @@ def bytes_of(
     if unit in UNITS and number.strip().replace(".", "", 1).isdigit(): return int(float(number) * UNITS[unit])
     raise ValueError(f"limit is {limit!r}; expected a number of bytes, or a text such as '500MB' or '2GB'")
 
+# %% ../../nbs/api/data/10d_reading.ipynb #670aae16
 class Cache:
     "Encoded samples, kept in memory or in a folder until a limit is reached"
     def __init__(self,
@@ -187,7 +188,7 @@ class MemorySource(ItemSource):
         found.places, found.kept = self.places, self.kept
         return found
 
-# %% ../../nbs/api/data/10d_reading.ipynb #d9c764c7
+# %% ../../nbs/api/data/10d_reading.ipynb #9b3541e9
 def check_workers(
     source: ItemSource,
     num_workers: int,
@@ -210,6 +211,7 @@ def check_workers(
             raise ValueError(f"in_memory=True transforms each sample once, so {one!r} would draw once and "
                              "for all; use a batch transform, or in_memory=False")
 
+# %% ../../nbs/api/data/10d_reading.ipynb #2d606433
 @dataclass
 class Reading:
     "How the samples of a source are read"
