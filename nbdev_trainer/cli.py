@@ -32,7 +32,7 @@ from torch import nn
 from .apps.models import MODELS, RelativeSquaredError, make_model
 from .apps.predict import predict_with
 from .apps.prepare import Prepared, prepare
-from .core.errors import did_you_mean
+from .core.errors import MissingPackage, did_you_mean
 from .core.seeding import check_seed, seed_everything
 from .learner import Learner
 from .loop.engine import find_device
@@ -58,7 +58,7 @@ class CommandError(ValueError):
 def one_line_errors() -> Iterator[None]:
     "Turn errors about what the user gave into a `CommandError`"
     try: yield
-    except (ValueError, OSError) as error: raise CommandError(" ".join(str(error).split())) from error
+    except (ValueError, OSError, MissingPackage) as error: raise CommandError(" ".join(str(error).split())) from error
 
 # %% ../nbs/api/cli.ipynb #b442f4d7
 @dataclass(frozen=True)
