@@ -37,9 +37,9 @@ from .batch import Batch
 from .loaders import Loader
 
 # %% auto #0
-__all__ = ['SALT', 'Task', 'Source', 'tasks_of', 'part_of', 'emptied', 'Failed', 'InWorker', 'Queue', 'unchanged', 'compact',
-           'nothing', 'read_here', 'read_in_threads', 'keeping_garbage', 'Processes', 'SampleLoader', 'copied_ahead',
-           'arrived']
+__all__ = ['SALT', 'Task', 'part_of', 'emptied', 'tasks_of', 'Source', 'Failed', 'InWorker', 'Queue', 'unchanged', 'compact',
+           'nothing', 'read_here', 'read_in_threads', 'keeping_garbage', 'end_processes', 'lost_workers', 'Processes',
+           'copied_ahead', 'arrived', 'check_way', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -48,22 +48,25 @@ class Task(NamedTuple):
     keys: list[int]  # for each, in [0, 2**64): what its random draws follow from
     spare: bool = False  # nothing of the batch is for this rank; one sample is read for its shape
 
-class Source(Protocol):
-    "What a `SampleLoader` takes its samples from; it is copied into the workers"
-    training: bool  # whether keys follow the order of the epoch
+def part_of(
+    n: int,           # samples in a batch
+    rank: int,
+    world_size: int,
+) -> slice:
+    "The part of a batch that is for one of several ranks; the first ones may have one more than the others"
+    each, more = divmod(n, world_size)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
 
-    def read(self, task: Task, mark: Callable[[int], None]) -> Any:
-        "The samples of a task as plain CPU tensors; calls `mark` with the position of each before reading it"
+def emptied(
+    batch: Batch,
+) -> Batch:
+    "A batch without its samples, for a rank that has nothing to do in this step"
+    none = torch.empty(0, dtype=torch.int64)
+    def no(value: Any) -> Any: return None if value is None else index(value, none)
+    return Batch(no(batch.inputs), no(batch.targets), 0, no(batch.ids), no(batch.weights))
 
-    def finish(self, read: Any, task: Task, device: torch.device | None) -> Batch | None:
-        "The batch, on the device if one is given; None when nothing is left of it"
-
-    def name_of(self, position: int) -> str:
-        "A sample in the words of an error message, such as `item 3 'x/7.png'`"
-
-    def for_evaluation(self) -> Source:
-        "The same samples without what is done to them in training only"
-
+# %% ../../nbs/api/data/10_workers.ipynb #13853967
 SALT = 0x5EED_0F_5A9E_5  # keeps keys and the order of an epoch, which hash the same numbers, apart
 
 def tasks_of(
@@ -87,21 +90,22 @@ def tasks_of(
         if spare: part = slice(0, 1)
         yield Task(ids[part].tolist(), keys[part].tolist(), spare)
 
-def part_of(
-    n: int,           # samples in a batch
-    rank: int,
-    world_size: int,
-) -> slice:
-    "The part of a batch that is for one of several ranks; the first ones may have one more than the others"
-    each, more = divmod(n, world_size)
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))
+# %% ../../nbs/api/data/10_workers.ipynb #ab8db817
+class Source(Protocol):
+    "What a `SampleLoader` takes its samples from; it is copied into the workers"
+    training: bool  # whether keys follow the order of the epoch
 
-def emptied(batch: Batch) -> Batch:
-    "A batch without its samples, for a rank that has nothing to do in this step"
-    def no(value: Any) -> Any: return None if value is None else index(value, torch.empty(0,
-                                                                                          dtype=torch.int64))
-    return Batch(no(batch.inputs), no(batch.targets), 0, no(batch.ids), no(batch.weights))
+    def read(self, task: Task, mark: Callable[[int], None]) -> Any:
+        "The samples of a task as plain CPU tensors; calls `mark` with the position of each before reading it"
+
+    def finish(self, read: Any, task: Task, device: torch.device | None) -> Batch | None:
+        "The batch, on the device if one is given; None when nothing is left of it"
+
+    def name_of(self, position: int) -> str:
+        "A sample in the words of an error message, such as `item 3 'x/7.png'`"
+
+    def for_evaluation(self) -> Source:
+        "The same samples without what is done to them in training only"
 
 # %% ../../nbs/api/data/10_workers.ipynb #1c4537d1
 class Failed:
@@ -114,6 +118,7 @@ class Failed:
             for note in getattr(error, "__notes__", ()): self.error.add_note(note)
         self.error.add_note(f"in a worker process:\n{where}")
 
+# %% ../../nbs/api/data/10_workers.ipynb #648322bf
 class InWorker(Dataset):
     "What lives in a worker process: the source, and a place to say which sample is being read"
     def __init__(self, source: Source, marks: Tensor, pids: Tensor) -> None:
@@ -134,16 +139,25 @@ class Queue:
 
     def __iter__(self) -> Iterator[Task]: return iter(self.tasks)
 
-def unchanged(value: Any) -> Any: return value
+def unchanged(
+    value: Any,
+) -> Any:
+    "The value; torch's loader wants a function that puts samples together, and ours are together already"
+    return value
 
-def compact(value: Tensor) -> Tensor:
+def compact(
+    value: Tensor,
+) -> Tensor:
     "A tensor without the memory around it, which would be sent along: a crop is a part of a whole photo"
     return value if value.untyped_storage().nbytes() <= 2 * value.nbytes else value.clone()
 
-# %% ../../nbs/api/data/10_workers.ipynb #648322bf
+# %% ../../nbs/api/data/10_workers.ipynb #9cffa81e
 def nothing(position: int) -> None: "Nobody wants to know which sample is being read"
 
-def read_here(source: Source, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+def read_here(
+    source: Source,
+    tasks: Iterable[Task],
+) -> Iterator[tuple[Task, Any]]:
     "Tasks done in the main process"
     for task in tasks: yield task, source.read(task, nothing)
 
@@ -185,6 +199,34 @@ def keeping_garbage() -> Iterator[None]:
         if not frozen: gc.unfreeze()
 
 # %% ../../nbs/api/data/10_workers.ipynb #63654c6c
+def end_processes(
+    pids: Sequence[int],  # 0: none
+) -> None:
+    "End processes at once; one that hangs would be waited for"
+    for process in pids:
+        if process: os.kill(process, signal.SIGKILL)
+    for _ in range(100):  # torch tells about each process that ends, by an error at any place
+        try: time.sleep(0.001)
+        except RuntimeError: continue
+
+def lost_workers(
+    source: Source,
+    marks: Sequence[int],  # the position each worker read last; -1: none
+    error: str,            # what torch's loader says
+    timeout: float,        # seconds
+) -> RuntimeError:
+    "The error for workers that died or hang, with what each was doing"
+    doing = [f"worker {number}: {source.name_of(position)}"
+             for number, position in enumerate(marks) if position >= 0]
+    hangs = "timed out" in error
+    what = f"no batch came within timeout={timeout:g} seconds" if hangs else "a worker process died"
+    advice = ("look whether these can be read at all, or wait longer: timeout=" if hangs else
+              "look at these, at the memory (the system ends processes when there is none left), or "
+              "read here to see the error itself: num_workers=0")
+    return RuntimeError(f"{what}. Being read: {'; '.join(doing) or 'nothing yet'}. To find the cause, "
+                        f"{advice}")
+
+# %% ../../nbs/api/data/10_workers.ipynb #552b5178
 class Processes:
     "Worker processes that stay from one epoch to the next"
     def __init__(self,
@@ -194,8 +236,7 @@ class Processes:
         timeout: float = 0,  # seconds to wait for one task; 0: forever
         pin_memory: bool = False,
     ) -> None:
-        self.source, self.timeout, self.queue, self.busy = source, timeout, Queue(), False
-        self.broken = False  # after an error there are no workers any more
+        self.source, self.timeout, self.queue, self.busy, self.broken = source, timeout, Queue(), False, False
         self.marks, self.pids = torch.tensor([[-1] * n, [0] * n]).share_memory_()
         queue: Any = self.queue
         self.loader: DataLoader[Any] = DataLoader(
@@ -218,37 +259,55 @@ class Processes:
                 except StopIteration: return
                 except RuntimeError as error:
                     if "DataLoader" not in str(error): raise
-                    problem = self.lost(str(error))
+                    problem = lost_workers(self.source, self.marks.tolist(), str(error), self.timeout)
                 else:
                     if isinstance(read, Failed): problem = read.error
                     else: yield asked.popleft(), read
         finally: self.busy = False
-        self.broken = True
-        if "within timeout" in str(problem): self.end()
+        self.broken = True  # there are no workers any more
+        if "within timeout" in str(problem): end_processes(self.pids.tolist())
         del batches, self.loader  # nobody reads on after an error, and its traceback would keep the processes
         raise problem
 
-    def end(self) -> None:
-        "End the processes at once; one that hangs would be waited for"
-        for process in self.pids.tolist():
-            if process: os.kill(process, signal.SIGKILL)
-        for _ in range(100):  # torch tells about each process that ends, by an error at any place
-            try: time.sleep(0.001)
-            except RuntimeError: continue
+# %% ../../nbs/api/data/10_workers.ipynb #fb41be80
+def copied_ahead(  # pragma: gpu
+    done: Iterator[tuple[Task, Any]],
+    device: torch.device,
+) -> Iterator[tuple[Task, Any]]:
+    "What was read, on the device; the next is copied on a stream of its own while this one is used"
+    stream, pending = torch.cuda.Stream(device), None
+    def on_its_way(read: Any) -> Any:
+        pinned = map_tensors(lambda one: one if one.is_pinned() else one.pin_memory(), read)
+        with torch.cuda.stream(stream): return to_device(pinned, device, non_blocking=True), pinned
+    for task, read in done:
+        following = task, on_its_way(read)
+        if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
+        pending = following
+    if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
 
-    def lost(self, error: str) -> RuntimeError:
-        "The error for workers that died or hang, with what each was doing"
-        doing = [f"worker {number}: {self.source.name_of(position)}" for number, position
-                 in enumerate(self.marks.tolist()) if position >= 0]
-        hangs = "timed out" in error
-        what = f"no batch came within timeout={self.timeout:g} seconds" if hangs else "a worker process died"
-        advice = ("look whether these can be read at all, or wait longer: timeout=" if hangs else
-                  "look at these, at the memory (the system ends processes when there is none left), or "
-                  "read here to see the error itself: num_workers=0")
-        return RuntimeError(f"{what}. Being read: {'; '.join(doing) or 'nothing yet'}. To find the cause, "
-                            f"{advice}")
+def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
+    "What was copied on another stream, safe to use on this one"
+    now = torch.cuda.current_stream(device)
+    now.wait_stream(stream)
+    def used_here(one: Tensor) -> Tensor:
+        one.record_stream(now)
+        return one
+    return map_tensors(used_here, read)
 
-# %% ../../nbs/api/data/10_workers.ipynb #a5be8d43
+# %% ../../nbs/api/data/10_workers.ipynb #bc887a34
+def check_way(
+    num_workers: int,  # 0: read in the main process
+    workers: str,      # "processes" or "threads"
+) -> None:
+    "Raise `ValueError` for no way to read samples"
+    if workers not in ("processes", "threads"):
+        raise ValueError(f"workers is {workers!r}. "
+                         f"{did_you_mean(workers, ['processes', 'threads'], what='way')}")
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers!r}; expected a whole number, 0 to read in "
+                         "the main process")
+
+# %% ../../nbs/api/data/10_workers.ipynb #e5a5bb07
 @dataclass(eq=False)
 class SampleLoader(Loader):
     "Batches of samples that are read one by one, here, in threads or in processes"
@@ -261,13 +320,7 @@ class SampleLoader(Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers not in ("processes", "threads"):
-            raise ValueError(f"workers is {self.workers!r}. "
-                             f"{did_you_mean(self.workers, ['processes', 'threads'], what='way')}")
-        n = self.num_workers
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"num_workers is {self.num_workers!r}; expected a whole number, 0 to read in "
-                             f"the main process")
+        check_way(self.num_workers, self.workers)
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
@@ -297,30 +350,5 @@ class SampleLoader(Loader):
         "The same samples for evaluation: each once, in order, without what is done in training only"
         source: Any = self.fetch
         if not source.training: return super().in_order()
-        rows = self.rows.sort().values
-        return replace(self, fetch=source.for_evaluation(), rows=rows, shuffle=False, drop_last=False,
-                       sampler=None)
-
-def copied_ahead(  # pragma: gpu
-    done: Iterator[tuple[Task, Any]],
-    device: torch.device,
-) -> Iterator[tuple[Task, Any]]:
-    "What was read, on the device; the next is copied on a stream of its own while this one is used"
-    stream, pending = torch.cuda.Stream(device), None
-    def on_its_way(read: Any) -> Any:
-        pinned = map_tensors(lambda one: one if one.is_pinned() else one.pin_memory(), read)
-        with torch.cuda.stream(stream): return to_device(pinned, device, non_blocking=True), pinned
-    for task, read in done:
-        following = task, on_its_way(read)
-        if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
-        pending = following
-    if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
-
-def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
-    "What was copied on another stream, safe to use on this one"
-    now = torch.cuda.current_stream(device)
-    now.wait_stream(stream)
-    def used_here(one: Tensor) -> Tensor:
-        one.record_stream(now)
-        return one
-    return map_tensors(used_here, read)
+        return replace(self, fetch=source.for_evaluation(), rows=self.rows.sort().values, shuffle=False,
+                       drop_last=False, sampler=None)
