@@ -158,7 +158,8 @@ def api_problems(name, thing):
     text = thing.__doc__ or ""
     problems = [] if text and not text.startswith(f"{name}(") else [f"{name} has no docstring"]
     if inspect.isclass(thing):
-        owner = next((kind for kind in thing.__mro__ if "__init__" in vars(kind)), object)
+        kinds = [kind for kind in thing.__mro__ if not vars(kind).get("_is_protocol")]  # theirs is of typing
+        owner = next((kind for kind in kinds if "__init__" in vars(kind)), object)
         thing = owner.__init__ if owner.__module__.startswith(("nbdev_trainer", __name__)) else None
     if inspect.isroutine(thing):
         parameters = list(inspect.signature(thing).parameters.values())
