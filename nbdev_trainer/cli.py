@@ -58,7 +58,8 @@ class CommandError(ValueError):
 def one_line_errors() -> Iterator[None]:
     "Turn errors about what the user gave into a `CommandError`"
     try: yield
-    except (ValueError, OSError, MissingPackage) as error: raise CommandError(" ".join(str(error).split())) from error
+    except (ValueError, OSError, MissingPackage) as error:
+        raise CommandError(" ".join(str(error).split())) from error
 
 # %% ../nbs/api/cli.ipynb #b442f4d7
 @dataclass(frozen=True)
@@ -231,13 +232,14 @@ def check(
 
 def predict(
     run: Annotated[str, {"opt": False}],   # directory of a run
-    data: Annotated[str, {"opt": False}],  # a picture, a folder of pictures, or a .csv with the columns of the run
+    data: Annotated[str, {"opt": False}],  # a picture, a folder of them, or a .csv with the columns of the run
     out: str | None = None,                # a .csv file to write; None: print
 ) -> int:  # exit code
     "Say what the model of a run makes of new pictures or rows"
     with one_line_errors():
         rows = predict_with(run, data)
-        if out is not None and Path(out).exists(): raise ValueError(f"--out {out!r} exists; expected a new file")
+        if out is not None and Path(out).exists():
+            raise ValueError(f"--out {out!r} exists; expected a new file")
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..core.errors import require
 from ..core.messages import tell
 
-if TYPE_CHECKING: from nbdev_trainer.data.catalog import KnownFile, KnownSet  # what only fetch needs is imported there
+# what only fetch needs is imported there
+if TYPE_CHECKING: from nbdev_trainer.data.catalog import KnownFile, KnownSet
 
 # %% auto #0
 __all__ = ['digits', 'data_folder', 'cache_folder', 'fetch']

@@ -328,6 +328,7 @@ class Category(Kind):
     _: KW_ONLY
     vocab: Sequence[Any] | None = None  # the classes in the order of their numbers; None: learnt
     missing: Any = None                 # the class of None and NaN, such as "unknown"; None: an error
+    unknown: Any = None                 # the class of labels that training did not see; None: an error
 
     @property
     def must_learn(self) -> bool: return self.vocab is None
@@ -335,7 +336,9 @@ class Category(Kind):
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is None:
             labels = raws if self.per is None else (one for raw in raws for one in raw)
-            self.vocab = sorted_classes(map(self.named, labels))
+            seen = sorted_classes(map(self.named, labels))
+            more = dict.fromkeys([self.missing, self.unknown])
+            self.vocab = [*seen, *(one for one in more if one is not None and one not in seen)]
         self.numbers = {label: number for number, label in enumerate(self.vocab)}
 
     def named(self, label: Any) -> Any:
@@ -348,7 +351,7 @@ class Category(Kind):
             raise ValueError("the classes are not known yet; Data learns them, or pass vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab): self.fit([])
         label = self.named(label.item() if hasattr(label, "item") else label)
-        number = self.numbers.get(label)
+        number = self.numbers.get(label, self.numbers.get(self.unknown))
         if number is None:
             raise ValueError(f"the label {label!r} is not in the vocabulary. "
                              f"{did_you_mean(str(label), map(str, self.vocab), what='class')} Correct the "

@@ -94,18 +94,21 @@ def learn(
     skip: bool = False,         # pass over items that cannot be read
 ) -> None:
     "Let kinds see the raw values of the training items; an error gets a note of item and field"
-    def raws(name: str) -> Iterator[Any]:
-        for position in rows.tolist():
-            try: yield kinds[name].read(items[position])
-            except Exception as error:
-                if skip: continue
-                error.add_note(f"{name_of_item(items, position)}: reading the field {name!r} failed")
-                raise
-    for name, kind in kinds.items():
-        if not kind.must_learn: continue
-        try: kind.fit(raws(name))
+    raws: dict[str, list[Any]] = {name: [] for name, kind in kinds.items() if kind.must_learn}
+    for position in rows.tolist() if raws else ():
+        item, name = None, ""
+        try:
+            item = items[position]
+            for name, found in raws.items(): found.append(kinds[name].read(item))
         except Exception as error:
-            error.add_note(f"while {type(kind).__name__} learnt the field {name!r} from {len(rows)} items")
+            if skip: continue
+            error.add_note(f"{name_of_item(items, position)}: reading the field {name!r} failed")
+            raise
+    for name, found in raws.items():
+        try: kinds[name].fit(found)
+        except Exception as error:
+            kind = type(kinds[name]).__name__
+            error.add_note(f"while {kind} learnt the field {name!r} from {len(rows)} items")
             raise
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #96939e7f
