@@ -144,8 +144,8 @@ def label_problems(
             labels = labels_of(items, position, kind)
             counts[part].update(labels)
             for label in labels:
-                if label not in known and kind.unknown is None: unknown.setdefault(label,
-                                                                                   []).append(name_of_item(items, position))
+                if label in known or kind.unknown is not None: continue
+                unknown.setdefault(label, []).append(name_of_item(items, position))
     if unknown:
         where = next(iter(unknown.values()))[0]
         yield (f"the field {name!r} has the labels {sorted(map(str, unknown))[:5]} in "
