@@ -35,7 +35,7 @@ from .workers import Task
 
 # %% auto #0
 __all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of',
-           'name_of_item', 'key_of', 'Read', 'ItemSource']
+           'name_of_item', 'key_of', 'Read', 'too_many', 'note_failed_sample', 'note_failed_batch', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
 LOCAL = threading.local()  # a generator for each thread
@@ -74,8 +74,8 @@ class Apply:
                  random: Any) -> dict[str, Tensor]:
         names = [self.on] if isinstance(self.on, str) else self.on
         for name in names:
-            if name not in sample: raise KeyError(f"the sample has no {name!r}. "
-                                                  f"{did_you_mean(name, sample, what='field')}")
+            if name not in sample:
+                raise KeyError(f"the sample has no {name!r}. {did_you_mean(name, sample, what='field')}")
         changed = {name: self.fn(sample[name], random) if self.random else self.fn(sample[name])
                    for name in names}
         return {**sample, **changed}
@@ -137,12 +137,48 @@ def key_of(
 # %% ../../nbs/api/data/10b_sources.ipynb #f35657da
 class Read(NamedTuple):
     "What a worker sends: the samples of a batch, collated, on the CPU"
-    values: dict[str, Any] | None  # None: all of them were left out
-    # positions of the samples; of those in their place where some were replaced
-    ids: list[int]
+    values: dict[str, Any] | None   # None: all of them were left out
+    ids: list[int]                  # their positions; where some were replaced, of those in their place
     keys: list[int]
     skipped: list[tuple[int, str]]  # positions that could not be read, and why
 
+def too_many(
+    source: ItemSource,
+) -> RuntimeError:
+    "The error for samples that could not be read, when they are more than the limit allows"
+    listed = list(source.skipped.items())[:5]
+    first = "\n- ".join(f"{source.name_of(position)}: {why}" for position, why in listed)
+    n = len(source.items) if source.rows is None else len(source.rows)
+    return RuntimeError(f"{len(source.skipped)} of {n} samples could not be read, more than "
+                        f"skip_limit={source.skip_limit:g} allows. The first:\n- {first}\nMend them, or "
+                        "allow more: skip_limit=")
+
+# %% ../../nbs/api/data/10b_sources.ipynb #d89f2e3f
+def note_failed_sample(
+    error: Exception,            # gets the note
+    name: str,                   # of the item
+    stage: Any,                  # in words, or the transform that failed
+    sample: Mapping[str, Any],   # by field, as far as it got
+) -> None:
+    "Say in a note which item failed, at which stage, and what can be done"
+    shapes = f"; its fields: {describe(sample, depth=2)}" if sample else ""
+    what = stage if isinstance(stage, str) else f"the transform {stage!r}"
+    error.add_note(f"{name}: {what} failed{shapes}. Mend the item or leave it "
+                   "out; data.check(every_item=True) lists all such items, and on_error='skip' "
+                   "passes them over")
+
+def note_failed_batch(
+    error: Exception,                        # gets the note
+    field: str,
+    samples: Sequence[Mapping[str, Tensor]], # by field
+    names: Sequence[str],                    # of the items
+) -> None:
+    "Say in a note which items do not go together: the first, and those of another shape"
+    odd = [number for number, one in enumerate(samples) if one[field].shape != samples[0][field].shape]
+    named = "; ".join(f"sample {number} is {names[number]}" for number in [0, *odd[:2]])
+    error.add_note(f"collating the field {field!r} failed: {named}")
+
+# %% ../../nbs/api/data/10b_sources.ipynb #e0207e25
 @dataclass
 class ItemSource:
     "Samples made of items, one by one"
@@ -205,11 +241,7 @@ class ItemSource:
                 sample = step(sample, self.kinds, random)
             return sample
         except Exception as error:
-            shapes = f"; its fields: {describe(sample, depth=2)}" if sample else ""
-            what = stage[0] if isinstance(stage[0], str) else f"the transform {stage[0]!r}"
-            error.add_note(f"{self.name_of(position)}: {what} failed{shapes}. Mend the item or leave it "
-                           "out; data.check(every_item=True) lists all such items, and on_error='skip' "
-                           "passes them over")
+            note_failed_sample(error, self.name_of(position), stage[0], sample)
             raise
 
     def read(self, task: Task, mark: Callable[[int], None]) -> Read:
@@ -243,9 +275,7 @@ class ItemSource:
             for name, kind in self.kinds.items():
                 values[name] = kind.collate([sample[name] for sample in samples])
         except Exception as error:
-            odd = [number for number, one in enumerate(samples) if one[name].shape != samples[0][name].shape]
-            named = "; ".join(f"sample {number} is {self.name_of(ids[number])}" for number in [0, *odd[:2]])
-            error.add_note(f"collating the field {name!r} failed: {named}")
+            note_failed_batch(error, name, samples, [self.name_of(position) for position in ids])
             raise
         return values
 
@@ -276,9 +306,4 @@ class ItemSource:
         "Keep what was skipped; raises `RuntimeError` when it is too much"
         self.skipped.update(skipped)
         n = len(self.items) if self.rows is None else len(self.rows)
-        if len(self.skipped) <= self.skip_limit * n: return
-        listed = list(self.skipped.items())[:5]
-        first = "\n- ".join(f"{self.name_of(position)}: {why}" for position, why in listed)
-        raise RuntimeError(f"{len(self.skipped)} of {n} samples could not be read, more than "
-                           f"skip_limit={self.skip_limit:g} allows. The first:\n- {first}\nMend them, or "
-                           "allow more: skip_limit=")
+        if len(self.skipped) > self.skip_limit * n: raise too_many(self)
