@@ -55,11 +55,12 @@ def check_fields(
                          f"or Points. {did_you_mean(kind.per, kinds, what='field')}")
     for part, fields in chosen.items():
         for name in names_in(fields):
-            if name not in kinds: problems.add(f"{part} names {name!r}. "
-                                               f"{did_you_mean(name, kinds, what='field')}")
+            if name in kinds: continue
+            problems.add(f"{part} names {name!r}. {did_you_mean(name, kinds, what='field')}")
     if not names_in(chosen["inputs"]): problems.add("inputs names no field; say what the model gets")
     problems.raise_if_any("the description of the data cannot be used")
 
+# %% ../../nbs/api/data/11_pipeline.ipynb #7c3d16da
 def check_steps(**steps: Sequence[Any]) -> None:
     "Raise `TypeError` for what is no transform"
     for part, given in steps.items():
@@ -82,7 +83,7 @@ def split_of(
     made = split if isinstance(split, Split) else split(items) if callable(split) else None
     if not isinstance(made, Split):
         raise TypeError(f"split is {describe(split)}; expected a function such as random_split(valid=0.2), "
-                        f"or a Split")
+                        "or a Split")
     if len(made.train) == 0: raise ValueError("the split leaves nothing to train on")
     return made
 
@@ -112,16 +113,23 @@ def learn(
             raise
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #96939e7f
-def told(chosen: Fields) -> Any:
+def told(
+    chosen: Fields,
+) -> Any:
     "Which fields, as plain data"
     if isinstance(chosen, PerSample): return {"per_sample": list(chosen.names)}
     return chosen if chosen is None or isinstance(chosen, str) else list(chosen)
 
-def fields_from(told: Any) -> Fields:
+def fields_from(
+    told: Any,
+) -> Fields:
     "Which fields, from plain data"
     return PerSample(*told["per_sample"]) if isinstance(told, Mapping) else told
 
-def describe_step(step: Any) -> dict[str, Any]:
+# %% ../../nbs/api/data/11_pipeline.ipynb #655fca1c
+def describe_step(
+    step: Any,  # a transform
+) -> dict[str, Any]:
     "A transform as plain data; of one that cannot be written down, its name and how it looks"
     name = type(step).__name__
     if is_dataclass(step):
@@ -130,16 +138,18 @@ def describe_step(step: Any) -> dict[str, Any]:
         except TypeError: pass  # one of them is a function, or an object of another package
     return {"transform": name, "shown": repr(step)}
 
-def step_from(description: Mapping[str, Any], known: Mapping[str, type]) -> Any:
+def step_from(
+    description: Mapping[str, Any],  # what `describe_step` gave
+    known: Mapping[str, type],       # transforms by name
+) -> Any:
     "A transform built again; raises `ValueError` for one that is not among the known"
     name = str(description.get("transform"))
     if name not in known or "settings" not in description:
         raise ValueError(f"the transform {description.get('shown', name)!r} cannot be built from its "
                          "description; pass the transforms themselves: Data.from_description(..., "
                          "transforms=[...])")
-    made = {key: tuple(value) if isinstance(value, list) else value for key,
-            value in description["settings"].items()}
-    return known[name](**made)
+    settings = description["settings"].items()
+    return known[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings})
 
 def known_steps() -> dict[str, type]:
     "The transforms of this library, by name"
@@ -147,20 +157,18 @@ def known_steps() -> dict[str, type]:
     return {name: one for module in modules for name, one in vars(module).items()
             if isinstance(one, type) and is_dataclass(one) and one.__module__ == module.__name__}
 
-# %% ../../nbs/api/data/11_pipeline.ipynb #655fca1c
+# %% ../../nbs/api/data/11_pipeline.ipynb #873c35c4
 class Data:
     "Items, what they mean, and how they become batches"
     @checked_keywords
     def __init__(self,
-        # anything with a length and positions: a list, a table, a `Dataset`
-        items: Any,
+        items: Any,                           # anything with a length and positions, such as a list
         fields: Mapping[str, Kind],           # what a sample is made of: name to kind
         *,
         inputs: Fields,                       # the field that the model gets; a list of names: a dict of them
         targets: Fields = None,               # likewise, what the predictions are compared with
         weights: str | None = None,           # the field with a weight for each sample
-        # which items are held out, such as random_split(valid=0.2); None: none
-        split: Any = None,
+        split: Any = None,                    # what is held out, such as random_split(valid=0.2); None: none
         transforms: Sequence[Any] = (),       # of each sample
         train_transforms: Sequence[Any] = (), # of each training sample, after the others; may draw at random
         batch_transforms: Sequence[Any] = (), # of each batch, on the device
@@ -172,8 +180,7 @@ class Data:
         items = checked_items(items)
         check_fields(fields, {"inputs": inputs, "targets": targets, "weights": weights})
         check_steps(transforms=transforms, train_transforms=train_transforms,
-                    batch_transforms=batch_transforms,
-                    train_batch_transforms=train_batch_transforms)
+                    batch_transforms=batch_transforms, train_batch_transforms=train_batch_transforms)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}. "
                              f"{did_you_mean(on_error, ['raise', 'skip'], what='way')}")
@@ -220,8 +227,7 @@ class Data:
         names = [*names_in(self.inputs), *(names_in(self.targets) if with_targets else [])]
         items = checked_items(items)
         source = replace(self.source, items=items, kinds={name: self.fields[name] for name in names},
-                         weights=None,
-                         targets=self.targets if with_targets else None, skipped={}, cache=None)
+                         targets=self.targets if with_targets else None, weights=None, skipped={}, cache=None)
         made = Reading(num_workers, workers).loader(source, torch.arange(len(items)), False, batch_size)
         assert made is not None  # there is at least one item
         return made
@@ -252,8 +258,8 @@ class Data:
             raise ValueError(f"{describe(loader)} is not of this data; expected one of data.loaders()")
         ids = loader.index_batches(0)[0][:n]
         read = source.read(next(tasks_of([ids], loader.seed, 0, source.training)), nothing)
-        if read.values is None: raise ValueError(f"none of the first {len(ids)} samples could be read: "
-                                                 f"{read.skipped}")
+        if read.values is None:
+            raise ValueError(f"none of the first {len(ids)} samples could be read: {read.skipped}")
         values = source.values(read, None)
         for step in reversed([*source.train_batch_transforms, *source.batch_transforms]):
             if not hasattr(step, "undo"): continue
@@ -285,15 +291,13 @@ class Data:
             raise ValueError(f"there is no field {unknown[0]!r}. "
                              f"{did_you_mean(unknown[0], written, what='field')}")
         kinds = {name: kind_from(written[name], reader) for name, reader in readers.items()}
-        steps = [step_from(one, known)
-                 for one in description["transforms"]] if transforms is None else transforms
-        later = ([step_from(one, known) for one in description["batch_transforms"]]
-                 if batch_transforms is None
-                 else batch_transforms)
+        if transforms is None: transforms = [step_from(one, known) for one in description["transforms"]]
+        if batch_transforms is None:
+            batch_transforms = [step_from(one, known) for one in description["batch_transforms"]]
         targets = fields_from(description["targets"])
         if any(name not in kinds for name in names_in(targets)): targets = None
-        return cls(items, kinds, inputs=fields_from(description["inputs"]), targets=targets, transforms=steps,
-                   batch_transforms=later)
+        return cls(items, kinds, inputs=fields_from(description["inputs"]), targets=targets,
+                   transforms=transforms, batch_transforms=batch_transforms)
 
     def fingerprint(self) -> dict[str, Any]:
         "What tells this data from another: how many items, a hash of their names, the bytes of their files"
