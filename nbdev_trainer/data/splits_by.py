@@ -152,10 +152,13 @@ def split_by_folder(
 
     def split(items: Sequence[Any]) -> Split:
         folders = [path.parts[:-1] for path in read_all(items, path_of)]
-        marks = [[part_of[name.lower()] for name in names if name.lower() in part_of] for names in folders]
+        levels = [len(set(names)) for names in zip(*folders)]  # different folders at each level that all have
+        shared = next((level for level, n in enumerate(levels) if n > 1), len(levels))
+        marks = [[part_of[name.lower()] for name in names[shared:] if name.lower() in part_of]
+                 for names in folders]
         counts = Counter(name for names in folders for name in names)
         listed = ", ".join(repr(name) for name, _ in counts.most_common(8)) or "none"
-        return _split_of([found[-1] if found else "unused" for found in marks],
+        return _split_of([found[0] if found else "unused" for found in marks],
                          f"Looked for {asked} among the folders: {listed}.")
 
     return split
