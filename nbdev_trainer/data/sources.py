@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ from .workers import Task
 
 # %% auto #0
 __all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of',
-           'name_of_item', 'key_of', 'Read', 'too_many', 'note_failed_sample', 'note_failed_batch', 'ItemSource']
+           'name_of_item', 'content_of', 'key_of', 'Read', 'n_rows', 'skipped_here', 'too_many', 'no_sample',
+           'note_failed_sample', 'note_failed_batch', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
 LOCAL = threading.local()  # a generator for each thread
@@ -123,15 +125,30 @@ def name_of_item(
     path = file_of(item)
     return f"item {position} {path!r}" if path else f"item {position} ({describe(item, depth=1)})"
 
+def content_of(
+    raw: Any,
+) -> Any:  # numbers, texts and lists of them
+    "What tells a raw value from others, as plain data; raises `TypeError` for what cannot be told apart"
+    if isinstance(raw, (str, PathLike)):
+        path = str(raw)
+        if len(path) > 300 or not os.path.isfile(path): return path
+        return [path, os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    if raw is None or isinstance(raw, (int, float)): return repr(raw)
+    if isinstance(raw, (Tensor, np.ndarray, np.generic)): raw = np.ascontiguousarray(raw)
+    if isinstance(raw, np.ndarray) and raw.dtype != object:
+        return [str(raw.dtype), raw.shape, hashlib.sha256(raw.tobytes()).hexdigest()]
+    if isinstance(raw, (bytes, bytearray)): return hashlib.sha256(raw).hexdigest()
+    if isinstance(raw, Mapping): return [[str(name), content_of(value)] for name, value in raw.items()]
+    if isinstance(raw, (list, tuple)): return [content_of(one) for one in raw]
+    raise TypeError(f"{describe(raw)} cannot be told apart from other values")
+
 def key_of(
-    item: Any,
-    position: int,
-    told: str,  # what the kinds say of themselves
-) -> str:
-    "What an encoded sample is kept under: a hash of the item, of its file, and of the kinds"
-    path = file_of(item)
-    file = os.stat(path) if path and os.path.isfile(path) else None
-    facts = [position, path, None if file is None else [file.st_size, file.st_mtime_ns], told]
+    raws: Mapping[str, Any],  # by field
+    told: str,                # what the kinds say of themselves
+) -> str | None:  # None: they cannot be told apart from others
+    "What an encoded sample is kept under: a hash of its raw values, of their files, and of the kinds"
+    try: facts = [content_of(raws), told]
+    except TypeError: return None
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/api/data/10b_sources.ipynb #f35657da
@@ -142,16 +159,34 @@ class Read(NamedTuple):
     keys: list[int]
     skipped: list[tuple[int, str]]  # positions that could not be read, and why
 
+def n_rows(source: ItemSource) -> int:
+    "How many samples a source has"
+    return len(source.items) if source.used is None else len(source.used)
+
+def skipped_here(source: ItemSource) -> dict[int, str]:
+    "What could not be read of the samples that this source uses; others of the same data are not its affair"
+    if source.used is None: return source.skipped
+    return {position: why for position, why in source.skipped.items() if position in source.used}
+
 def too_many(
     source: ItemSource,
 ) -> RuntimeError:
     "The error for samples that could not be read, when they are more than the limit allows"
-    listed = list(source.skipped.items())[:5]
+    found, n = skipped_here(source), n_rows(source)
+    listed = list(found.items())[:5]
     first = "\n- ".join(f"{source.name_of(position)}: {why}" for position, why in listed)
-    n = len(source.items) if source.rows is None else len(source.rows)
-    return RuntimeError(f"{len(source.skipped)} of {n} samples could not be read, more than "
+    return RuntimeError(f"{len(found)} of {n} samples could not be read, more than "
                         f"skip_limit={source.skip_limit:g} allows. The first:\n- {first}\nMend them, or "
-                        "allow more: skip_limit=")
+                        f"allow more, such as skip_limit={min(1.0, 2 * len(found) / n):.2g}")
+
+def no_sample(
+    changed: Any,                # what a transform gave
+    sample: Mapping[str, Any],   # what it was given
+) -> TypeError:
+    "The error for a transform that does not give back the sample"
+    return TypeError(f"the transform gave {describe(changed, depth=1)}; expected the sample, a dict with "
+                     f"the fields {list(sample)}. A function of one value: Apply(function, "
+                     f"{next(iter(sample), 'x')!r})")
 
 # %% ../../nbs/api/data/10b_sources.ipynb #d89f2e3f
 def note_failed_sample(
@@ -201,7 +236,9 @@ class ItemSource:
 
     def __post_init__(self) -> None:
         steps = [*self.transforms, *self.train_transforms] if self.training else list(self.transforms)
-        self.steps, self.told = steps, repr([kind.describe() for kind in self.kinds.values()])
+        self.steps = steps
+        self.told = repr({name: kind.describe() for name, kind in self.kinds.items()})
+        self.used = None if self.rows is None else set(self.rows.tolist())
         self.foreign = any(getattr(one, "foreign", False) for one in steps)
 
     def for_evaluation(self) -> ItemSource:
@@ -212,16 +249,19 @@ class ItemSource:
 
     def encoded(self, position: int, stage: list[Any]) -> dict[str, Tensor]:
         "The fields of an item as tensors; `stage` is told what is being done"
-        item, sample = self.items[position], {}
-        if self.cache is not None:
-            stage[0], key = "looking into the cache", key_of(item, position, self.told)
-            if (kept := self.cache.get(key)) is not None: return kept
+        item, raws, sample = self.items[position], {}, {}
         for name, kind in self.kinds.items():
             stage[0] = f"reading the field {name!r}"
-            raw = kind.read(item)
+            raws[name] = kind.read(item)
+        key = None if self.cache is None else key_of(raws, self.told)
+        if key is not None and (kept := self.cache.get(key)) is not None: return kept
+        for name, kind in self.kinds.items():
             stage[0] = f"encoding the field {name!r} as {type(kind).__name__}"
-            sample[name] = kind.encode(raw)
-        if self.cache is not None: self.cache.put(key, sample)
+            sample[name] = kind.encode(raws[name])
+            if not isinstance(sample[name], Tensor):
+                raise TypeError(f"{type(kind).__name__}.encode gave {describe(sample[name])}; expected a "
+                                f"tensor")
+        if key is not None: self.cache.put(key, sample)
         return sample
 
     def sample(self,
@@ -238,7 +278,10 @@ class ItemSource:
             if self.foreign: seed_globals(key)
             for step in self.steps:
                 stage[0] = step
-                sample = step(sample, self.kinds, random)
+                changed = step(sample, self.kinds, random)
+                if not isinstance(changed,
+                                  dict) or changed.keys() != sample.keys(): raise no_sample(changed, sample)
+                sample = changed
             return sample
         except Exception as error:
             note_failed_sample(error, self.name_of(position), stage[0], sample)
@@ -303,7 +346,6 @@ class ItemSource:
         return values
 
     def note_skipped(self, skipped: Sequence[tuple[int, str]]) -> None:
-        "Keep what was skipped; raises `RuntimeError` when it is too much"
+        "Keep what was skipped; raises `RuntimeError` when it is too much of this set"
         self.skipped.update(skipped)
-        n = len(self.items) if self.rows is None else len(self.rows)
-        if len(self.skipped) > self.skip_limit * n: raise too_many(self)
+        if len(skipped_here(self)) > self.skip_limit * n_rows(self): raise too_many(self)
