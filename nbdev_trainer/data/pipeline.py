@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -61,9 +61,10 @@ def check_fields(
     problems.raise_if_any("the description of the data cannot be used")
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #7c3d16da
-def check_steps(**steps: Sequence[Any]) -> None:
-    "Raise `TypeError` for what is no transform"
+def check_steps(names: Sequence[str] = (), **steps: Sequence[Any]) -> None:
+    "Raise `TypeError` for what is no transform or in the wrong list, `ValueError` for fields that are not there"
     for part, given in steps.items():
+        for_batches = part in ("batch_transforms", "train_batch_transforms")
         if callable(given) or not isinstance(given, Sequence):
             raise TypeError(f"{part} is {describe(given)}; expected a list of transforms")
         for one in given:
@@ -73,6 +74,16 @@ def check_steps(**steps: Sequence[Any]) -> None:
             if getattr(one, "__name__", None) is not None:  # a plain function
                 raise TypeError(f"{part} has the function {one.__name__}; say to which field it is to be "
                                 f"applied: Apply({one.__name__}, 'image')")
+            if isinstance(one, (Transform, Apply) if for_batches else BatchTransform):
+                works, lists = ("samples", "transforms or train_transforms") if for_batches else (
+                    "batches", "batch_transforms or train_batch_transforms")
+                raise TypeError(f"{part} has {one!r}, which works on {works}; put it into {lists}")
+            if isinstance(one, nn.Module):
+                raise TypeError(f"{part} has the module {type(one).__name__}, which takes one value; say of which "
+                                f"field: Apply({type(one).__name__}(...), 'image'), or Torchvision(...)")
+            for name in [one.on] if isinstance(one, Apply) and isinstance(one.on, str) else getattr(one, "on", ()):
+                if names and name not in names:
+                    raise ValueError(f"{one!r} is for the field {name!r}. {did_you_mean(name, names, what='field')}")
 
 def split_of(
     split: Any,  # a Split, a function that makes one of the items, or None
@@ -80,7 +91,11 @@ def split_of(
 ) -> Split:
     "Which items are trained on; all of them for None"
     if split is None: return Split(torch.arange(len(items)), torch.arange(0))
-    made = split if isinstance(split, Split) else split(items) if callable(split) else None
+    try: made = split if isinstance(split, Split) else split(items) if callable(split) else None
+    except TypeError as error:
+        error.add_note("split is called with the items; pass what a function such as random_split(valid=0.2) gives, "
+                       "not random_split itself")
+        raise
     if not isinstance(made, Split):
         raise TypeError(f"split is {describe(split)}; expected a function such as random_split(valid=0.2), "
                         "or a Split")
@@ -97,14 +112,17 @@ def learn(
     "Let kinds see the raw values of the training items; an error gets a note of item and field"
     raws: dict[str, list[Any]] = {name: [] for name, kind in kinds.items() if kind.must_learn}
     for position in rows.tolist() if raws else ():
-        item, name = None, ""
+        name, read = "", {}
         try:
             item = items[position]
-            for name, found in raws.items(): found.append(kinds[name].read(item))
+            for name in raws:
+                read[name] = kinds[name].read(item)
+                kinds[name].check_raw(read[name])
         except Exception as error:
             if skip: continue
             error.add_note(f"{name_of_item(items, position)}: reading the field {name!r} failed")
             raise
+        for name, value in read.items(): raws[name].append(value)
     for name, found in raws.items():
         try: kinds[name].fit(found)
         except Exception as error:
@@ -132,7 +150,7 @@ def describe_step(
 ) -> dict[str, Any]:
     "A transform as plain data; of one that cannot be written down, its name and how it looks"
     name = type(step).__name__
-    if is_dataclass(step):
+    if is_dataclass(step) and known_steps().get(name) is type(step):
         settings = {one.name: getattr(step, one.name) for one in dataclass_fields(step) if one.init}
         try: return {"transform": name, "settings": json.loads(json.dumps(settings))}
         except TypeError: pass  # one of them is a function, or an object of another package
@@ -179,7 +197,7 @@ class Data:
     ) -> None:
         items = checked_items(items)
         check_fields(fields, {"inputs": inputs, "targets": targets, "weights": weights})
-        check_steps(transforms=transforms, train_transforms=train_transforms,
+        check_steps(list(fields), transforms=transforms, train_transforms=train_transforms,
                     batch_transforms=batch_transforms, train_batch_transforms=train_batch_transforms)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}. "
@@ -222,11 +240,14 @@ class Data:
         batch_size: int = 64,
         num_workers: int = 0,
         workers: str = "processes",
+        on_error: str = "raise",     # or "skip": leave out what cannot be read; `ids` tell what is there
     ) -> Loader:
         "A loader of other items, in order, encoded and transformed as the validation items are"
         names = [*names_in(self.inputs), *(names_in(self.targets) if with_targets else [])]
         items = checked_items(items)
+        steps = [one for one in self.source.transforms if is_for(one, names)]
         source = replace(self.source, items=items, kinds={name: self.fields[name] for name in names},
+                         transforms=steps, on_error=on_error, rows=None,
                          targets=self.targets if with_targets else None, weights=None, skipped={}, cache=None)
         made = Reading(num_workers, workers).loader(source, torch.arange(len(items)), False, batch_size)
         assert made is not None  # there is at least one item
@@ -245,7 +266,7 @@ class Data:
 
     def check(self, every_item: bool = False) -> DataCheck:
         "One item and one batch through every stage, and what is odd; `every_item` reads them all"
-        return check_source(replace(self.source, training=True), self.split, every_item)
+        with isolated_rng(): return check_source(replace(self.source, training=True), self.split, every_item)
 
     def loss_fn(self) -> nn.Module | None:
         "The usual loss for the kind of the target; None: there is none"
