@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import Problems, checked_keywords, describe, did_you_mean
+from ..core.seeding import isolated_rng
 from . import augment, color, sequence_transforms, transforms, warp
+from .augment import BatchTransform
 from .data_check import DataCheck, check_source
 from .kinds import Kind, Reader, kind_from
 from .loaders import Loader, Loaders, draw_seed
@@ -30,13 +32,14 @@ from .pictures import Boxes, Image, Points
 from .reading import Reading, check_workers, checked_items, fingerprint_of
 from .show import samples_of, show_samples
 from .samplers import Sampler
-from .sources import Fields, ItemSource, PerSample, name_of_item, names_in
+from .samples import Transform
+from .sources import Apply, Fields, ItemSource, PerSample, name_of_item, names_in
 from .splits import Split
 from .workers import nothing, tasks_of
 
 # %% auto #0
-__all__ = ['check_fields', 'check_steps', 'split_of', 'learn', 'told', 'fields_from', 'describe_step', 'step_from', 'known_steps',
-           'Data']
+__all__ = ['check_fields', 'check_steps', 'steps_for', 'split_of', 'learn', 'told', 'fields_from', 'describe_step', 'step_from',
+           'known_steps', 'Data']
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #e1a11ec8
 def check_fields(
@@ -84,6 +87,20 @@ def check_steps(names: Sequence[str] = (), **steps: Sequence[Any]) -> None:
             for name in [one.on] if isinstance(one, Apply) and isinstance(one.on, str) else getattr(one, "on", ()):
                 if names and name not in names:
                     raise ValueError(f"{one!r} is for the field {name!r}. {did_you_mean(name, names, what='field')}")
+
+def steps_for(
+    steps: Sequence[Any],
+    names: Sequence[str],  # of the fields that are there
+) -> list[Any]:
+    "The transforms, without functions of fields that are not there, such as targets nobody knows yet"
+    kept = []
+    for one in steps:
+        if isinstance(one, Apply):
+            on = [name for name in ([one.on] if isinstance(one.on, str) else one.on) if name in names]
+            if not on: continue
+            one = replace(one, on=on)
+        kept.append(one)
+    return kept
 
 def split_of(
     split: Any,  # a Split, a function that makes one of the items, or None
@@ -245,7 +262,8 @@ class Data:
         "A loader of other items, in order, encoded and transformed as the validation items are"
         names = [*names_in(self.inputs), *(names_in(self.targets) if with_targets else [])]
         items = checked_items(items)
-        steps = [one for one in self.source.transforms if is_for(one, names)]
+        check_workers(replace(self.source, train_transforms=(), cache=None), num_workers, workers, False)
+        steps = steps_for(self.source.transforms, names)
         source = replace(self.source, items=items, kinds={name: self.fields[name] for name in names},
                          transforms=steps, on_error=on_error, rows=None,
                          targets=self.targets if with_targets else None, weights=None, skipped={}, cache=None)
