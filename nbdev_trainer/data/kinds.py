@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING: import matplotlib.axes
 # %% auto #0
 __all__ = ['Reader', 'read_key', 'read_item', 'stack', 'pad', 'Encoding', 'Kind', 'known_kinds', 'kind_from', 'Array',
            'floats_of', 'columns_of', 'filled', 'learnt', 'spelled', 'check_missing', 'Numbers', 'Number',
-           'sorted_classes', 'Category', 'Categories']
+           'sorted_classes', 'check_label', 'Category', 'Categories']
 
 # %% ../../nbs/api/data/06_kinds.ipynb #33d59a54
 Reader = Callable[[Any], Any] | str | int | Sequence[str] | None
@@ -110,6 +111,9 @@ class Encoding:
 
     def fit(self, raws: Iterable[Any]) -> None:
         "Learn from the raw values of the training items"
+
+    def check_raw(self, raw: Any) -> None:
+        "Raise for a raw value that `fit` cannot learn from, so that its item can be named"
 
     def encode(self, raw: Any) -> Tensor:
         "The raw value as a plain tensor; raises `ValueError` or `TypeError` for what it cannot be made of"
@@ -272,6 +276,8 @@ class Numbers(Kind):
         "The raw value as a list"
         return list(raw) if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0) != 0 else [raw]
 
+    def check_raw(self, raw: Any) -> None: self.as_floats(raw)
+
     def fit(self, raws: Iterable[Any]) -> None:
         columns = columns_of(torch.stack([self.as_floats(raw) for raw in raws]))
         self.mean = [column.mean().item() for column in columns]
@@ -322,6 +328,17 @@ def sorted_classes(labels: Iterable[Any]) -> list[Any]:
     return sorted(counts)
 
 # %% ../../nbs/api/data/06_kinds.ipynb #04398db7
+def check_label(label: Any) -> None:
+    "Raise `ValueError` for a label that is missing, and `TypeError` for what is several labels, or a file"
+    if label is None or isinstance(label, float) and label != label:
+        raise ValueError("the label is missing. Leave the item out, or give such items a class: "
+                         "missing='unknown'")
+    if isinstance(label, (list, tuple, dict, set, PathLike)):
+        raise TypeError(f"a label is {describe(label)}; expected one name or number. Several labels: "
+                        "Categories(...); one for each box: per='boxes'; the folder of a file: "
+                        "Category(parent_name)")
+
+# %% ../../nbs/api/data/06_kinds.ipynb #7688ffdb
 @dataclass
 class Category(Kind):
     "One of several classes; with `per=`, one for each box or point"
@@ -340,6 +357,13 @@ class Category(Kind):
             more = dict.fromkeys([self.missing, self.unknown])
             self.vocab = [*seen, *(one for one in more if one is not None and one not in seen)]
         self.numbers = {label: number for number, label in enumerate(self.vocab)}
+
+    def labels(self, raw: Any) -> list[Any]:
+        "The labels in a raw value"
+        return [raw] if self.per is None else list(raw)
+
+    def check_raw(self, raw: Any) -> None:
+        for label in map(self.named, self.labels(raw)): check_label(label)
 
     def named(self, label: Any) -> Any:
         "The label, or what stands for one that is missing"

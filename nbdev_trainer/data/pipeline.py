@@ -65,7 +65,7 @@ def check_fields(
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #7c3d16da
 def check_steps(names: Sequence[str] = (), **steps: Sequence[Any]) -> None:
-    "Raise `TypeError` for what is no transform or in the wrong list, `ValueError` for fields that are not there"
+    "Raise `TypeError` for what is no transform or in the wrong list, `ValueError` for unknown fields"
     for part, given in steps.items():
         for_batches = part in ("batch_transforms", "train_batch_transforms")
         if callable(given) or not isinstance(given, Sequence):
@@ -82,11 +82,14 @@ def check_steps(names: Sequence[str] = (), **steps: Sequence[Any]) -> None:
                     "batches", "batch_transforms or train_batch_transforms")
                 raise TypeError(f"{part} has {one!r}, which works on {works}; put it into {lists}")
             if isinstance(one, nn.Module):
-                raise TypeError(f"{part} has the module {type(one).__name__}, which takes one value; say of which "
-                                f"field: Apply({type(one).__name__}(...), 'image'), or Torchvision(...)")
-            for name in [one.on] if isinstance(one, Apply) and isinstance(one.on, str) else getattr(one, "on", ()):
+                raise TypeError(f"{part} has the module {type(one).__name__}, which takes one value; say of "
+                                f"which field: Apply({type(one).__name__}(...), 'image'), or "
+                                "Torchvision(...)")
+            for name in [one.on] if isinstance(one, Apply) and isinstance(one.on, str) else getattr(one,
+                                                                                                    "on", ()):
                 if names and name not in names:
-                    raise ValueError(f"{one!r} is for the field {name!r}. {did_you_mean(name, names, what='field')}")
+                    raise ValueError(f"{one!r} is for the field {name!r}. "
+                                     f"{did_you_mean(name, names, what='field')}")
 
 def steps_for(
     steps: Sequence[Any],
@@ -110,8 +113,8 @@ def split_of(
     if split is None: return Split(torch.arange(len(items)), torch.arange(0))
     try: made = split if isinstance(split, Split) else split(items) if callable(split) else None
     except TypeError as error:
-        error.add_note("split is called with the items; pass what a function such as random_split(valid=0.2) gives, "
-                       "not random_split itself")
+        error.add_note("split is called with the items; pass what a function such as "
+                       "random_split(valid=0.2) gives, not random_split itself")
         raise
     if not isinstance(made, Split):
         raise TypeError(f"split is {describe(split)}; expected a function such as random_split(valid=0.2), "

@@ -81,7 +81,11 @@ def checked_items(
         raise TypeError(f"items is a {type(items).__name__}; expected rows: read_rows(table) makes them of "
                         "it")
     has_positions = hasattr(items, "__len__") and hasattr(items, "__getitem__")
-    if not has_positions or isinstance(items, (str, Mapping)):
+    if isinstance(items, (str, PathLike)):
+        raise TypeError(f"items is the path {str(items)!r}; expected what is there: "
+                        f"image_files({str(items)!r}) for a folder of pictures, read_rows({str(items)!r}) "
+                        "for a table")
+    if not has_positions or isinstance(items, Mapping):
         raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such "
                         "as a list")
     if len(items) == 0: raise ValueError("items is empty; expected at least one item")
@@ -120,6 +124,8 @@ class Cache:
         self.limit, self.used, self.lock = bytes_of(limit), 0, threading.Lock()
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.is_dir():  # what earlier programs kept there counts, too
+            self.used = sum(one.stat().st_size for one in self.folder.glob("*.safetensors"))
 
     def __repr__(self) -> str: return f"Cache({self.limit}, {str(self.folder or 'in memory')!r})"
 
@@ -130,8 +136,10 @@ class Cache:
         self.__dict__.update(state, lock=threading.Lock())
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        "A sample that was kept, or None"
-        if self.folder is None: return self.kept.get(key)
+        "A copy of a sample that was kept, or None"
+        if self.folder is None:
+            kept = self.kept.get(key)
+            return None if kept is None else {name: value.clone() for name, value in kept.items()}
         path = self.folder / f"{key}.safetensors"
         return read_tensors(path) if path.is_file() else None
 
@@ -141,7 +149,7 @@ class Cache:
         with self.lock:
             if self.used + size > self.limit or key in self.kept: return
             self.used += size
-            if self.folder is None: self.kept[key] = dict(sample)
+            if self.folder is None: self.kept[key] = {name: value.clone() for name, value in sample.items()}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             packed = {name: value.contiguous() for name, value in sample.items()}
@@ -180,7 +188,7 @@ class MemorySource(ItemSource):
         values = {}
         for name, kind in self.kinds.items():
             rows = index(self.kept[name], places)
-            values[name] = kind.collate(rows) if isinstance(rows, list) else rows
+            values[name] = kind.collate([row.clone() for row in rows]) if isinstance(rows, list) else rows
         return Read(values, task.ids, task.keys, [])
 
     def for_evaluation(self) -> ItemSource:
@@ -210,6 +218,9 @@ def check_workers(
         if getattr(one, "random_draws", True):
             raise ValueError(f"in_memory=True transforms each sample once, so {one!r} would draw once and "
                              "for all; use a batch transform, or in_memory=False")
+    if source.train_transforms:
+        raise ValueError(f"in_memory=True keeps each sample as training and evaluation see it, and "
+                         f"{source.train_transforms[0]!r} is for training only; use train_batch_transforms")
 
 # %% ../../nbs/api/data/10d_reading.ipynb #2d606433
 @dataclass
@@ -231,10 +242,12 @@ class Reading:
     ) -> Loader | None:  # None: there are no positions
         "A loader of some samples of a source"
         if not len(rows): return None
+        if not training: rows = rows.sort().values
         found: Any = replace(source, training=training, rows=rows)
         if self.in_memory:
             found = MemorySource(**{one.name: getattr(found, one.name) for one in fields(found)})
             found.keep()
+            rows = rows[found.places[rows] >= 0]  # those that could be read
         return SampleLoader(found, rows, batch_size=batch_size, shuffle=training, drop_last=drop_last,
                             sampler=sampler, num_workers=self.num_workers, workers=self.workers,
                             timeout=self.timeout, seed=self.seed)

@@ -102,6 +102,9 @@ class Text(Tokens):
         split = self.tokenizer if callable(self.tokenizer) else TOKENIZERS[self.tokenizer][0]
         return list(split(text_in(raw)))
 
+    def check_raw(self, raw: Any) -> None:
+        if not isinstance(raw, str): self.split(raw)
+
     def fit(self, raws: Iterable[Any]) -> None:
         if self.vocab is not None: return
         tokens = (token for raw in raws for token in self.split(raw))
