@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/data_check.html.md"
 # %% ../../nbs/api/data/10e_data_check.ipynb #56f7338f
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ from ..core.errors import describe
 from ..core.nested import tensors
 from .items import content_hash
 from .kinds import Categories, Category, Numbers
-from .leaks import find_leaks
 from .pictures import Boxes, Image, Mask
 from .sequences import Text
 from .sources import ItemSource, file_of, generator_for, name_of_item
@@ -33,8 +33,8 @@ from .splits import Split
 
 # %% auto #0
 __all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'alike', 'labels_of', 'label_problems',
-           'missing_problems', 'used_in', 'file_problems', 'file_hash', 'reaches_out', 'stage_of', 'item_problems',
-           'DataCheck', 'check_source']
+           'missing_problems', 'used_in', 'file_problems', 'reaches_out', 'stage_of', 'item_problems', 'DataCheck',
+           'check_source']
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #1f703e5a
 def in_words(
@@ -123,10 +123,8 @@ def labels_of(
     kind: Category,
 ) -> list[Any]:  # none where the item cannot be read, which a look at every item tells
     "The labels of an item: one, or several of boxes or tags"
-    try: raw = kind.read(items[position])
+    try: return [kind.named(label) for label in kind.labels(kind.read(items[position]))]
     except Exception: return []
-    labels = kind.labels(raw) if isinstance(kind, Categories) else raw if kind.per else [raw]
-    return [kind.named(label) for label in labels]
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #1212c4c5
 def label_problems(
@@ -193,27 +191,25 @@ def file_problems(
     items: Any,
     split: Split,
 ) -> Iterator[str]:
-    "Files that are there twice"
-    named: dict[str, list[int]] = {}
+    "Files that are there twice; only those of equal size are read"
+    part_of = {position: part for part, ids in split.parts().items() for position in ids.tolist()}
+    sizes: dict[int, list[int]] = {}
     for position in used_in(split):
         path = file_of(items[position])
         if path is None: return
-        try: named.setdefault(content_hash(path), []).append(position)
-        except (OSError, ValueError): continue  # a look at every item tells
-    leaks = find_leaks(items, split, by=lambda item: file_hash(item)) if named else []
-    if leaks:
-        yield (f"the same file is on two sides of the split: {some(leaks)}; keep them together, "
+        if os.path.isfile(path): sizes.setdefault(os.path.getsize(path), []).append(position)
+    named: dict[str, list[int]] = {}
+    for position in (one for same in sizes.values() if len(same) > 1 for one in same):
+        named.setdefault(content_hash(items[position]), []).append(position)
+    pairs: dict[bool, list[str]] = {True: [], False: []}
+    for same in (one for one in named.values() if len(one) > 1):
+        apart = next((one for one in same if part_of[one] != part_of[same[0]]), None)
+        told = [f"{name_of_item(items, one)} ({part_of[one]})" for one in (same[0], apart or same[1])]
+        pairs[apart is not None].append(" and ".join(told))
+    if pairs[True]:
+        yield (f"the same file is on two sides of the split: {some(pairs[True])}; keep them together, "
                "grouped_split(by=content_hash), or remove one")
-    twice = [" and ".join(name_of_item(items, one) for one in same[:2]) for same in named.values()
-             if len(same) > 1]
-    if twice and not leaks: yield f"{len(twice)} files are there twice: {some(twice)}"
-
-def file_hash(
-    item: Any,  # a path, or what holds one
-) -> str:
-    "A hash of the file of an item; its name where it cannot be read"
-    try: return content_hash(item)
-    except (OSError, ValueError): return str(file_of(item))
+    if pairs[False]: yield f"{len(pairs[False])} files are there twice: {some(pairs[False])}"
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #29c7e0c8
 def reaches_out(
@@ -237,16 +233,22 @@ def item_problems(
 ) -> Iterator[str]:
     "What is odd about single items: read every one"
     failed, grey, outside, empty, unlike = [], [], [], [], []
-    sizes: Counter[tuple[int, ...]] = Counter()
+    sizes: dict[str, Counter[tuple[int, ...]]] = {"training": Counter(), "evaluation": Counter()}
+    evaluation = source.for_evaluation()
     for position in positions:
         name = name_of_item(source.items, position)
-        try: sample = source.sample(position, 0)
+        training = source.used is None or position in source.used
+        try:
+            sample = (source if training else evaluation).sample(position, 0)
+            for key, value in sample.items():
+                if isinstance(source.kinds[key], Image):
+                    sizes["training" if training else "evaluation"][tuple(value.shape[-2:])] += 1
+            sample = source.encoded(position, [""])  # transforms cut boxes off and may make pictures grey
         except Exception as error:
             failed.append(f"{name}, {stage_of(error)}: {type(error).__name__}: {error}")
             continue
         images = {key: one for key, one in sample.items() if isinstance(source.kinds[key], Image)}
         for image in images.values():
-            sizes[tuple(image.shape[-2:])] += 1
             if image.shape[0] == 3 and torch.equal(image[0], image[1]) and torch.equal(image[1], image[2]):
                 grey.append(name)
         for key, value in sample.items():
@@ -264,9 +266,11 @@ def item_problems(
     if unlike: yield f"{len(unlike)} masks have another size than their images: {some(unlike)}"
     if empty: yield f"{len(empty)} texts are empty: {some(empty)}"
     stacked = any(isinstance(kind, Image) and kind.collation == "stack" for kind in source.kinds.values())
-    if len(sizes) > 1 and stacked:
-        yield (f"the images have {len(sizes)} sizes after all transforms, such as {list(sizes)[:3]}, and "
-               "cannot be stacked; add Resize, or keep them as they are: Image(collation='list')")
+    for side, found in sizes.items():
+        if len(found) < 2 or not stacked: continue
+        yield (f"the images have {len(found)} sizes in {side} after all transforms, such as "
+               f"{list(found)[:3]}, and cannot be stacked; add Resize to transforms, or keep them as they "
+               "are: Image(collation='list')")
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #9d1b4b50
 class DataCheck:
@@ -303,6 +307,7 @@ def check_source(
     for kind_name, kind in source.kinds.items():
         if isinstance(kind, Category): problems += label_problems(source.items, kind_name, kind, split)
     problems += file_problems(source.items, split)
+    facts: list[str] = []
     try:
         stages += item_stages(source, rows[0])
         samples = [source.sample(position, key) for key, position in enumerate(rows[:batch_size])]
@@ -313,8 +318,9 @@ def check_source(
     if every_item:
         for field, kind in source.kinds.items():
             if isinstance(kind, (Numbers, Category)) and not isinstance(kind, Categories):
-                problems += missing_problems(source.items, field, kind, used_in(split))
+                told = problems if kind.missing is None else facts  # asked for, and so not odd
+                told += missing_problems(source.items, field, kind, used_in(split))
         problems += item_problems(source, used_in(split))
     parts = [f"{len(ids):,} {part}" for part, ids in split.parts().items() if len(ids)]
     looked = "every item was read" if every_item else "to read every item: check(every_item=True)"
-    return DataCheck([f"items: {', '.join(parts)}; {looked}"], stages, problems)
+    return DataCheck([f"items: {', '.join(parts)}; {looked}", *facts], stages, problems)
