@@ -27,8 +27,8 @@ from .kinds import Kind
 if TYPE_CHECKING: import matplotlib.axes
 
 # %% auto #0
-__all__ = ['TOKENIZERS', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'text_in', 'frequent', 'Text', 'draw_curves',
-           'Series', 'Audio']
+__all__ = ['TOKENIZERS', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'text_in', 'check_tokenizer', 'frequent',
+           'Text', 'draw_curves', 'Series', 'Audio']
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #f87e163b
 @dataclass
@@ -66,6 +66,14 @@ def text_in(
     if isinstance(raw, str): return raw
     raise TypeError(f"a text is {describe(raw)}; expected a str. A missing text may be '' in the reader")
 
+def check_tokenizer(
+    tokenizer: Any,  # a function, or the name of one
+) -> None:
+    "Raise `ValueError` for a name that no tokenizer has"
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer is {tokenizer!r}. "
+                         f"{did_you_mean(tokenizer, TOKENIZERS, what='tokenizer')}")
+
 def frequent(
     tokens: Iterable[str],  # of all training texts
     max_vocab: int,         # entries, at most, the four special ones included
@@ -90,9 +98,7 @@ class Text(Tokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.tokenizer, str) and self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"tokenizer is {self.tokenizer!r}. "
-                             f"{did_you_mean(self.tokenizer, TOKENIZERS, what='tokenizer')}")
+        check_tokenizer(self.tokenizer)
 
     @property
     def must_learn(self) -> bool: return self.vocab is None
