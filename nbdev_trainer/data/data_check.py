@@ -33,8 +33,8 @@ from .splits import Split
 
 # %% auto #0
 __all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'alike', 'labels_of', 'label_problems',
-           'missing_problems', 'used_in', 'file_problems', 'reaches_out', 'stage_of', 'item_problems', 'DataCheck',
-           'check_source']
+           'missing_problems', 'used_in', 'file_problems', 'reaches_out', 'is_grey', 'size_problems', 'stage_of',
+           'item_problems', 'DataCheck', 'check_source']
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #1f703e5a
 def in_words(
@@ -220,6 +220,22 @@ def reaches_out(
     "Whether any of the boxes has a corner outside of its picture"
     return bool((boxes < 0).any() or (boxes > torch.tensor([width, height, width, height])).any())
 
+def is_grey(
+    image: Tensor,  # (channels, height, width)
+) -> bool:
+    "Whether a picture in colour holds none"
+    return len(image) == 3 and torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
+
+def size_problems(
+    sizes: Mapping[str, Mapping[tuple[int, ...], int]],  # of images, by "training" and "evaluation"
+) -> Iterator[str]:
+    "Sizes that differ where images are to be stacked"
+    for side, found in sizes.items():
+        if len(found) < 2: continue
+        yield (f"the images have {len(found)} sizes in {side} after all transforms, such as "
+               f"{list(found)[:3]}, and cannot be stacked; add Resize to transforms, or keep them as they "
+               "are: Image(collation='list')")
+
 def stage_of(
     error: Exception,  # with the note of the source, if it has one
 ) -> str:
@@ -249,8 +265,7 @@ def item_problems(
             continue
         images = {key: one for key, one in sample.items() if isinstance(source.kinds[key], Image)}
         for image in images.values():
-            if image.shape[0] == 3 and torch.equal(image[0], image[1]) and torch.equal(image[1], image[2]):
-                grey.append(name)
+            if is_grey(image): grey.append(name)
         for key, value in sample.items():
             kind, frame = source.kinds[key], next(iter(images.values()), None)
             if isinstance(kind, Text) and not len(value): empty.append(name)
@@ -265,12 +280,8 @@ def item_problems(
     if outside: yield f"{len(outside)} images have boxes that reach out of them: {some(outside)}"
     if unlike: yield f"{len(unlike)} masks have another size than their images: {some(unlike)}"
     if empty: yield f"{len(empty)} texts are empty: {some(empty)}"
-    stacked = any(isinstance(kind, Image) and kind.collation == "stack" for kind in source.kinds.values())
-    for side, found in sizes.items():
-        if len(found) < 2 or not stacked: continue
-        yield (f"the images have {len(found)} sizes in {side} after all transforms, such as "
-               f"{list(found)[:3]}, and cannot be stacked; add Resize to transforms, or keep them as they "
-               "are: Image(collation='list')")
+    if any(isinstance(kind, Image) and kind.collation == "stack" for kind in source.kinds.values()):
+        yield from size_problems(sizes)
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #9d1b4b50
 class DataCheck:
