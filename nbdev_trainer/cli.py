@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from fastcore.script import anno_parser
+from fastcore.script import anno_parser, store_true
 from torch import nn
 
 from .apps.models import MODELS, RelativeSquaredError, make_model
@@ -59,7 +59,8 @@ def one_line_errors() -> Iterator[None]:
     "Turn errors about what the user gave into a `CommandError`"
     try: yield
     except (ValueError, OSError, MissingPackage) as error:
-        raise CommandError(" ".join(str(error).split())) from error
+        where = [note for note in getattr(error, "__notes__", ()) if note.startswith("item ")]
+        raise CommandError(" ".join(". ".join([str(error), *where[:1]]).split())) from error
 
 # %% ../nbs/api/cli.ipynb #b442f4d7
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def plan_lines(prepared: Prepared, settings: Settings, learner: Learner) -> list
     why = f" ({prepared.facts['task_because']})" if "task_because" in prepared.facts else ""
     n_parameters = sum(p.numel() for p in learner.model.parameters())
     optimizer = type(learner.trainer.engine.slots["main"].optimizer).__name__
+    how = f" ({prepared.facts['held_out']})" if "held_out" in prepared.facts else ""
     few = prepared.data is not None and n_train < 1000 and settings.model in MODELS
     tip = "; few pictures: --model timm:resnet18 would start from a trained network" if few else ""
-    return [f"data: {prepared.name}, {n_train:,} samples {sample} to train on, {n_valid:,} held out",
+    return [f"data: {prepared.name}, {n_train:,} samples {sample} to train on, {n_valid:,} held out{how}",
             f"task: {prepared.task}{classes if prepared.task == 'classification' else ''}{why}",
             f"model: {settings.model}, {n_parameters:,} parameters{tip}",
             f"optimizer: {optimizer}, one cycle of lr up to {settings.lr:g}",
@@ -191,12 +193,13 @@ def fit(
     task: str | None = None,        # classification or regression, for a .csv; by the values of the target
     drop: str = "",                 # columns of the .csv to leave out, separated by commas
     size: int | None = None,        # height and width of pictures in pixels; by the pictures
+    skip_broken: store_true = False, # pass over pictures that cannot be read
 ) -> int:  # exit code
     "Train a small model on images or on a table of numbers, and keep the run in a directory"
     with one_line_errors():
         check_seed(seed)
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
-        prepared = prepare(data, target, dropped, task, seed, size)
+        prepared = prepare(data, target, dropped, task, seed, size, skip_broken)
         settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
         directory = free_directory(out, prepared.name)
         learner = make_learner(prepared, settings, directory, {
@@ -232,7 +235,8 @@ def check(
 
 def predict(
     run: Annotated[str, {"opt": False}],   # directory of a run
-    data: Annotated[str, {"opt": False}],  # a picture, a folder of them, or a .csv with the columns of the run
+    # a picture, a folder of them, or a .csv with the columns of the run
+    data: Annotated[str, {"opt": False}],
     out: str | None = None,                # a .csv file to write; None: print
 ) -> int:  # exit code
     "Say what the model of a run makes of new pictures or rows"

@@ -166,7 +166,8 @@ def make_model(
 ) -> Standardized:
     "A model by name, for the data and with its scales"
     if name not in MODELS and not is_named(name):
-        raise ValueError(f"there is no model {name!r}. {did_you_mean(name, MODELS, what='model')}")
+        raise ValueError(f"there is no model {name!r}. {did_you_mean(name, MODELS, what='model')} Networks "
+                         f"of other packages: 'timm:{name}' or 'torchvision:{name}'")
     model: nn.Module
     if name in ("small_cnn", "photo_cnn") or is_named(name):
         if inputs.ndim != 4:

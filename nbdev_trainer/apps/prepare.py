@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import did_you_mean
+from ..core.errors import did_you_mean, require
 from ..data.augment import ColorJitter
 from ..data.datasets import digits
 from ..data.items import image_files, parent_name
 from ..data.kinds import Category
 from ..data.loaders import Loaders
-from ..data.pictures import Image, open_picture
+from ..data.pictures import Image
 from ..data.pipeline import Data
 from ..data.readers import read_mnist_folder, read_numeric_csv
 from ..data.splits import random_split
@@ -35,8 +35,9 @@ from ..data.warp import RandomWarp
 from ..use.data_report import report_on
 
 # %% auto #0
-__all__ = ['MAX_CLASSES', 'MAX_BYTES', 'Prepared', 'hold_out', 'places_of', 'prepare_digits', 'prepare_folder', 'choose_task',
-           'prepare_table', 'picture_size', 'has_color', 'split_for', 'prepare_pictures', 'prepare', 'holds_idx']
+__all__ = ['MAX_CLASSES', 'MAX_BYTES', 'HELD_OUT', 'Prepared', 'hold_out', 'places_of', 'prepare_digits', 'prepare_folder',
+           'choose_task', 'prepare_table', 'looks_of', 'picture_size', 'has_color', 'split_for', 'prepare_pictures',
+           'prepare', 'holds_idx']
 
 # %% ../../nbs/api/apps/01_prepare.ipynb #54295d08
 @dataclass(frozen=True)
@@ -147,27 +148,41 @@ def prepare_table(path: Path, target: str, drop: Sequence[str], asked: str | Non
 # %% ../../nbs/api/apps/01_prepare.ipynb #449ef01d
 MAX_BYTES = 2 * 10**9  # of pictures in memory
 
+def looks_of(items: Sequence[Path]) -> list[tuple[int, str]]:
+    "The shorter side and the mode of some pictures, from their headers; broken ones are passed over"
+    pillow, found = require("PIL.Image", extra="vision", why="reading pictures"), []
+    for path in items[::max(1, len(items) // 50)]:
+        try:
+            with pillow.open(path) as picture: found.append((min(picture.size), picture.mode))
+        except OSError: continue  # it is named when it is needed
+    return found
+
 def picture_size(items: Sequence[Path], asked: int | None) -> int:
     "The side of the square in pixels: as asked, or that of the smaller pictures, from 16 to 96"
     if asked is not None:
         if asked < 8: raise ValueError(f"--size is {asked}; expected pixels, at least 8")
         return asked
-    sides = sorted(min(open_picture(path, None).size) for path in items[::max(1, len(items) // 50)])
+    sides = sorted(side for side, _ in looks_of(items)) or [64]
     return max(16, min(96, sides[len(sides) // 2]))
 
 def has_color(items: Sequence[Path]) -> bool:
     "Whether any of some pictures is in colour"
-    return any(open_picture(path, None).mode not in ("L", "1", "I;16")
-               for path in items[::max(1, len(items) // 50)])
+    return any(mode not in ("L", "1", "I;16") for _, mode in looks_of(items))
 
-def split_for(path: Path, seed: int) -> Any:
+HELD_OUT = ("valid", "val", "validation", "test")  # names of folders, the first that is there
+
+def split_for(path: Path, seed: int) -> tuple[Any, str]:  # the split, and how it is said
     "By folders named train and valid where there are such, otherwise a fifth of each class"
-    names = {one.name for one in path.iterdir() if one.is_dir()}
-    held_out = next((name for name in ("valid", "val", "validation", "test") if name in names), None)
-    if "train" in names and held_out: return split_by_folder(train="train", valid=held_out)
-    return stratified_split(by=parent_name, valid=0.2, seed=seed)
+    names = sorted(one.name for one in path.iterdir() if one.is_dir())
+    held_out = next((name for name in HELD_OUT if name in names), None)
+    if ("train" in names) != (held_out is not None):
+        raise ValueError(f"'{path}' has the folders {names}: {held_out or 'train'!r} names a part, and its "
+                         f"partner is not there. Expected train and one of {', '.join(HELD_OUT)}, or "
+                         "classes only")
+    if held_out: return split_by_folder(train="train", valid=held_out), f"the folder {held_out}"
+    return stratified_split(by=parent_name, valid=0.2, seed=seed), "a fifth of each class, at random"
 
-def prepare_pictures(path: Path, seed: int, asked: int | None = None) -> Prepared:
+def prepare_pictures(path: Path, seed: int, asked: int | None = None, skip_broken: bool = False) -> Prepared:
     "A folder with a folder of pictures for each class"
     try: items = image_files(path)
     except FileNotFoundError as error:
@@ -177,17 +192,22 @@ def prepare_pictures(path: Path, seed: int, asked: int | None = None) -> Prepare
     if len(classes) < 2:
         raise ValueError(f"the pictures in '{path}' are all in folders named {classes[0]!r}; expected a "
                          "folder for each class, such as photos/ants and photos/bees")
+    split, held_out = split_for(path, seed)
     size, channels = picture_size(items, asked), 3 if has_color(items) else 1
     data = Data(items, {"image": Image(channels=channels), "label": Category(parent_name)}, inputs="image",
-                targets="label", split=split_for(path, seed), transforms=[Resize(size, method="crop")],
-                train_batch_transforms=[RandomWarp(p=0.9), ColorJitter()])
+                targets="label", split=split, transforms=[Resize(size, method="crop")],
+                train_batch_transforms=[RandomWarp(p=0.9), ColorJitter()],
+                on_error="skip" if skip_broken else "raise", skip_limit=1.0)
     if (needed := len(items) * channels * size * size) > MAX_BYTES:
         raise ValueError(f"{len(items):,} pictures of {size} x {size} need {needed / 1e9:.1f} GB of memory; "
                          "use a smaller --size, or Data(...).loaders(num_workers=...) in Python")
     rows = data.split.train[:: max(1, len(data.split.train) // 200)].tolist()
-    some = next(data.loader([items[row] for row in rows], with_targets=True, batch_size=len(rows)).batches(0))
-    facts = {"classes": list(data.classes or ()), "pipeline": data.describe()}
-    return Prepared(path.resolve().name, (some.inputs, some.targets), (some.inputs[:0], some.targets[:0]),
+    readable = data.loader([items[row] for row in rows], batch_size=len(rows), on_error="skip").batches(0)
+    some = next(readable, None)
+    if some is None: raise ValueError(f"none of {len(rows)} pictures in '{path}' can be read")
+    facts = {"classes": list(data.classes or ()), "held_out": held_out, "pipeline": data.describe()}
+    none = torch.zeros(0, dtype=torch.int64)
+    return Prepared(path.resolve().name, (some.inputs, none), (some.inputs[:0], none),
                     "classification", len(facts["classes"]), "photo_cnn", facts, data=data)
 
 # %% ../../nbs/api/apps/01_prepare.ipynb #96b727a5
@@ -198,6 +218,7 @@ def prepare(
     task: str | None,
     seed: int,
     size: int | None = None,  # of pictures, in pixels; None: by the pictures
+    skip_broken: bool = False,  # pass over pictures that cannot be read
 ) -> Prepared:
     "The data of a run; raises `ValueError` or `OSError` when it cannot be used"
     if task not in (None, "classification", "regression"):
@@ -214,7 +235,7 @@ def prepare(
     if target is not None or drop:
         raise ValueError("--target and --drop name columns of a .csv file; there is none here")
     if task == "regression": raise ValueError("--task regression needs a .csv file; images are classified")
-    if data is not None and not holds_idx(path): return prepare_pictures(path, seed, size)
+    if data is not None and not holds_idx(path): return prepare_pictures(path, seed, size, skip_broken)
     if size is not None:
         raise ValueError("--size is for folders of pictures; these images have a size already")
     return prepare_digits(seed) if data is None else prepare_folder(path)
