@@ -169,6 +169,7 @@ def has_color(items: Sequence[Path]) -> bool:
     "Whether any of some pictures is in colour"
     return any(mode not in ("L", "1", "I;16") for _, mode in looks_of(items))
 
+# %% ../../nbs/api/apps/01_prepare.ipynb #3df378cc
 HELD_OUT = ("valid", "val", "validation", "test")  # names of folders, the first that is there
 
 def split_for(path: Path, seed: int) -> tuple[Any, str]:  # the split, and how it is said
@@ -182,6 +183,7 @@ def split_for(path: Path, seed: int) -> tuple[Any, str]:  # the split, and how i
     if held_out: return split_by_folder(train="train", valid=held_out), f"the folder {held_out}"
     return stratified_split(by=parent_name, valid=0.2, seed=seed), "a fifth of each class, at random"
 
+# %% ../../nbs/api/apps/01_prepare.ipynb #91968e4a
 def prepare_pictures(path: Path, seed: int, asked: int | None = None, skip_broken: bool = False) -> Prepared:
     "A folder with a folder of pictures for each class"
     try: items = image_files(path)

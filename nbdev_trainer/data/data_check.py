@@ -200,7 +200,8 @@ def file_problems(
         if os.path.isfile(path): sizes.setdefault(os.path.getsize(path), []).append(position)
     named: dict[str, list[int]] = {}
     for position in (one for same in sizes.values() if len(same) > 1 for one in same):
-        named.setdefault(content_hash(items[position]), []).append(position)
+        try: named.setdefault(content_hash(items[position]), []).append(position)
+        except OSError: continue  # a look at every item tells
     pairs: dict[bool, list[str]] = {True: [], False: []}
     for same in (one for one in named.values() if len(one) > 1):
         apart = next((one for one in same if part_of[one] != part_of[same[0]]), None)
