@@ -57,13 +57,17 @@ class Albumentations(Transform):
     def __post_init__(self) -> None:
         check_number(self, "min_visible")
         package = require("albumentations", extra="transforms", why="Albumentations")
-        p = getattr(self.transforms, "p", 1.0)
-        listed = getattr(self.transforms, "transforms", self.transforms)
+        given, settings = self.transforms, {}
+        if isinstance(given, package.Compose):
+            names = "p", "is_check_shapes", "mask_interpolation", "save_applied_params"
+            settings = {name: getattr(given, name) for name in names if hasattr(given, name)}
+        single = isinstance(given, package.BasicTransform | package.BaseCompose) and not settings
+        listed = [given] if single else getattr(given, "transforms", given)
         if not isinstance(listed, (list, tuple)) or not all(callable(one) for one in listed) or not listed:
             raise TypeError(f"Albumentations got {describe(self.transforms)}; expected a list of its "
                             "transforms, such as [albumentations.HorizontalFlip()], or a Compose")
         self.composed = package.Compose(
-            list(listed), p=p, keypoint_params=package.KeypointParams("xy", remove_invisible=False),
+            list(listed), **settings, keypoint_params=package.KeypointParams("xy", remove_invisible=False),
             bbox_params=package.BboxParams("pascal_voc", label_fields=["rows"], clip=True))
 
     def __call__(self, sample: Sample, kinds: Mapping[str, Kind], random: np.random.Generator) -> Sample:

@@ -12,11 +12,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/kinds.html.md"""
 # %% ../../nbs/api/data/06_kinds.ipynb #517eb0a0
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import describe, did_you_mean
+from .values import (
+    check_label, check_missing, classes_of, columns_of, filled, floats_of, is_gap, learnt, no_class,
+    own_tensor, plain, plain_floats, single, spelled, spread_of, stand_ins)
 
 if TYPE_CHECKING: import matplotlib.axes
 
 # %% auto #0
-__all__ = ['Reader', 'read_key', 'read_item', 'stack', 'pad', 'Encoding', 'Kind', 'known_kinds', 'kind_from', 'Array',
-           'floats_of', 'columns_of', 'filled', 'learnt', 'spelled', 'check_missing', 'Numbers', 'Number',
-           'sorted_classes', 'check_label', 'Category', 'Categories']
+__all__ = ['Reader', 'read_key', 'read_item', 'stack', 'pad', 'Encoding', 'Kind', 'known_kinds', 'kind_from', 'Array', 'Numbers',
+           'Number', 'Category', 'Categories']
 
 # %% ../../nbs/api/data/06_kinds.ipynb #33d59a54
 Reader = Callable[[Any], Any] | str | int | Sequence[str] | None
@@ -188,72 +187,13 @@ def kind_from(
 class Array(Kind):
     "Any array of numbers, as it is"
     def encode(self, raw: Any) -> Tensor:
-        value = torch.as_tensor(raw)
+        value = own_tensor(raw)
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{describe(raw)} holds {int((~value.isfinite()).sum())} values that are not "
                              "finite; fill them in, or leave the item out")
         return value
 
 # %% ../../nbs/api/data/06_kinds.ipynb #208e6e47
-def floats_of(
-    values: Sequence[Any],  # numbers, texts of numbers, None or NaN
-    raw: Any,               # where they come from, for the error
-) -> Tensor:  # (k,) float64, NaN where missing
-    "Values as numbers; raises `ValueError` for what is none"
-    try: return torch.tensor([math.nan if one is None else float(one) for one in values], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
-                         "names") from error
-
-def columns_of(
-    table: Tensor,  # (items, k), NaN where missing
-) -> list[Tensor]:
-    "The numbers that are there in each column; raises `ValueError` for a column without any"
-    columns = [column[~column.isnan()] for column in table.T]
-    if any(len(column) == 0 for column in columns):
-        raise ValueError("a column has no number in any training item; leave it out")
-    return columns
-
-def filled(
-    value: Tensor,                 # (k,) float64, NaN where missing
-    fill: Sequence[float] | None,  # what stands for a missing one
-    raw: Any,                      # where it comes from, for the error
-) -> Tensor:
-    "Numbers without gaps; raises `ValueError` where one is infinite, or missing and nothing stands for it"
-    if (here := value.isfinite()).all(): return value
-    if fill is None or value.isinf().any():
-        where = [i for i, one in enumerate(here.tolist()) if not one]
-        raise ValueError(f"{describe(raw)} has no finite number at position {where}; say what to "
-                         "put for a missing one: missing='median', 'mean' or a number")
-    return torch.where(here, value, torch.tensor(fill, dtype=torch.float64))
-
-# %% ../../nbs/api/data/06_kinds.ipynb #ac0269e1
-def learnt(
-    values: Sequence[float] | None,  # of each column
-    name: str,                       # what they are, for the error
-) -> Tensor:  # (k,) float64
-    "What was learnt; raises `ValueError` when nothing was"
-    if values is None:
-        raise ValueError(f"the {name} is not known yet; Data learns it from the training items, or "
-                         f"pass {name}=")
-    return torch.tensor(values, dtype=torch.float64)
-
-def spelled(
-    numbers: Sequence[float],
-    spreads: Sequence[float] | None,  # the standard deviation of each; None: 1
-) -> str:
-    "Numbers as a text; 0 for what is a millionth of the spread, which is a rounding error of float32"
-    sized = zip(numbers, spreads or [1.0] * len(numbers))
-    return ", ".join(f"{one if abs(one) > 1e-6 * size else 0:.6g}" for one, size in sized)
-
-def check_missing(
-    missing: Any,  # what to put for a missing number
-) -> None:
-    "Raise `ValueError` for what is neither a number nor a way to get one"
-    if missing is not None and missing not in ("mean", "median") and not isinstance(missing, (int, float)):
-        raise ValueError(f"missing is {missing!r}; expected 'mean', 'median', a number, or None")
-
-# %% ../../nbs/api/data/06_kinds.ipynb #7621aa63
 @dataclass
 class Numbers(Kind):
     "A fixed list of numbers, such as columns of a table"
@@ -266,11 +206,13 @@ class Numbers(Kind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_missing(self.missing)
+        self.missing = check_missing(self.missing)
+        self.mean, self.std, self.fill = map(plain_floats, (self.mean, self.std, self.fill))
 
     @property
     def must_learn(self) -> bool:
-        return self.standardize and self.mean is None or self.missing is not None and self.fill is None
+        scale = self.standardize and None in (self.mean, self.std)
+        return scale or self.missing is not None and self.fill is None
 
     def listed(self, raw: Any) -> list[Any]:
         "The raw value as a list"
@@ -280,11 +222,9 @@ class Numbers(Kind):
 
     def fit(self, raws: Iterable[Any]) -> None:
         columns = columns_of(torch.stack([self.as_floats(raw) for raw in raws]))
-        self.mean = [column.mean().item() for column in columns]
-        self.std = [column.std(correction=0).item() or 1.0 for column in columns]
-        if self.missing == "mean": self.fill = self.mean
-        elif self.missing == "median": self.fill = [column.median().item() for column in columns]
-        elif self.missing is not None: self.fill = [float(self.missing)] * len(columns)
+        if self.mean is None: self.mean = [column.mean().item() for column in columns]
+        if self.std is None: self.std = [spread_of(column) for column in columns]
+        if self.fill is None: self.fill = stand_ins(columns, self.missing, self.mean)
 
     def as_floats(self, raw: Any) -> Tensor:  # (k,) float64, NaN where missing
         "The raw value as numbers; raises `ValueError` for what is none"
@@ -295,9 +235,7 @@ class Numbers(Kind):
         if self.standardize: value = (value - self.of("mean")) / self.of("std")
         return value.float()
 
-    def of(self, name: str) -> Tensor:
-        "What was learnt; raises `ValueError` when nothing was"
-        return learnt(getattr(self, name), name)
+    def of(self, name: str) -> Tensor: return learnt(getattr(self, name), name)
 
     def decode(self, value: Tensor) -> Any:
         exact = value.double().cpu()
@@ -315,29 +253,6 @@ class Number(Numbers):
 
     def decode(self, value: Tensor) -> float: return super().decode(value.reshape(1))[0]
 
-# %% ../../nbs/api/data/06_kinds.ipynb #bc6d4179
-def sorted_classes(labels: Iterable[Any]) -> list[Any]:
-    "The different labels, in order; raises `ValueError` for labels that are missing or of several types"
-    counts = Counter(one.item() if hasattr(one, "item") else one for one in labels)
-    types = sorted({type(one).__name__ for one in counts})
-    if None in counts or len(types) > 1 or any(one != one for one in counts):
-        raise ValueError(f"the labels are of the types {', '.join(types)} (such as "
-                         f"{', '.join(repr(one) for one in list(counts)[:4])}); expected one type and none "
-                         "missing. Leave items without a label out or give them a class, "
-                         "missing='unknown'; turn labels into one type in the reader")
-    return sorted(counts)
-
-# %% ../../nbs/api/data/06_kinds.ipynb #04398db7
-def check_label(label: Any) -> None:
-    "Raise `ValueError` for a label that is missing, and `TypeError` for what is several labels, or a file"
-    if label is None or isinstance(label, float) and label != label:
-        raise ValueError("the label is missing. Leave the item out, or give such items a class: "
-                         "missing='unknown'")
-    if isinstance(label, (list, tuple, dict, set, PathLike)):
-        raise TypeError(f"a label is {describe(label)}; expected one name or number. Several labels: "
-                        "Categories(...); one for each box: per='boxes'; the folder of a file: "
-                        "Category(parent_name)")
-
 # %% ../../nbs/api/data/06_kinds.ipynb #7688ffdb
 @dataclass
 class Category(Kind):
@@ -347,15 +262,16 @@ class Category(Kind):
     missing: Any = None                 # the class of None and NaN, such as "unknown"; None: an error
     unknown: Any = None                 # the class of labels that training did not see; None: an error
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.vocab, self.missing, self.unknown = plain(self.vocab), single(self.missing), single(self.unknown)
+
     @property
     def must_learn(self) -> bool: return self.vocab is None
 
     def fit(self, raws: Iterable[Any]) -> None:
-        if self.vocab is None:
-            labels = raws if self.per is None else (one for raw in raws for one in raw)
-            seen = sorted_classes(map(self.named, labels))
-            more = dict.fromkeys([self.missing, self.unknown])
-            self.vocab = [*seen, *(one for one in more if one is not None and one not in seen)]
+        labels = (one for raw in raws for one in self.labels(raw))
+        if self.vocab is None: self.vocab = classes_of(labels, self.missing, self.unknown)
         self.numbers = {label: number for number, label in enumerate(self.vocab)}
 
     def labels(self, raw: Any) -> list[Any]:
@@ -367,19 +283,16 @@ class Category(Kind):
 
     def named(self, label: Any) -> Any:
         "The label, or what stands for one that is missing"
-        return self.missing if self.missing is not None and (label is None or label != label) else label
+        return self.missing if self.missing is not None and is_gap(single(label)) else single(label)
 
     def number_of(self, label: Any) -> int:
         "The number of a class; raises `ValueError` for a label that is no class"
         if self.vocab is None:
             raise ValueError("the classes are not known yet; Data learns them, or pass vocab=")
         if len(getattr(self, "numbers", ())) != len(self.vocab): self.fit([])
-        label = self.named(label.item() if hasattr(label, "item") else label)
+        label = self.named(label)
         number = self.numbers.get(label, self.numbers.get(self.unknown))
-        if number is None:
-            raise ValueError(f"the label {label!r} is not in the vocabulary. "
-                             f"{did_you_mean(str(label), map(str, self.vocab), what='class')} Correct the "
-                             "label, or say all classes: vocab=[...]")
+        if number is None: raise ValueError(no_class(label, self.vocab))
         return number
 
     def encode(self, raw: Any) -> Tensor:
@@ -401,14 +314,16 @@ class Categories(Category):
 
     def labels(self, raw: Any) -> list[Any]:
         "The labels in a raw value"
+        if is_gap(raw):
+            if self.missing is not None: return [None]
+            raise ValueError(f"the labels are missing ({raw!r}); expected a list or a text of them, empty "
+                             "for an item without labels. Give such items a class, missing='unknown', or "
+                             "leave them out")
         if self.separator is None and isinstance(raw, str):
             raise ValueError(f"the labels are one text, {raw!r}; expected a list of labels. To split texts: "
                              "separator=' '")
         if self.separator is None: return list(raw)
         return [one.strip() for one in raw.split(self.separator) if one.strip()]
-
-    def fit(self, raws: Iterable[Any]) -> None:
-        super().fit(label for raw in raws for label in self.labels(raw))
 
     def encode(self, raw: Any) -> Tensor:
         chosen = [self.number_of(one) for one in self.labels(raw)]

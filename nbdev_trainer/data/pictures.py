@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 from ..core.errors import describe, require
 from .kinds import Kind
+from .values import own_tensor
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import PIL.Image
 
 # %% auto #0
-__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'Image', 'as_class_numbers', 'classes_for', 'check_classes', 'Mask',
-           'Boxes', 'Points']
+__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'decoded', 'Image', 'as_class_numbers', 'classes_for', 'values_for',
+           'check_classes', 'Mask', 'Boxes', 'Points']
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #5052cbf2
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -42,7 +43,14 @@ def open_picture(
     mode: str | None,       # to convert to, such as "RGB"; None: as it is
     upright: bool = True,   # turn it as its note says
 ) -> PIL.Image.Image:
-    "A picture, read and decoded"
+    "A picture, read and decoded; an error says of which file"
+    try: return decoded(raw, mode, upright)
+    except Exception as error:
+        if isinstance(raw, (str, PathLike)): error.add_note(f"reading the picture {str(raw)!r} failed")
+        raise
+
+def decoded(raw: Any, mode: str | None, upright: bool) -> PIL.Image.Image:
+    "A picture, read, turned and converted"
     pillow = require("PIL.Image", extra="vision", why="reading images")
     if isinstance(raw, pillow.Image): picture = raw
     else: picture = pillow.open(io.BytesIO(raw) if isinstance(raw, (bytes, bytearray)) else raw)
@@ -72,15 +80,16 @@ class Image(Kind):
         if self.channels not in MODES: raise ValueError(f"channels is {self.channels!r}; expected 1, 3 or 4")
 
     def encode(self, raw: Any) -> Tensor:
-        if isinstance(raw, (np.ndarray, Tensor)): return self.of_array(torch.as_tensor(raw))
+        if isinstance(raw, (np.ndarray, Tensor)): return self.of_array(raw)
         if not isinstance(raw, (str, PathLike, bytes, bytearray)) and not hasattr(raw, "convert"):
             raise TypeError(f"an image is {describe(raw)}; expected a path, the bytes of a file, a Pillow "
                             "image or an array. Say where in the item it is: Image('path')")
         pixels = torch.from_numpy(np.array(open_picture(raw, MODES[self.channels], self.upright)))
         return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
-    def of_array(self, pixels: Tensor) -> Tensor:
-        "An image that is an array already: (height, width) or (height, width, channels) bytes"
+    def of_array(self, raw: Any) -> Tensor:
+        "An image that is an array already, (height, width) or (height, width, channels) bytes; a copy of it"
+        pixels = own_tensor(raw)
         if pixels.ndim == 2: pixels = pixels.unsqueeze(-1)
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, self.channels):
             raise ValueError(f"an image is {describe(pixels)}; expected bytes (height, width, "
@@ -120,12 +129,25 @@ def classes_for(
     values: Mapping[int, int],  # to classes
 ) -> np.ndarray:
     "Classes for what a file holds; raises `ValueError` for a value that is not named"
-    classes = {int(one): number for one, number in values.items()}
-    if unknown := sorted(set(np.unique(array).tolist()) - classes.keys()):
+    as_bytes = array.dtype == np.uint8
+    there = np.bincount(array.ravel()).nonzero()[0] if as_bytes else np.unique(array)
+    if unknown := sorted(set(there.tolist()) - values.keys()):
         raise ValueError(f"a mask holds {unknown[:5]}, for which values= names no class; it names "
-                         f"{list(classes)}")
-    keys = sorted(classes)
-    return np.array([classes[one] for one in keys])[np.searchsorted(keys, array)]
+                         f"{list(values)}")
+    if as_bytes:
+        table = [values.get(one, 0) for one in range(256)]
+        return np.array(table, np.uint8 if 0 <= min(table) <= max(table) <= 255 else np.int64)[array]
+    keys = sorted(values)
+    return np.array([values[one] for one in keys])[np.searchsorted(keys, array)]
+
+def values_for(
+    array: np.ndarray,          # classes
+    values: Mapping[int, int],  # what a file holds, to classes
+) -> np.ndarray:  # int64
+    "What a file would hold; a class that no value stands for, such as an unlabelled one, stays as it is"
+    back = {number: one for one, number in values.items()}
+    found, where = np.unique(array, return_inverse=True)
+    return np.array([back.get(one, one) for one in found.tolist()], np.int64)[where].reshape(array.shape)
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #5e851791
 def check_classes(
@@ -134,7 +156,7 @@ def check_classes(
     ignore_index: int | None,  # is allowed as well
 ) -> None:
     "Raise `ValueError` for classes that do not exist"
-    allowed = value < n_classes
+    allowed = (value >= 0) & (value < n_classes)
     if ignore_index is not None: allowed |= value == ignore_index
     if allowed.all(): return
     raise ValueError(f"a mask holds the class {int(value[~allowed][0])}; there are {n_classes} classes, 0 to "
@@ -150,17 +172,17 @@ class Mask(Kind):
     ignore_index: int | None = None            # the class of pixels without a label
     values: Mapping[int, int] | None = None    # what the file holds, to classes; None: it holds classes
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # JSON makes texts of the numbers that are keys
+        if self.values is not None: self.values = {int(one): int(to) for one, to in self.values.items()}
+
     def encode(self, raw: Any) -> Tensor:
         array = as_class_numbers(raw)
-        if self.values is not None: array = self.mapped(array)
+        if self.values is not None: array = classes_for(array, self.values)
         as_bytes = array.dtype == np.uint8 and 0 <= (self.ignore_index or 0) <= 255
         value = torch.from_numpy(array if as_bytes else array.astype(np.int64))
         self.check(value)
         return value
-
-    def mapped(self, array: np.ndarray) -> np.ndarray:
-        "Classes for what a file holds; raises `ValueError` for a value that is not named"
-        return classes_for(array, self.values or {})
 
     def check(self, value: Tensor) -> None:
         "Raise `ValueError` for classes that do not exist"
@@ -168,9 +190,7 @@ class Mask(Kind):
 
     def decode(self, value: Tensor) -> np.ndarray:
         array = value.cpu().numpy()
-        if self.values is None: return array
-        back = {number: one for one, number in self.values.items()}
-        return np.vectorize(back.__getitem__)(array)
+        return array if self.values is None else values_for(array, self.values)
 
     def arrive(self, batch: Any) -> Any:
         if isinstance(batch, list): return [self.arrive(one) for one in batch]
@@ -204,7 +224,7 @@ class Boxes(Kind):
             raise ValueError(f"format is {self.format!r}; expected one of {FORMATS}")
 
     def encode(self, raw: Any) -> Tensor:
-        value = torch.as_tensor(raw, dtype=torch.float32).reshape(-1, 4) if len(raw) else torch.zeros(0, 4)
+        value = own_tensor(raw, torch.float32).reshape(-1, 4) if len(raw) else torch.zeros(0, 4)
         first, second = value.split(2, dim=1)
         if self.format == "xywh": value = torch.cat([first, first + second], dim=1)
         if self.format == "cxcywh": value = torch.cat([first - second / 2, first + second / 2], dim=1)
@@ -237,7 +257,7 @@ class Points(Kind):
     names: Sequence[str] | None = field(default=None)  # of the points, in order
 
     def encode(self, raw: Any) -> Tensor:
-        value = torch.as_tensor(raw, dtype=torch.float32).reshape(-1, 2)
+        value = own_tensor(raw, torch.float32).reshape(-1, 2)
         if self.names is not None and len(value) != len(self.names):
             raise ValueError(f"there are {len(value)} points; expected {len(self.names)}: "
                              f"{list(self.names)}. Give NaN, NaN for one that is hidden")
