@@ -57,6 +57,9 @@ def as_loaders(
     "The data of a run; raises `TypeError` for anything else"
     if isinstance(given, Loaders): return given
     if isinstance(given, (tuple, list)) and len(given) == 2: return Loaders(*given, seed=0)
+    if callable(getattr(given, "loaders", None)):  # a Data
+        raise TypeError(f"loaders is {describe(given)}; pass what its loaders() gives: "
+                        "Learner(model, data.loaders(batch_size=64), loss_fn)")
     raise TypeError(f"loaders is {describe(given)}; expected Loaders, or a pair (train, valid); the order is "
                     "Learner(model, loaders, loss_fn)")
 

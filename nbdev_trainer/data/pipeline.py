@@ -39,7 +39,7 @@ from .workers import nothing, tasks_of
 
 # %% auto #0
 __all__ = ['check_fields', 'check_steps', 'steps_for', 'split_of', 'learn', 'told', 'fields_from', 'describe_step', 'step_from',
-           'known_steps', 'Data']
+           'kind_again', 'known_steps', 'Data']
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #e1a11ec8
 def check_fields(
@@ -48,6 +48,9 @@ def check_fields(
 ) -> None:
     "Raise `ValueError` listing what is wrong with a description"
     problems = Problems()
+    if not isinstance(kinds, Mapping):
+        raise TypeError(f"fields is {describe(kinds)}; expected a dict of name to kind, such as "
+                        f"{{'image': Image()}}")
     if not kinds: problems.add("there are no fields; expected names with kinds, such as {'image': Image()}")
     for name, kind in kinds.items():
         if not isinstance(kind, Kind):
@@ -189,6 +192,21 @@ def step_from(
     settings = description["settings"].items()
     return known[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in settings})
 
+def kind_again(
+    description: Mapping[str, Any],  # what `Kind.describe` gave
+    reader: Reader,                  # how the kind reads its items
+    # the kind itself, where it holds a function; None: the description says all
+    given: Kind | None,
+) -> Kind:
+    "A kind built again; one that is given takes over from the description what it has not learnt"
+    if given is None: return kind_from(description, reader)
+    kind = copy.copy(given)
+    kind.reader = reader
+    for one in dataclass_fields(kind):
+        if one.name in description and getattr(kind, one.name) is None:
+            setattr(kind, one.name, description[one.name])
+    return kind
+
 def known_steps() -> dict[str, type]:
     "The transforms of this library, by name"
     modules = transforms, color, sequence_transforms, augment, warp
@@ -219,6 +237,8 @@ class Data:
         check_fields(fields, {"inputs": inputs, "targets": targets, "weights": weights})
         check_steps(list(fields), transforms=transforms, train_transforms=train_transforms,
                     batch_transforms=batch_transforms, train_batch_transforms=train_batch_transforms)
+        if not 0 <= skip_limit <= 1:
+            raise ValueError(f"skip_limit is {skip_limit!r}; expected a fraction of a set, such as 0.05")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}. "
                              f"{did_you_mean(on_error, ['raise', 'skip'], what='way')}")
@@ -325,6 +345,8 @@ class Data:
         *,
         transforms: Sequence[Any] | None = None,        # None: those of the description
         batch_transforms: Sequence[Any] | None = None,  # likewise
+        # by field, those that hold functions; what is None is taken over
+        kinds: Mapping[str, Kind] | None = None,
     ) -> Data:
         "Data that encodes new items as the described one did; fields without a reader are left out"
         known = known_steps()
@@ -332,7 +354,8 @@ class Data:
         if unknown := [name for name in readers if name not in written]:
             raise ValueError(f"there is no field {unknown[0]!r}. "
                              f"{did_you_mean(unknown[0], written, what='field')}")
-        kinds = {name: kind_from(written[name], reader) for name, reader in readers.items()}
+        kinds = {name: kind_again(written[name], reader, (kinds or {}).get(name))
+                 for name, reader in readers.items()}
         if transforms is None: transforms = [step_from(one, known) for one in description["transforms"]]
         if batch_transforms is None:
             batch_transforms = [step_from(one, known) for one in description["batch_transforms"]]
