@@ -11,18 +11,19 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/workers.html.md"""
 # %% ../../nbs/api/data/10_workers.ipynb #52bac9a3
 from __future__ import annotations
 
+import atexit
 import gc
 import os
-import pickle
+import random
 import signal
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,11 +36,12 @@ from ..core.nested import index, map_tensors, to_device
 from ..core.seeding import hash64
 from .batch import Batch
 from .loaders import Loader
+from .sending import Failed, pack, unpack
 
 # %% auto #0
-__all__ = ['SALT', 'Task', 'part_of', 'emptied', 'tasks_of', 'Source', 'Failed', 'InWorker', 'Queue', 'unchanged', 'compact',
-           'nothing', 'read_here', 'read_in_threads', 'keeping_garbage', 'end_processes', 'lost_workers', 'Processes',
-           'copied_ahead', 'arrived', 'check_way', 'SampleLoader']
+__all__ = ['SALT', 'Device', 'Task', 'part_of', 'emptied', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue',
+           'unchanged', 'seed_worker', 'read_here', 'work_off', 'Threads', 'read_in_threads', 'keeping_garbage',
+           'end_processes', 'lost_workers', 'Processes', 'copied_ahead', 'arrived', 'check_way', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -107,18 +109,19 @@ class Source(Protocol):
     def for_evaluation(self) -> Source:
         "The same samples without what is done to them in training only"
 
-# %% ../../nbs/api/data/10_workers.ipynb #1c4537d1
-class Failed:
-    "An exception on its way from a worker to the main process"
-    def __init__(self, error: Exception) -> None:
-        where = "".join(traceback.format_exception(error)).strip()
-        try: self.error = pickle.loads(pickle.dumps(error))
-        except Exception: self.error = RuntimeError(f"{type(error).__name__}: {error}")
-        if type(self.error) is not type(error):
-            for note in getattr(error, "__notes__", ()): self.error.add_note(note)
-        self.error.add_note(f"in a worker process:\n{where}")
-
 # %% ../../nbs/api/data/10_workers.ipynb #648322bf
+def nothing(position: int) -> None: "Nobody wants to know which sample is being read"
+
+def read_task(source: Source, task: Task, mark: Callable[[int], None] = nothing) -> Any:
+    "What the source reads; its `StopIteration` becomes a `RuntimeError`"
+    try: return source.read(task, mark)
+    except StopIteration as error:
+        told = RuntimeError(f"the source raised StopIteration in a batch of {len(task.ids)} samples from "
+                            f"{source.name_of(task.ids[0])} on. Look for a next() on something that is empty")
+        for note in getattr(error, "__notes__", ()): told.add_note(note)
+        raise told from error
+
+# %% ../../nbs/api/data/10_workers.ipynb #2c1fbdbd
 class InWorker(Dataset):
     "What lives in a worker process: the source, and a place to say which sample is being read"
     def __init__(self, source: Source, marks: Tensor, pids: Tensor) -> None:
@@ -128,9 +131,10 @@ class InWorker(Dataset):
         info = get_worker_info()
         worker = 0 if info is None else info.id
         self.pids[worker] = os.getpid()
+        if info is not None: seed_worker(task[1][0])
         marks = self.marks.numpy()  # the same memory, and a tenth of the time to write to
         def mark(position: int) -> None: marks[worker] = position
-        try: return map_tensors(compact, self.source.read(Task(*task), mark))
+        try: return pack(read_task(self.source, Task(*task), mark))
         except Exception as error: return Failed(error)
 
 class Queue:
@@ -139,28 +143,61 @@ class Queue:
 
     def __iter__(self) -> Iterator[Task]: return iter(self.tasks)
 
-def unchanged(
-    value: Any,
-) -> Any:
+def unchanged(value: Any) -> Any:
     "The value; torch's loader wants a function that puts samples together, and ours are together already"
     return value
 
-def compact(
-    value: Tensor,
-) -> Tensor:
-    "A tensor without the memory around it, which would be sent along: a crop is a part of a whole photo"
-    return value if value.untyped_storage().nbytes() <= 2 * value.nbytes else value.clone()
+def seed_worker(key: int) -> None:
+    "Seed the global generators of this process, for items that draw from them"
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key % 2**63)
 
-# %% ../../nbs/api/data/10_workers.ipynb #9cffa81e
-def nothing(position: int) -> None: "Nobody wants to know which sample is being read"
-
+# %% ../../nbs/api/data/10_workers.ipynb #ed7f6716
 def read_here(
     source: Source,
     tasks: Iterable[Task],
 ) -> Iterator[tuple[Task, Any]]:
     "Tasks done in the main process"
-    for task in tasks: yield task, source.read(task, nothing)
+    for task in tasks: yield task, read_task(source, task)
 
+def work_off(calls: SimpleQueue[Any]) -> None:
+    "Do calls, what a thread is there for, until None comes; a future gets what each gives or raises"
+    while (call := calls.get()) is not None:
+        future, arguments = call
+        try: future.set_result(read_task(*arguments))
+        except BaseException as error: future.set_exception(error)
+        del call, future, arguments  # while it waits, nobody else may need the batch any more
+
+# %% ../../nbs/api/data/10_workers.ipynb #8848a30d
+class Threads:
+    "Threads that read tasks in order, and do not keep the program from ending"
+    def __init__(self, n: int) -> None:
+        self.calls: SimpleQueue[Any] = SimpleQueue()
+        self.all = [Thread(target=work_off, args=(self.calls,), daemon=True) for _ in range(n)]
+        for thread in self.all: thread.start()
+        atexit.register(self.leave)
+
+    def submit(self, source: Source, task: Task, mark: Callable[[int], None]) -> Future[Any]:
+        "What the task will give"
+        future: Future[Any] = Future()
+        self.calls.put((future, (source, task, mark)))
+        return future
+
+    def close(self) -> None:
+        "Let the threads end after what they are doing now"
+        with suppress(Empty):
+            while True: self.calls.get_nowait()
+        for _ in self.all: self.calls.put(None)
+        atexit.unregister(self.leave)
+
+    def leave(self) -> None:
+        "Close, and wait for the threads, but not for one that hangs"
+        self.close()
+        end = time.monotonic() + 2
+        for thread in self.all: thread.join(max(0, end - time.monotonic()))
+
+# %% ../../nbs/api/data/10_workers.ipynb #1190988f
 def read_in_threads(
     source: Source,
     tasks: Iterable[Task],
@@ -169,23 +206,23 @@ def read_in_threads(
     timeout: float = 0,    # seconds to wait for one task; 0: forever
 ) -> Iterator[tuple[Task, Any]]:
     "Tasks done by threads; raises `TimeoutError` naming the samples of a task that takes too long"
-    pool, left = ThreadPoolExecutor(n, "nbdev_trainer"), iter(tasks)
-    pending: deque[tuple[Task, list[int], Any]] = deque()
+    threads, left = Threads(n), iter(tasks)
+    pending: deque[tuple[Task, list[int], Future[Any]]] = deque()
     try:
         while True:
             while len(pending) < n * ahead and (task := next(left, None)) is not None:
                 marked: list[int] = []
-                pending.append((task, marked, pool.submit(source.read, task, marked.append)))
+                pending.append((task, marked, threads.submit(source, task, marked.append)))
             if not pending: return
             task, marked, future = pending.popleft()
             try: read = future.result(timeout or None)
-            except FutureTimeout:
+            except TimeoutError:
                 if future.done(): raise  # the source's own
                 what = source.name_of(marked[-1]) if marked else f"a batch of {len(task.ids)} samples"
                 raise TimeoutError(f"reading {what} took more than timeout={timeout:g} seconds. Look "
                                    "whether it can be read at all, or wait longer: timeout=") from None
             yield task, read
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    finally: threads.close()
 
 # %% ../../nbs/api/data/10_workers.ipynb #abbb8059
 @contextmanager
@@ -262,7 +299,7 @@ class Processes:
                     problem = lost_workers(self.source, self.marks.tolist(), str(error), self.timeout)
                 else:
                     if isinstance(read, Failed): problem = read.error
-                    else: yield asked.popleft(), read
+                    else: yield asked.popleft(), unpack(read)
         finally: self.busy = False
         self.broken = True  # there are no workers any more
         if "within timeout" in str(problem): end_processes(self.pids.tolist())
@@ -295,6 +332,8 @@ def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
     return map_tensors(used_here, read)
 
 # %% ../../nbs/api/data/10_workers.ipynb #bc887a34
+Device = torch.device | str | None  # None: nobody knows yet where the batches are going to be used
+
 def check_way(
     num_workers: int,  # 0: read in the main process
     workers: str,      # "processes" or "threads"
@@ -322,12 +361,12 @@ class SampleLoader(Loader):
         super().__post_init__()
         check_way(self.num_workers, self.workers)
 
-    def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0, device: Device = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         source: Any = self.fetch
-        tasks = tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start, self.rank,
-                         self.world_size)
-        done = self.done(tasks, device)
+        device = None if device is None else torch.device(device)
+        done = self.done(tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start,
+                                  self.rank, self.world_size), device)
         if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
         for task, read in done:
             batch = source.finish(read, task, device)
