@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nbdev_trainer.data import Array, Boxes, Categories, Category, Image, Mask, Number, Points
+from nbdev_trainer.data import Array, Boxes, Categories, Category, Data, Image, Mask, Number, Points, Text
+from nbdev_trainer.data.color import recolor
 from nbdev_trainer.data.kinds import kind_from
 from nbdev_trainer.data.splits_by import split_by_folder
+from nbdev_trainer.data.transforms import CenterCrop, RandomCrop, Resize
 
 
 @pytest.mark.parametrize("above", ["", "/home/test/", "train/valid/"])
@@ -113,3 +115,52 @@ def test_one_of_several_transforms_applies_one():
     sample = {"image": torch.arange(12, dtype=torch.uint8).view(1, 3, 4)}
     result = Albumentations(albumentations.OneOf(flips, p=1))(sample, {"image": Image()}, np.random.default_rng(0))
     assert any(result["image"].equal(sample["image"].flip(way)) for way in (1, 2))
+
+
+def split_at_dashes(text):
+    return text.split("-")
+
+
+def test_own_tokenizer_is_passed_again():
+    """A description does not hold a function; the vocabulary that was learnt by it is taken over."""
+    texts = ["a-b-c", "a-b"]
+    data = Data(texts, {"x": Text(tokenizer=split_at_dashes)}, inputs="x")
+    told = json.loads(json.dumps(data.describe()))
+    assert told["fields"]["x"]["tokenizer"]["custom"].endswith("split_at_dashes")
+    with pytest.raises(ValueError, match="no description holds; pass the kind with it again"):
+        Data.from_description(told, texts, {"x": None})
+    again = Data.from_description(told, texts, {"x": None}, kinds={"x": Text(tokenizer=split_at_dashes)})
+    batches = [next(iter(one.loader(["c-b"]))).inputs.tolist() for one in (data, again)]
+    assert batches[0] == batches[1] == [[6, 5]]
+
+
+def test_special_words_in_texts_are_words():
+    kind = Text(tokenizer="spaces")
+    kind.fit(["<start> a <end>", "<pad> b <unknown>"])
+    assert kind.vocab == ["<pad>", "<unknown>", "<start>", "<end>", "a", "b"]
+    assert kind.encode("<pad> b <end>").tolist() == [1, 5, 1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_ends_count_for_the_length_of_a_text(length):
+    kind = Text(max_length=length, ends=True, vocab=["<pad>", "<unknown>", "<start>", "<end>"])
+    assert len(kind.encode("a b c d e")) == length
+
+
+@pytest.mark.parametrize("size", [np.int64(4), (np.int64(3), 4)])
+def test_sizes_of_numpy_are_written_down(size):
+    for kind in (Resize, RandomCrop, CenterCrop):
+        json.dumps(kind(size).size)
+        assert isinstance(kind(size).size, (int, tuple)) and not isinstance(kind(size).size, np.integer)
+
+
+def test_grey_image_is_the_same_in_batches_of_any_size():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        images, matrices = torch.rand(8, 1, 300, 300), torch.rand(8, 3, 4)
+        together = recolor(images, matrices)
+        alone = torch.cat([recolor(images[[i]], matrices[[i]]) for i in range(8)])
+    finally:
+        torch.set_num_threads(before)
+    assert together.equal(alone)

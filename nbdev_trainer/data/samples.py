@@ -26,7 +26,7 @@ from .kinds import Kind
 from .pictures import Boxes, Image, Mask, Points
 
 # %% auto #0
-__all__ = ['Sample', 'Transform', 'size_pair', 'check_number', 'number_range', 'check_fill', 'between', 'fields_of',
+__all__ = ['Sample', 'Transform', 'size_pair', 'check_size', 'check_number', 'number_range', 'check_fill', 'between', 'fields_of',
            'picture_size', 'move', 'with_outside', 'kept', 'Spatial', 'part_to']
 
 # %% ../../nbs/api/data/07b_samples.ipynb #784d8740
@@ -59,6 +59,13 @@ def size_pair(
         raise ValueError(f"{type(owner).__name__} got size={size!r}; expected whole numbers of pixels above "
                          "0: one for a square such as 224, or (height, width)")
     return int(pair[0]), int(pair[1])
+
+def check_size(
+    owner: Any,  # the transform, whose `size` becomes plain numbers, so that it can be written down as JSON
+) -> None:
+    "Check the size of a transform; raises `ValueError` for what is none"
+    pair = size_pair(owner, owner.size)
+    owner.size = pair if isinstance(owner.size, (tuple, list)) else pair[0]
 
 def check_number(
     owner: Any,  # the transform, which has the setting

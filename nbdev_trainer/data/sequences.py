@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
 from .kinds import Kind
+from .values import own_tensor, plain
 
 if TYPE_CHECKING: import matplotlib.axes
 
 # %% auto #0
-__all__ = ['TOKENIZERS', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'text_in', 'check_tokenizer', 'frequent',
-           'Text', 'draw_curves', 'Series', 'Audio']
+__all__ = ['TOKENIZERS', 'SPECIAL', 'PADDING', 'UNKNOWN', 'START', 'END', 'Tokens', 'words', 'text_in', 'check_tokenizer',
+           'told_tokenizer', 'frequent', 'Text', 'draw_curves', 'Series', 'Audio']
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #f87e163b
 @dataclass
@@ -40,7 +41,7 @@ class Tokens(Kind):
     n_tokens: int | None = None    # how many different tokens there are; None: not checked
 
     def encode(self, raw: Any) -> Tensor:
-        value = torch.as_tensor(raw, dtype=torch.int64)[:self.max_length]
+        value = own_tensor(raw, torch.int64)[:self.max_length]
         if value.ndim != 1: raise ValueError(f"tokens are {describe(raw)}; expected a list of whole numbers")
         low, high = (int(value.min()), int(value.max())) if len(value) else (0, 0)
         if self.n_tokens is not None and not 0 <= low <= high < self.n_tokens:
@@ -57,7 +58,7 @@ def words(text: str) -> list[str]:
 
 TOKENIZERS: dict[str, tuple[Callable[[str], list[str]], str]] = {  # each with what joins its tokens again
     "words": (words, " "), "spaces": (str.split, " "), "characters": (list, "")}
-PADDING, UNKNOWN, START, END = "<pad>", "<unknown>", "<start>", "<end>"
+SPECIAL = PADDING, UNKNOWN, START, END = "<pad>", "<unknown>", "<start>", "<end>"
 
 def text_in(
     raw: Any,
@@ -69,10 +70,20 @@ def text_in(
 def check_tokenizer(
     tokenizer: Any,  # a function, or the name of one
 ) -> None:
-    "Raise `ValueError` for a name that no tokenizer has"
+    "Raise `ValueError` for a name that no tokenizer has, and for what a description says of a function"
+    if isinstance(tokenizer, Mapping):
+        raise ValueError(f"the texts were split by the function {tokenizer.get('custom')!r}, which no "
+                         "description holds; pass the kind with it again: Data.from_description(..., "
+                         "kinds={'text': Text(tokenizer=your_function)})")
     if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer is {tokenizer!r}. "
                          f"{did_you_mean(tokenizer, TOKENIZERS, what='tokenizer')}")
+
+def told_tokenizer(tokenizer: Any) -> Any:
+    "A tokenizer as plain data: its name, marked as custom where it is a function"
+    if isinstance(tokenizer, str): return tokenizer
+    name = getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)
+    return {"custom": f"{getattr(tokenizer, '__module__', '')}.{name}"}
 
 def frequent(
     tokens: Iterable[str],  # of all training texts
@@ -81,9 +92,9 @@ def frequent(
 ) -> list[str]:
     "The vocabulary: the special tokens, then the most frequent ones, equals in alphabetical order"
     counts = Counter(tokens)
-    often = sorted((token for token in counts if counts[token] >= min_count),
-                   key=lambda one: (-counts[one], one))
-    return [PADDING, UNKNOWN, START, END, *often][:max_vocab]
+    learnt = (token for token in counts if counts[token] >= min_count and token not in SPECIAL)
+    often = sorted(learnt, key=lambda one: (-counts[one], one))
+    return [*SPECIAL, *often][:max_vocab]
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #99502c8d
 @dataclass
@@ -99,6 +110,7 @@ class Text(Tokens):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_tokenizer(self.tokenizer)
+        self.vocab = plain(self.vocab)
 
     @property
     def must_learn(self) -> bool: return self.vocab is None
@@ -119,21 +131,20 @@ class Text(Tokens):
     def encode(self, raw: Any) -> Tensor:
         if self.vocab is None:
             raise ValueError("the vocabulary is not known yet; Data learns it, or pass vocab=")
-        if len(getattr(self, "numbers", ())) != len(self.vocab):
-            self.numbers = {token: number for number, token in enumerate(self.vocab)}
-        room = None if self.max_length is None else self.max_length - 2 * self.ends
-        tokens = self.split(raw)[:room]
-        if self.ends: tokens = [START, *tokens, END]
+        if getattr(self, "numbered", None) is not self.vocab:
+            self.numbered, self.numbers = self.vocab, {one: i for i, one in enumerate(self.vocab)}
+        room = None if self.max_length is None else max(0, self.max_length - 2 * self.ends)
+        tokens = [UNKNOWN if one in SPECIAL else one for one in self.split(raw)[:room]]
+        if self.ends: tokens = [START, *tokens, END][:self.max_length]
         return torch.tensor([self.numbers.get(token, 1) for token in tokens], dtype=torch.int64)
 
     def decode(self, value: Tensor) -> str:
-        "The text again, in the tokenizer's words; unknown ones stay unknown"
-        tokens = [(self.vocab or ())[one] for one in value.tolist()]
+        tokens = [(self.vocab or ())[one] for one in value.tolist()]  # unknown ones stay unknown
         joined = " " if callable(self.tokenizer) else TOKENIZERS[self.tokenizer][1]
         return joined.join(one for one in tokens if one not in (PADDING, START, END))
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | ({} if isinstance(self.tokenizer, str) else {"tokenizer": "spaces"})
+        return super().describe() | {"tokenizer": told_tokenizer(self.tokenizer)}
 
 # %% ../../nbs/api/data/06c_sequences.ipynb #faa7df63
 def draw_curves(axes: matplotlib.axes.Axes, value: Tensor, seconds: float = 1.0) -> None:
@@ -148,7 +159,7 @@ class Series(Kind):
     channels: int | None = None  # how many are expected; None: not checked
 
     def encode(self, raw: Any) -> Tensor:
-        value = torch.as_tensor(np.asarray(raw, dtype=np.float32))
+        value = own_tensor(np.asarray(raw, dtype=np.float32))
         if value.ndim == 1: value = value.unsqueeze(0)
         if value.ndim != 2 or self.channels not in (None, value.shape[0]):
             raise ValueError(f"a series is {describe(value)}; expected (channels, length)"

@@ -20,7 +20,7 @@ import numpy as np
 from .geometry import (
     Placement, about, compose, perspective, rotation, shearing, translation)
 from .samples import (
-    Spatial, between, check_fill, check_number, number_range, part_to, size_pair)
+    Spatial, between, check_fill, check_number, check_size, number_range, part_to, size_pair)
 
 # %% auto #0
 __all__ = ['Resize', 'cropped', 'RandomCrop', 'CenterCrop', 'RandomResizedCrop', 'Flip', 'Rotate', 'Affine', 'Perspective']
@@ -36,7 +36,7 @@ class Resize(Spatial):
     min_visible: float = 0.0     # boxes of which less than this share is left are dropped
 
     def __post_init__(self) -> None:
-        size_pair(self, self.size), check_fill(self), check_number(self, "min_visible")
+        check_size(self), check_fill(self), check_number(self, "min_visible")
         if self.method not in ("squish", "crop", "pad"):
             raise ValueError(f"Resize got method={self.method!r}; expected 'squish', 'crop' or 'pad'")
 
@@ -82,7 +82,7 @@ class RandomCrop(Spatial):
     random_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        size_pair(self, self.size), check_fill(self), check_number(self, "min_visible")
+        check_size(self), check_fill(self), check_number(self, "min_visible")
         if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
             raise ValueError(f"RandomCrop got padding={self.padding!r}; expected whole pixels, such as 4")
 
@@ -99,7 +99,7 @@ class CenterCrop(Spatial):
     min_visible: float = 0.0     # boxes of which less than this share is left are dropped
     fill: ClassVar[float] = 0.0  # nothing is outside
 
-    def __post_init__(self) -> None: size_pair(self, self.size), check_number(self, "min_visible")
+    def __post_init__(self) -> None: check_size(self), check_number(self, "min_visible")
 
     def place(self, height: int, width: int, random: np.random.Generator) -> Placement | None:
         new_height, new_width = size_pair(self, self.size)
@@ -119,7 +119,7 @@ class RandomResizedCrop(Spatial):
     random_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        size_pair(self, self.size), check_number(self, "min_visible")
+        check_size(self), check_number(self, "min_visible")
         number_range(self, "scale", 1e-4, 1, None), number_range(self, "ratio", 0.01, 100, None)
 
     def place(self, height: int, width: int, random: np.random.Generator) -> Placement | None:
