@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbdev_trainer.core.nested import tensors
-from nbdev_trainer.data import Boxes, Category, Data, Image, Number, PerSample
+from nbdev_trainer.data import Array, Boxes, Category, Data, Image, Number, PerSample
 from nbdev_trainer.data.batch import Batch
 from nbdev_trainer.data.workers import SampleLoader
 
@@ -280,3 +280,13 @@ def test_a_device_may_be_a_text(how):
     assert [batch.inputs.tolist() for batch in made.batches(0, device="cpu")] == [
         batch.inputs.tolist() for batch in made.batches(0)
     ]
+
+
+def test_a_rank_whose_samples_are_all_left_out_yields_an_empty_batch():
+    rows = [{"x": [1.0]}, {"x": [2.0]}, {"x": "broken"}, {"x": "broken"}, {"x": [5.0]}]
+    x = Array(lambda row: np.array(row["x"], np.float32))
+    data = Data(rows, {"x": x}, inputs="x", on_error="skip", skip_limit=1.0)
+    loader = data.loader(rows, batch_size=4, on_error="skip")
+    ranks = [[batch.ids.tolist() for batch in loader.shard(rank, 2).batches(0)] for rank in range(2)]
+    assert ranks == [[[0, 1], [4]], [[], []]]
+    assert [batch.ids.tolist() for batch in loader.batches(0)] == [[0, 1], [4]]

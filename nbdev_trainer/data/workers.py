@@ -370,7 +370,17 @@ class SampleLoader(Loader):
         if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
         for task, read in done:
             batch = source.finish(read, task, device)
+            if batch is None and self.world_size > 1: batch = self.empty_batch(device)  # ranks go in step
             if batch is not None: yield emptied(batch) if task.spare else batch
+
+    def empty_batch(self, device: torch.device | None) -> Batch:
+        "A batch without samples, shaped like the others; raises `RuntimeError` when no sample can be read"
+        source: Any = self.fetch
+        for position in self.rows.tolist():
+            task = Task([position], [0])
+            batch = source.finish(source.read(task, nothing), task, device)
+            if batch is not None: return emptied(batch)
+        raise RuntimeError(f"none of the {len(self.rows)} samples can be read")
 
     def done(self, tasks: Iterable[Task], device: torch.device | None) -> Iterator[tuple[Task, Any]]:
         "Tasks with what was read for them, by whoever does it"
