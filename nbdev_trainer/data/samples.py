@@ -62,10 +62,11 @@ def size_pair(
 
 def check_size(
     owner: Any,  # the transform, whose `size` becomes plain numbers, so that it can be written down as JSON
-) -> None:
-    "Check the size of a transform; raises `ValueError` for what is none"
+) -> tuple[int, int]:  # height, width
+    "The size of a transform; raises `ValueError` for what is none"
     pair = size_pair(owner, owner.size)
     owner.size = pair if isinstance(owner.size, (tuple, list)) else pair[0]
+    return pair
 
 def check_number(
     owner: Any,  # the transform, which has the setting
