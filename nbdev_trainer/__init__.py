@@ -41,6 +41,7 @@ Modules:
 - `nbdev_trainer.data.rows`: Tables as lists of rows, from CSV, Parquet or a DataFrame
 - `nbdev_trainer.data.samplers`: Which samples make up which batch: in order, shuffled, weighted, balanced, by length, by a budget of tokens
 - `nbdev_trainer.data.samples`: What a transform of a sample is, and how image, mask, boxes and points move together
+- `nbdev_trainer.data.sending`: What worker processes send: samples with few open files, and errors with all that was said of them
 - `nbdev_trainer.data.sequence_transforms`: Shift, scale and disturb series and recordings; cut texts, and drop words of them
 - `nbdev_trainer.data.sequences`: Texts, tokens, series and sound: kinds of values that have a length
 - `nbdev_trainer.data.show`: Samples as people see them: pictures with what lies on them, curves, or a table
@@ -50,6 +51,7 @@ Modules:
 - `nbdev_trainer.data.splits_by`: Splits that look at the items: by class, group, folder, value or time, and in folds
 - `nbdev_trainer.data.streams`: Sources without a length, several loaders as one, and loaders that change from epoch to epoch
 - `nbdev_trainer.data.transforms`: Resize, crop, flip, turn, see from the side: transforms that move what is in a picture
+- `nbdev_trainer.data.values`: Raw values as people give them, made plain: gaps, numbers, labels, and arrays that belong to somebody else
 - `nbdev_trainer.data.warp`: Flip, turn, zoom, shift, shear and tilt a whole batch in one resampling; masks, boxes and points follow
 - `nbdev_trainer.data.workers`: Read the samples of a batch here, in threads or in other processes: the batches are the same
 - `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import size_of
+from ..core.nested import index, size_of
 
 # %% auto #0
-__all__ = ['Batch', 'StepOutput', 'first_largest', 'count_samples', 'to_batch', 'reader_for', 'from_dict']
+__all__ = ['Batch', 'StepOutput', 'first_largest', 'emptied', 'count_samples', 'to_batch', 'reader_for', 'from_dict']
 
 # %% ../../nbs/api/data/00_batch.ipynb #7d4225c7
 @dataclass(slots=True)
@@ -56,6 +56,15 @@ def first_largest(scores: Tensor) -> Tensor:
     on_host = type(scores) is Tensor and scores.device.type == "cpu" and scores.dtype == torch.float32
     if not on_host or scores.ndim != 2 or not scores.shape[1] >= 64: return scores.argmax(1)
     return torch.from_numpy(scores.numpy().argmax(1))
+
+# %% ../../nbs/api/data/00_batch.ipynb #c7535767
+def emptied(
+    batch: Batch,
+) -> Batch:
+    "A batch without its samples, for a rank that has nothing to do in this step"
+    none = torch.empty(0, dtype=torch.int64)
+    def no(value: Any) -> Any: return None if value is None else index(value, none)
+    return Batch(no(batch.inputs), no(batch.targets), 0, no(batch.ids), no(batch.weights))
 
 # %% ../../nbs/api/data/00_batch.ipynb #7e5397a6
 def count_samples(

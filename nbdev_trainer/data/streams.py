@@ -21,12 +21,12 @@ import torch
 
 from ..core.errors import checked_keywords, describe, did_you_mean
 from ..core.seeding import check_seed
-from .batch import Batch
+from .batch import Batch, emptied
 from .kinds import Kind
 from .loaders import EpochLoader
 from .pipeline import check_fields, check_steps
 from .sources import Fields, ItemSource
-from .workers import Task, emptied, nothing, tasks_of
+from .workers import Task, nothing, tasks_of
 
 # %% auto #0
 __all__ = ['Positioned', 'check_stream', 'stream_source', 'Numbered', 'read_and_finish', 'StreamLoader', 'check_loaders',

@@ -32,16 +32,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.errors import did_you_mean
-from ..core.nested import index, map_tensors, to_device
+from ..core.nested import map_tensors, to_device
 from ..core.seeding import hash64
-from .batch import Batch
+from .batch import Batch, emptied
 from .loaders import Loader
 from .sending import Failed, pack, unpack
 
 # %% auto #0
-__all__ = ['SALT', 'Device', 'Task', 'part_of', 'emptied', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue',
-           'unchanged', 'seed_worker', 'read_here', 'work_off', 'Threads', 'read_in_threads', 'keeping_garbage',
-           'end_processes', 'lost_workers', 'Processes', 'copied_ahead', 'arrived', 'check_way', 'SampleLoader']
+__all__ = ['SALT', 'Device', 'Task', 'part_of', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged',
+           'seed_worker', 'read_here', 'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes',
+           'lost_workers', 'Processes', 'copied_ahead', 'arrived', 'check_way', 'empty_batch', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -59,14 +59,6 @@ def part_of(
     each, more = divmod(n, world_size)
     start = rank * each + min(rank, more)
     return slice(start, start + each + (rank < more))
-
-def emptied(
-    batch: Batch,
-) -> Batch:
-    "A batch without its samples, for a rank that has nothing to do in this step"
-    none = torch.empty(0, dtype=torch.int64)
-    def no(value: Any) -> Any: return None if value is None else index(value, none)
-    return Batch(no(batch.inputs), no(batch.targets), 0, no(batch.ids), no(batch.weights))
 
 # %% ../../nbs/api/data/10_workers.ipynb #13853967
 SALT = 0x5EED_0F_5A9E_5  # keeps keys and the order of an epoch, which hash the same numbers, apart
@@ -347,9 +339,23 @@ def check_way(
                          "the main process")
 
 # %% ../../nbs/api/data/10_workers.ipynb #e5a5bb07
+def empty_batch(
+    loader: Loader,
+    device: torch.device | None,
+) -> Batch:
+    "A batch without samples, shaped like the others; raises `RuntimeError` when no sample can be read"
+    source: Any = loader.fetch
+    for position in loader.rows.tolist():
+        task = Task([position], [0])
+        batch = source.finish(source.read(task, nothing), task, device)
+        if batch is not None: return emptied(batch)
+    raise RuntimeError(f"none of the {len(loader.rows)} samples can be read")
+
+# %% ../../nbs/api/data/10_workers.ipynb #7a2d9736
 @dataclass(eq=False)
 class SampleLoader(Loader):
     "Batches of samples that are read one by one, here, in threads or in processes"
+    fetch: Any = field(repr=False)  # a `Source`
     _: KW_ONLY
     num_workers: int = 0        # 0: read in the main process, when a batch is asked for
     workers: str = "processes"  # or "threads"
@@ -358,46 +364,35 @@ class SampleLoader(Loader):
     processes: list[Processes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_way(self.num_workers, self.workers)
+        super().__post_init__()
 
     def batches(self, epoch: int, start: int = 0, device: Device = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        source: Any = self.fetch
-        device = None if device is None else torch.device(device)
+        source = self.fetch
+        if device is not None: device = torch.device(device)
         done = self.done(tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start,
                                   self.rank, self.world_size), device)
         if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
         for task, read in done:
             batch = source.finish(read, task, device)
-            if batch is None and self.world_size > 1: batch = self.empty_batch(device)  # ranks go in step
+            if batch is None and self.world_size > 1: batch = empty_batch(self, device)  # ranks go in step
             if batch is not None: yield emptied(batch) if task.spare else batch
-
-    def empty_batch(self, device: torch.device | None) -> Batch:
-        "A batch without samples, shaped like the others; raises `RuntimeError` when no sample can be read"
-        source: Any = self.fetch
-        for position in self.rows.tolist():
-            task = Task([position], [0])
-            batch = source.finish(source.read(task, nothing), task, device)
-            if batch is not None: return emptied(batch)
-        raise RuntimeError(f"none of the {len(self.rows)} samples can be read")
 
     def done(self, tasks: Iterable[Task], device: torch.device | None) -> Iterator[tuple[Task, Any]]:
         "Tasks with what was read for them, by whoever does it"
-        source: Any = self.fetch
-        if self.num_workers == 0: return read_here(source, tasks)
-        if self.workers == "threads":
-            return read_in_threads(source, tasks, self.num_workers, self.ahead, self.timeout)
-        pin = device is not None and device.type == "cuda"
+        source, n, ahead, timeout = self.fetch, self.num_workers, self.ahead, self.timeout
+        if n == 0: return read_here(source, tasks)
+        if self.workers == "threads": return read_in_threads(source, tasks, n, ahead, timeout)
         if self.processes and self.processes[0].broken: self.processes.clear()
         if self.processes and not self.processes[0].busy: return self.processes[0].read(tasks)
-        started = Processes(source, self.num_workers, self.ahead, self.timeout, pin)
+        pinned = device is not None and device.type == "cuda"
+        started = Processes(source, n, ahead, timeout, pinned)
         if not self.processes: self.processes.append(started)  # a second reader at the same time gets its own
         return started.read(tasks)
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each once, in order, without what is done in training only"
-        source: Any = self.fetch
-        if not source.training: return super().in_order()
-        return replace(self, fetch=source.for_evaluation(), rows=self.rows.sort().values, shuffle=False,
+        if not self.fetch.training: return super().in_order()
+        return replace(self, fetch=self.fetch.for_evaluation(), rows=self.rows.sort().values, shuffle=False,
                        drop_last=False, sampler=None)
