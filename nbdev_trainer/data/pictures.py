@@ -44,16 +44,19 @@ def open_picture(
     upright: bool = True,   # turn it as its note says
 ) -> PIL.Image.Image:
     "A picture, read and decoded; an error says of which file"
-    try: return decoded(raw, mode, upright)
+    pillow = require("PIL.Image", extra="vision", why="reading images")
+    if isinstance(raw, pillow.Image): return decoded(raw, mode, upright)
+    try:
+        with pillow.open(io.BytesIO(raw) if isinstance(raw, (bytes, bytearray)) else raw) as file:
+            picture = decoded(file, mode, upright)
     except Exception as error:
         if isinstance(raw, (str, PathLike)): error.add_note(f"reading the picture {str(raw)!r} failed")
         raise
+    picture.info.clear()
+    return picture
 
-def decoded(raw: Any, mode: str | None, upright: bool) -> PIL.Image.Image:
+def decoded(picture: PIL.Image.Image, mode: str | None, upright: bool) -> PIL.Image.Image:
     "A picture, read, turned and converted"
-    pillow = require("PIL.Image", extra="vision", why="reading images")
-    if isinstance(raw, pillow.Image): picture = raw
-    else: picture = pillow.open(io.BytesIO(raw) if isinstance(raw, (bytes, bytearray)) else raw)
     if upright and picture.getexif().get(ORIENTATION, 1) != 1:
         picture = require("PIL.ImageOps", extra="vision", why="reading images").exif_transpose(picture)
     if mode is not None and picture.mode != mode:
@@ -64,7 +67,6 @@ def decoded(raw: Any, mode: str | None, upright: bool) -> PIL.Image.Image:
         if picture.mode == "P" and "transparency" in picture.info: picture = picture.convert("RGBA")
         picture = picture.convert(mode)
     else: picture.load()
-    if picture is not raw and isinstance(raw, (str, PathLike)): picture.info.clear()
     return picture
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #3ffa39ee
