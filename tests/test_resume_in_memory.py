@@ -366,6 +366,8 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "ByEpoch": lambda: ByEpoch(lambda epoch: own_loader()),
     "Combined": lambda: Combined({"one": own_loader(), "other": sample_loader()}),
     "EpochLoader": sample_loader,
+    "SeededLoader": own_loader,
+    "Positioned": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "SampleLoader": sample_loader,
     "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "AveragePrecision": lambda: AveragePrecision("multiclass", 3, n_bins=20),

@@ -171,7 +171,8 @@ def kind_from(
 ) -> Kind:
     "A kind built again; raises `ValueError` for a name that no kind has and for unknown settings"
     told = dict(description)
-    name, known = told.pop("kind", None), {one.__name__: one for one in known_kinds()}
+    ours_last = sorted(known_kinds(), key=lambda one: one.__module__.startswith("nbdev_trainer."))
+    name, known = told.pop("kind", None), {one.__name__: one for one in ours_last}  # ours before a namesake
     if name not in known:
         raise ValueError(f"the description is of the kind {name!r}, which is not known here. "
                          f"{did_you_mean(str(name), known, what='kind')} Import the module that defines it "
