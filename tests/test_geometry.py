@@ -79,7 +79,8 @@ DRAWN = {
     "mean": st.just([0.4] * 3),
     "std": st.just([0.2] * 3),
 }
-ONE = {"RandomResizedCrop.scale": st.just((0.3, 1.0)), "Affine.scale": numbers(0, 0.4)}
+ONE = {"RandomResizedCrop.scale": st.just((0.3, 1.0)), "Affine.scale": numbers(0, 0.4),
+       "Affine.translate": numbers(0.01, 0.5)}  # it refuses to change nothing
 ONE |= {"RandomWarp.vertical": st.sampled_from([0.0, 1.0])}
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from .errors import describe
 
 # %% auto #0
-__all__ = ['check_seed', 'seed_everything', 'rng_state', 'set_rng_state', 'isolated_rng', 'hash64', 'permutation', 'subkeys',
-           'uniforms']
+__all__ = ['check_seed', 'seed_everything', 'seed_globals', 'rng_state', 'set_rng_state', 'isolated_rng', 'hash64', 'permutation',
+           'subkeys', 'uniforms']
 
 # %% ../../nbs/api/core/02_seeding.ipynb #f1198fc8
 def check_seed(
@@ -45,6 +45,15 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../../nbs/api/core/02_seeding.ipynb #bb438ad0
+def seed_globals(
+    key: int,  # in [0, 2**64)
+) -> None:
+    "Seed the global generators of python, numpy and torch's CPU."
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key % 2**32)
 
 # %% ../../nbs/api/core/02_seeding.ipynb #9fd52269
 def rng_state() -> dict[str, Any]:  # tensors, numbers, None and lists of them, under names

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..core.errors import describe
 from ..core.seeding import uniforms
-from .color import color_matrix, recolor
+from .color import ColorAmounts, color_matrix, recolor
 from .geometry import on_device
 from .kinds import Kind
 from .pictures import Image
-from .samples import check_number, fields_of, number_range
+from .samples import between, check_number, fields_of, number_range
 
 # %% auto #0
-__all__ = ['Fields', 'BatchTransform', 'on_images', 'floats', 'Normalize', 'drawn', 'ColorJitter', 'noise_table', 'noise_like',
+__all__ = ['Fields', 'BatchTransform', 'on_images', 'floats', 'Normalize', 'ColorJitter', 'noise_table', 'noise_like',
            'RandomErase', 'RandomNoise']
 
 # %% ../../nbs/api/data/09_augment.ipynb #0f8d3ef1
@@ -121,35 +121,14 @@ class Normalize(BatchTransform):
         return (images - summand) / factor
 
 # %% ../../nbs/api/data/09_augment.ipynb #25514e01
-def drawn(
-    draws: np.ndarray,  # (batch,) in [0, 1)
-    limits: tuple[float, float],
-) -> np.ndarray:  # (batch,)
-    "A number between the limits for each sample"
-    return limits[0] + (limits[1] - limits[0]) * draws
-
 @dataclass
-class ColorJitter(BatchTransform):
+class ColorJitter(ColorAmounts, BatchTransform):
     "Change brightness, contrast, saturation and hue of each image by random amounts"
-    brightness: float | tuple[float, float] = 0.2  # at most, to both sides of 1; or a pair of factors
-    contrast: float | tuple[float, float] = 0.2    # likewise
-    saturation: float | tuple[float, float] = 0.2  # likewise
-    hue: float | tuple[float, float] = 0.0         # share of the full circle, at most 0.5, to both sides
-    p: float = 1.0                                 # how often, in [0, 1]
-
-    def __post_init__(self) -> None: self.limits(), check_number(self, "p")
-
-    def limits(self) -> list[tuple[float, float]]:
-        "The lowest and highest of all four"
-        names = "brightness", "contrast", "saturation"
-        factors = [number_range(self, name, 0, 10, around=1.0) for name in names]
-        return [*factors, number_range(self, "hue", -0.5, 0.5)]
-
     def __call__(self, fields: Fields, kinds: Mapping[str, Kind], keys: np.ndarray) -> Fields:
         "The batch with its images recoloured"
         def change(images: Tensor, keys: np.ndarray) -> Tensor:
             happens, *draws = uniforms(keys, 5).T
-            numbers = [drawn(draw, limits) for draw, limits in zip(draws, self.limits())]
+            numbers = [between(limits, draw) for draw, limits in zip(draws, self.limits())]
             matrices = np.where((happens < self.p)[:, None, None], color_matrix(*numbers), np.eye(3, 4))
             return recolor(images, on_device(matrices, images.device))
         return on_images(self, fields, kinds, keys, change)
@@ -189,8 +168,8 @@ class RandomErase(BatchTransform):
     def holes(self, keys: np.ndarray, height: int, width: int) -> np.ndarray:  # (batch, 4) int64
         "First and last row, first and last column of each rectangle, the last ones outside; none: zeros"
         happens, area, shape, down, right = uniforms(keys, 5).T
-        area = drawn(area, self.scale) * height * width
-        ratio = np.exp(drawn(shape, (math.log(self.ratio[0]), math.log(self.ratio[1]))))
+        area = between(self.scale, area) * height * width
+        ratio = np.exp(between((math.log(self.ratio[0]), math.log(self.ratio[1])), shape))
         rows = np.sqrt(area / ratio).round().clip(1, height)
         columns = np.sqrt(area * ratio).round().clip(1, width)
         top, left = np.floor(down * (height - rows + 1)), np.floor(right * (width - columns + 1))

@@ -22,7 +22,7 @@ from ..core.errors import describe, did_you_mean
 from ..core.nested import index, size_of
 
 # %% auto #0
-__all__ = ['Batch', 'StepOutput', 'first_largest', 'emptied', 'count_samples', 'to_batch', 'reader_for', 'from_dict']
+__all__ = ['Batch', 'StepOutput', 'first_largest', 'part_of', 'emptied', 'count_samples', 'to_batch', 'reader_for', 'from_dict']
 
 # %% ../../nbs/api/data/00_batch.ipynb #7d4225c7
 @dataclass(slots=True)
@@ -56,6 +56,17 @@ def first_largest(scores: Tensor) -> Tensor:
     on_host = type(scores) is Tensor and scores.device.type == "cpu" and scores.dtype == torch.float32
     if not on_host or scores.ndim != 2 or not scores.shape[1] >= 64: return scores.argmax(1)
     return torch.from_numpy(scores.numpy().argmax(1))
+
+# %% ../../nbs/api/data/00_batch.ipynb #b2574680
+def part_of(
+    n: int,           # samples in a batch
+    rank: int,
+    world_size: int,
+) -> slice:
+    "The part of a batch that is for one of several ranks; the first ones may have one more than the others"
+    each, more = divmod(n, world_size)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
 
 # %% ../../nbs/api/data/00_batch.ipynb #c7535767
 def emptied(

@@ -26,7 +26,8 @@ from .pictures import Image
 from .samples import Sample, Transform, between, check_number, fields_of, number_range
 
 # %% auto #0
-__all__ = ['GREY', 'color_matrix', 'recolor', 'PixelTransform', 'RandomColor', 'Grayscale', 'blurred', 'Blur', 'hole_in', 'Erase']
+__all__ = ['GREY', 'color_matrix', 'recolor', 'PixelTransform', 'ColorAmounts', 'RandomColor', 'Grayscale', 'blurred', 'Blur',
+           'hole_in', 'Erase']
 
 # %% ../../nbs/api/data/08b_color.ipynb #fa692651
 GREY = np.array([0.299, 0.587, 0.114])
@@ -97,8 +98,8 @@ class PixelTransform(Transform):
 
 # %% ../../nbs/api/data/08b_color.ipynb #bc8f16fb
 @dataclass
-class RandomColor(PixelTransform):
-    "Change brightness, contrast, saturation and hue by random amounts, in one go"
+class ColorAmounts:
+    "How far colours may change, for a sample at a time or for a batch"
     brightness: float | tuple[float, float] = 0.2  # at most, to both sides of 1; or a pair of factors
     contrast: float | tuple[float, float] = 0.2    # likewise
     saturation: float | tuple[float, float] = 0.2  # likewise
@@ -113,6 +114,9 @@ class RandomColor(PixelTransform):
         factors = [number_range(self, name, 0, 10, around=1.0) for name in names]
         return [*factors, number_range(self, "hue", -0.5, 0.5)]
 
+@dataclass
+class RandomColor(ColorAmounts, PixelTransform):
+    "Change brightness, contrast, saturation and hue by random amounts, in one go"
     def draw(self, random: np.random.Generator) -> Any:
         happens, *shares = random.random(5).tolist()
         if happens >= self.p: return None

@@ -11,7 +11,6 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/data_check.html.md"
 # %% ../../nbs/api/data/10e_data_check.ipynb #56f7338f
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from ..core.errors import describe
 from ..core.nested import tensors
-from .items import content_hash
 from .kinds import Categories, Category, Numbers
+from .leaks import equal_files
 from .pictures import Boxes, Image, Mask
 from .sequences import Text
 from .sources import ItemSource, file_of, generator_for, name_of_item
@@ -193,20 +192,12 @@ def file_problems(
 ) -> Iterator[str]:
     "Files that are there twice; only those of equal size are read"
     part_of = {position: part for part, ids in split.parts().items() for position in ids.tolist()}
-    sizes: dict[int, list[int]] = {}
-    for position in used_in(split):
-        path = file_of(items[position])
-        if path is None: return
-        if os.path.isfile(path): sizes.setdefault(os.path.getsize(path), []).append(position)
-    named: dict[str, list[int]] = {}
-    for position in (one for same in sizes.values() if len(same) > 1 for one in same):
-        try: named.setdefault(content_hash(items[position]), []).append(position)
-        except OSError: continue  # a look at every item tells
+    with_files = [position for position in used_in(split) if file_of(items[position])]
     pairs: dict[bool, list[str]] = {True: [], False: []}
-    for same in (one for one in named.values() if len(one) > 1):
-        apart = next((one for one in same if part_of[one] != part_of[same[0]]), None)
-        told = [f"{name_of_item(items, one)} ({part_of[one]})" for one in (same[0], apart or same[1])]
-        pairs[apart is not None].append(" and ".join(told))
+    for same in equal_files(items, with_files):
+        other = next((one for one in same if part_of[one] != part_of[same[0]]), same[1])
+        told = [f"{name_of_item(items, one)} ({part_of[one]})" for one in (same[0], other)]
+        pairs[part_of[other] != part_of[same[0]]].append(" and ".join(told))
     if pairs[True]:
         yield (f"the same file is on two sides of the split: {some(pairs[True])}; keep them together, "
                "grouped_split(by=content_hash), or remove one")
@@ -252,9 +243,10 @@ def item_problems(
     failed, grey, outside, empty, unlike = [], [], [], [], []
     sizes: dict[str, Counter[tuple[int, ...]]] = {"training": Counter(), "evaluation": Counter()}
     evaluation = source.for_evaluation()
+    in_training = None if source.rows is None else set(source.rows.tolist())
     for position in positions:
         name = name_of_item(source.items, position)
-        training = source.used is None or position in source.used
+        training = in_training is None or position in in_training
         try:
             sample = (source if training else evaluation).sample(position, 0)
             for key, value in sample.items():

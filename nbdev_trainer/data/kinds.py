@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import describe, did_you_mean
 from .values import (
-    check_label, check_missing, classes_of, columns_of, filled, floats_of, is_gap, learnt, no_class,
-    own_tensor, plain, plain_floats, single, spelled, spread_of, stand_ins)
+    check_finite, check_label, check_missing, classes_of, columns_of, filled, floats_of, is_gap, learnt,
+    no_class, own_tensor, plain, plain_floats, single, spelled, spread_of, stand_ins)
 
 if TYPE_CHECKING: import matplotlib.axes
 
@@ -219,7 +219,7 @@ class Numbers(Kind):
         "The raw value as a list"
         return list(raw) if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0) != 0 else [raw]
 
-    def check_raw(self, raw: Any) -> None: self.as_floats(raw)
+    def check_raw(self, raw: Any) -> None: check_finite(self.as_floats(raw), raw)
 
     def fit(self, raws: Iterable[Any]) -> None:
         columns = columns_of(torch.stack([self.as_floats(raw) for raw in raws]))

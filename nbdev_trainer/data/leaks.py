@@ -10,8 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/leaks.html.md"""
 
 # %% ../../nbs/api/data/03c_leaks.ipynb #9a9512f0
 from __future__ import annotations
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from ..core.errors import Problems
 from .items import content_hash, path_of, read_all
@@ -19,9 +18,25 @@ from .kinds import Reader
 from .splits import Split, stable_text
 
 # %% auto #0
-__all__ = ['find_leaks', 'check_leaks']
+__all__ = ['equal_files', 'find_leaks', 'check_leaks']
 
 # %% ../../nbs/api/data/03c_leaks.ipynb #f58e8256
+def equal_files(
+    items: Sequence[Any],
+    positions: Iterable[int],  # of the items to compare
+) -> list[list[int]]:  # positions of equal files, in order; those of which there is only one are left out
+    "Groups of files with the same content"
+    sizes: dict[int, list[int]] = {}
+    contents: dict[str, list[int]] = {}
+    for position in positions:
+        path = path_of(items[position])
+        if path.is_file(): sizes.setdefault(path.stat().st_size, []).append(position)
+    for position in sorted(one for same in sizes.values() if len(same) > 1 for one in same):
+        try: contents.setdefault(content_hash(items[position]), []).append(position)
+        except OSError: continue
+    return [same for same in contents.values() if len(same) > 1]
+
+# %% ../../nbs/api/data/03c_leaks.ipynb #ab076530
 def find_leaks(
     items: Sequence[Any],
     split: Split,
@@ -30,10 +45,7 @@ def find_leaks(
 ) -> list[str]:  # one text for each pair of items
     "What is on two sides of a split; each value is told once, with two of its items."
     part_of = {i: part for part, ids in split.parts().items() if part != "unused" for i in ids.tolist()}
-    if by is content_hash:
-        sizes = {i: path_of(items[i]).stat().st_size for i in part_of}
-        shared = Counter(sizes.values())
-        values = {i: content_hash(items[i]) for i in part_of if shared[sizes[i]] > 1}
+    if by is content_hash: values = {i: same[0] for same in equal_files(items, part_of) for i in same}
     else: values = dict(enumerate(read_all(items, by)))
     first: dict[str, int] = {}
     leaks: dict[str, str] = {}

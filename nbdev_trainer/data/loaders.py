@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from ..core.errors import checked_keywords, describe
 from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
-from .batch import Batch, count_samples, to_batch
+from .batch import Batch, count_samples, part_of, to_batch
 from .splits import random_split
 
 if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
@@ -110,7 +110,7 @@ class Loader(SeededLoader):
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         for ids in self.index_batches(epoch)[start:]:
-            yield self.fetch(ids if self.world_size == 1 else ids.tensor_split(self.world_size)[self.rank])
+            yield self.fetch(ids[part_of(len(ids), self.rank, self.world_size)])
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each exactly once, in the order of the data set"

@@ -88,8 +88,7 @@ def check_steps(names: Sequence[str] = (), **steps: Sequence[Any]) -> None:
                 raise TypeError(f"{part} has the module {type(one).__name__}, which takes one value; say of "
                                 f"which field: Apply({type(one).__name__}(...), 'image'), or "
                                 "Torchvision(...)")
-            for name in [one.on] if isinstance(one, Apply) and isinstance(one.on, str) else getattr(one,
-                                                                                                    "on", ()):
+            for name in one.names if isinstance(one, Apply) else ():
                 if names and name not in names:
                     raise ValueError(f"{one!r} is for the field {name!r}. "
                                      f"{did_you_mean(name, names, what='field')}")
@@ -102,7 +101,7 @@ def steps_for(
     kept = []
     for one in steps:
         if isinstance(one, Apply):
-            on = [name for name in ([one.on] if isinstance(one.on, str) else one.on) if name in names]
+            on = [name for name in one.names if name in names]
             if not on: continue
             one = replace(one, on=on)
         kept.append(one)
@@ -195,8 +194,7 @@ def step_from(
 def kind_again(
     description: Mapping[str, Any],  # what `Kind.describe` gave
     reader: Reader,                  # how the kind reads its items
-    # the kind itself, where it holds a function; None: the description says all
-    given: Kind | None,
+    given: Kind | None,              # the kind itself, where it holds a function; None: as described
 ) -> Kind:
     "A kind built again; one that is given takes over from the description what it has not learnt"
     if given is None: return kind_from(description, reader)
@@ -345,8 +343,7 @@ class Data:
         *,
         transforms: Sequence[Any] | None = None,        # None: those of the description
         batch_transforms: Sequence[Any] | None = None,  # likewise
-        # by field, those that hold functions; what is None is taken over
-        kinds: Mapping[str, Kind] | None = None,
+        kinds: Mapping[str, Kind] | None = None,  # by field, those with functions; what is None is taken over
     ) -> Data:
         "Data that encodes new items as the described one did; fields without a reader are left out"
         known = known_steps()

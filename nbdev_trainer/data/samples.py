@@ -112,8 +112,8 @@ def check_fill(owner: Any) -> float | str:
 
 def between(
     limits: tuple[float, float],
-    share: float,  # in [0, 1)
-) -> float:
+    share: Any,  # in [0, 1): a number, or an array of them
+) -> Any:  # like share
     "The number at a share of the way between two"
     return limits[0] + (limits[1] - limits[0]) * share
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random as python_random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,16 +27,16 @@ from torch import Tensor
 
 from ..core.errors import describe, did_you_mean
 from ..core.nested import to_device
-from ..core.seeding import hash64, isolated_rng, subkeys
+from ..core.seeding import hash64, isolated_rng, seed_globals, subkeys
 from .batch import Batch
 from .items import path_of
 from .kinds import Kind
 from .workers import Task
 
 # %% auto #0
-__all__ = ['LOCAL', 'Fields', 'generator_for', 'seed_globals', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of',
-           'name_of_item', 'content_of', 'key_of', 'Read', 'n_rows', 'skipped_here', 'too_many', 'no_sample',
-           'note_failed_sample', 'note_failed_batch', 'ItemSource']
+__all__ = ['LOCAL', 'Fields', 'generator_for', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of', 'name_of_item', 'content_of',
+           'key_of', 'Read', 'n_rows', 'skipped_here', 'too_many', 'no_sample', 'note_failed_sample',
+           'note_failed_batch', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
 LOCAL = threading.local()  # a generator for each thread
@@ -54,14 +53,6 @@ def generator_for(
     LOCAL.generator.bit_generator.state = state
     return LOCAL.generator
 
-def seed_globals(
-    key: int,  # in [0, 2**64)
-) -> None:
-    "Seed the global generators of python, numpy and torch's CPU for one sample"
-    python_random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key % 2**32)
-
 # %% ../../nbs/api/data/10b_sources.ipynb #218d77b1
 @dataclass
 class Apply:
@@ -72,14 +63,18 @@ class Apply:
     random: bool = False         # call it with the generator of the sample as a second argument
     foreign: ClassVar[bool] = True  # may draw from global generators
 
+    @property
+    def names(self) -> Sequence[str]:
+        "The fields, as a list"
+        return [self.on] if isinstance(self.on, str) else self.on
+
     def __call__(self, sample: Mapping[str, Tensor], kinds: Mapping[str, Kind],
                  random: Any) -> dict[str, Tensor]:
-        names = [self.on] if isinstance(self.on, str) else self.on
-        for name in names:
+        for name in self.names:
             if name not in sample:
                 raise KeyError(f"the sample has no {name!r}. {did_you_mean(name, sample, what='field')}")
         changed = {name: self.fn(sample[name], random) if self.random else self.fn(sample[name])
-                   for name in names}
+                   for name in self.names}
         return {**sample, **changed}
 
 # %% ../../nbs/api/data/10b_sources.ipynb #483e8d7a
@@ -161,12 +156,13 @@ class Read(NamedTuple):
 
 def n_rows(source: ItemSource) -> int:
     "How many samples a source has"
-    return len(source.items) if source.used is None else len(source.used)
+    return len(source.items) if source.rows is None else len(source.rows)
 
 def skipped_here(source: ItemSource) -> dict[int, str]:
     "What could not be read of the samples that this source uses; others of the same data are not its affair"
-    if source.used is None: return source.skipped
-    return {position: why for position, why in source.skipped.items() if position in source.used}
+    if source.rows is None: return source.skipped
+    here = torch.isin(torch.tensor(list(source.skipped), dtype=torch.int64), source.rows).tolist()
+    return {position: why for (position, why), used in zip(source.skipped.items(), here) if used}
 
 def too_many(
     source: ItemSource,
@@ -237,8 +233,8 @@ class ItemSource:
     def __post_init__(self) -> None:
         steps = [*self.transforms, *self.train_transforms] if self.training else list(self.transforms)
         self.steps = steps
-        self.told = repr({name: kind.describe() for name, kind in self.kinds.items()})
-        self.used = None if self.rows is None else set(self.rows.tolist())
+        kinds = {} if self.cache is None else self.kinds  # only a cache asks
+        self.told = repr({name: kind.describe() for name, kind in kinds.items()})
         self.foreign = any(getattr(one, "foreign", False) for one in steps)
 
     def for_evaluation(self) -> ItemSource:

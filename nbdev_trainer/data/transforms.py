@@ -182,9 +182,11 @@ class Affine(Spatial):
     random_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.limits()
         for name in ("translate", "p", "min_visible"): check_number(self, name)
         check_fill(self)
+        if not self.translate and self.limits() == ((0, 0), (1, 1), (0, 0)):
+            raise ValueError(f"{self} changes nothing; say what it may change: degrees, scale, shear or "
+                             f"translate")
 
     def limits(self) -> tuple[tuple[float, float], ...]:
         "The lowest and highest of degrees, scale and shear"

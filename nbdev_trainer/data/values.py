@@ -24,8 +24,9 @@ from torch import Tensor
 from ..core.errors import describe, did_you_mean
 
 # %% auto #0
-__all__ = ['is_gap', 'single', 'plain', 'plain_floats', 'own_tensor', 'floats_of', 'columns_of', 'filled', 'learnt', 'spread_of',
-           'spelled', 'check_missing', 'stand_ins', 'sorted_classes', 'check_label', 'classes_of', 'no_class']
+__all__ = ['is_gap', 'single', 'plain', 'plain_floats', 'own_tensor', 'floats_of', 'check_finite', 'columns_of', 'filled',
+           'learnt', 'spread_of', 'spelled', 'check_missing', 'stand_ins', 'sorted_classes', 'check_label',
+           'classes_of', 'no_class']
 
 # %% ../../nbs/api/data/05e_values.ipynb #b98e1ada
 def is_gap(
@@ -70,6 +71,15 @@ def floats_of(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
                          "names") from error
+
+def check_finite(
+    values: Tensor,  # (k,) NaN where missing
+    raw: Any,        # where they come from, for the error
+) -> None:
+    "Raise `ValueError` for infinity, of which there is no mean"
+    if values.isinf().any():
+        raise ValueError(f"{describe(raw)} has an infinite number, of which there is no mean; correct it, "
+                         "or leave the item out")
 
 def columns_of(
     table: Tensor,  # (items, k), NaN where missing

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..core.seeding import uniforms
-from .augment import BatchTransform, Fields, drawn, floats
+from .augment import BatchTransform, Fields, floats
 from .geometry import (
     about, compose, on_device, perspective, points_inside, rotation, sampling_grid, scaling, shearing,
     transform_boxes, transform_points, translation, warp)
 from .kinds import Kind
 from .pictures import Boxes, Image, Mask, Points
-from .samples import check_fill, check_number, fields_of, number_range
+from .samples import between, check_fill, check_number, fields_of, number_range
 
 # %% auto #0
 __all__ = ['warped', 'rows_of', 'like', 'warp_points', 'warp_boxes', 'picture_sizes', 'SpatialBatch', 'RandomWarp', 'tilted']
@@ -182,11 +182,12 @@ class RandomWarp(SpatialBatch):
         (height, width), on, (turn, zoom, shear) = sizes.T, happens < self.p, self.limits()
         mirrored = scaling(*(np.where(draw < often, -1.0, 1.0)
                              for draw, often in ((across, self.flip), (down, self.vertical))))
-        leaning = shearing(on * drawn(lean_x, shear), on * drawn(lean_y, shear))
-        zoomed, turned = scaling(np.where(on, drawn(factor, zoom), 1.0)), rotation(on * drawn(angle, turn))
+        leaning = shearing(on * between(shear, lean_x), on * between(shear, lean_y))
+        zoomed = scaling(np.where(on, between(zoom, factor), 1.0))
+        turned = rotation(on * between(turn, angle))
         done = about(compose(mirrored, leaning, zoomed, turned), width / 2, height / 2)
         if self.perspective: done = compose(done, tilted(self.perspective * on * np.stack(inwards), sizes))
-        right, lower = (on * drawn(draw, (-self.shift, self.shift)) for draw in (right, lower))
+        right, lower = (on * between((-self.shift, self.shift), draw) for draw in (right, lower))
         return compose(done, translation(right * width, lower * height))
 
 # %% ../../nbs/api/data/09b_warp.ipynb #124f46b6

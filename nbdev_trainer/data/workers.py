@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import random
 import signal
 import time
 from collections import deque
@@ -33,15 +32,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.errors import did_you_mean
 from ..core.nested import map_tensors, to_device
-from ..core.seeding import hash64
-from .batch import Batch, emptied
+from ..core.seeding import hash64, seed_globals
+from .batch import Batch, emptied, part_of
 from .loaders import Loader
 from .sending import Failed, pack, unpack
 
 # %% auto #0
-__all__ = ['SALT', 'Device', 'Task', 'part_of', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged',
-           'seed_worker', 'read_here', 'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes',
-           'lost_workers', 'Processes', 'copied_ahead', 'arrived', 'check_way', 'empty_batch', 'SampleLoader']
+__all__ = ['SALT', 'Device', 'Task', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged', 'read_here',
+           'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes', 'lost_workers', 'Processes',
+           'copied_ahead', 'arrived', 'check_way', 'empty_batch', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -49,16 +48,6 @@ class Task(NamedTuple):
     ids: list[int]   # their positions in the data set
     keys: list[int]  # for each, in [0, 2**64): what its random draws follow from
     spare: bool = False  # nothing of the batch is for this rank; one sample is read for its shape
-
-def part_of(
-    n: int,           # samples in a batch
-    rank: int,
-    world_size: int,
-) -> slice:
-    "The part of a batch that is for one of several ranks; the first ones may have one more than the others"
-    each, more = divmod(n, world_size)
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))
 
 # %% ../../nbs/api/data/10_workers.ipynb #13853967
 SALT = 0x5EED_0F_5A9E_5  # keeps keys and the order of an epoch, which hash the same numbers, apart
@@ -123,7 +112,7 @@ class InWorker(Dataset):
         info = get_worker_info()
         worker = 0 if info is None else info.id
         self.pids[worker] = os.getpid()
-        if info is not None: seed_worker(task[1][0])
+        if info is not None: seed_globals(task[1][0])  # for items that draw from them
         marks = self.marks.numpy()  # the same memory, and a tenth of the time to write to
         def mark(position: int) -> None: marks[worker] = position
         try: return pack(read_task(self.source, Task(*task), mark))
@@ -138,12 +127,6 @@ class Queue:
 def unchanged(value: Any) -> Any:
     "The value; torch's loader wants a function that puts samples together, and ours are together already"
     return value
-
-def seed_worker(key: int) -> None:
-    "Seed the global generators of this process, for items that draw from them"
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.default_generator.manual_seed(key % 2**63)
 
 # %% ../../nbs/api/data/10_workers.ipynb #ed7f6716
 def read_here(
