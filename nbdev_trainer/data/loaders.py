@@ -96,9 +96,8 @@ class Loader(SeededLoader):
     def __post_init__(self) -> None: check_loader(self)
 
     def __len__(self) -> int:
-        n, size = len(self.rows), self.batch_size
-        if self.sampler is not None: return self.sampler.n_batches(self.rows, size, self.drop_last)
-        return n // size if self.drop_last else -(-n // size)
+        if self.sampler is not None: return self.sampler.n_batches(self.rows, self.batch_size, self.drop_last)
+        return (len(self.rows) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
 
     def index_batches(self, epoch: int) -> Sequence[Tensor]:  # each (batch,) int64, for all ranks together
         "Which samples are in which batch of an epoch"
@@ -110,7 +109,8 @@ class Loader(SeededLoader):
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         for ids in self.index_batches(epoch)[start:]:
-            yield self.fetch(ids[part_of(len(ids), self.rank, self.world_size)])
+            if self.world_size > 1: ids = ids[part_of(len(ids), self.rank, self.world_size)]
+            yield self.fetch(ids)
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each exactly once, in the order of the data set"
