@@ -14,10 +14,10 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/errors.html.md"""
 # %% ../../nbs/api/core/00_errors.ipynb #f890d4ea
 from __future__ import annotations
 import difflib, functools, importlib, inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 import numpy as np
 import torch
 
@@ -25,7 +25,8 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'checked_keywords', 'Problems', 'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'unknown_keyword', 'checked_keywords', 'CheckedSettings', 'Problems',
+           'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -97,6 +98,13 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
             "top_k": "k", "num_bins": "n_bins", "mode": "higher_is_better"}
 
+def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
+    "The error for a keyword that does not exist, with the one that was meant"
+    here = SYNONYMS.get(name)
+    if here in known: meant = f"Here it is called {here!r}."
+    else: meant = did_you_mean(name, known, what="argument")
+    return TypeError(f"{called}() has no argument {name!r}. {meant}")
+
 def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     "The function; a keyword that it does not have is answered with the one that was meant"
     signature = inspect.signature(fn)
@@ -106,11 +114,7 @@ def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     def call(*values: P.args, **options: P.kwargs) -> R:
         called = type(values[0]).__name__ if fn.__name__ == "__init__" else fn.__qualname__
         for name in options:
-            if name in known: continue
-            here = SYNONYMS.get(name)
-            if here in known: meant = f"Here it is called {here!r}."
-            else: meant = did_you_mean(name, known, what="argument")
-            raise TypeError(f"{called}() has no argument {name!r}. {meant}")
+            if name not in known: raise unknown_keyword(called, name, known)
         try: signature.bind(*values, **options)
         except TypeError as error:
             by_name = [one.name for one in signature.parameters.values() if one.kind is one.KEYWORD_ONLY]
@@ -119,6 +123,16 @@ def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(f"{called}(): {error}; expected {called}({first}){rest}") from None
         return fn(*values, **options)
     return call
+
+# %% ../../nbs/api/core/00_errors.ipynb #8a9fba26
+class CheckedSettings:
+    "A dataclass that answers a misspelt setting with the one that was meant"
+    def __new__(cls, *values: Any, **settings: Any) -> Self:
+        if settings:
+            known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+            for name in settings:
+                if name not in known: raise unknown_keyword(cls.__name__, name, known)
+        return super().__new__(cls)
 
 # %% ../../nbs/api/core/00_errors.ipynb #dc393cf7
 class Problems:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import CheckedSettings, describe
 from ..core.seeding import uniforms
 from .color import ColorAmounts, color_matrix, recolor
 from .geometry import on_device
@@ -37,7 +37,7 @@ __all__ = ['Fields', 'BatchTransform', 'on_images', 'floats', 'Normalize', 'Colo
 Fields = dict[str, Any]  # a tensor (batch, ...), or a list with a tensor for each sample, under each name
 
 @dataclass
-class BatchTransform:
+class BatchTransform(CheckedSettings):
     "Something done to a whole batch; derive from it and define `__call__`"
     def __call__(self,
         fields: Fields,             # values by the names of their fields

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.errors import describe, did_you_mean
+from ..core.errors import CheckedSettings, describe, did_you_mean
 from .values import (
     check_finite, check_label, check_missing, classes_of, columns_of, filled, floats_of, is_gap, learnt,
     no_class, own_tensor, plain, plain_floats, single, spelled, spread_of, stand_ins)
@@ -87,7 +87,7 @@ def pad(
 
 # %% ../../nbs/api/data/06_kinds.ipynb #a06ed3d3
 @dataclass
-class Encoding:
+class Encoding(CheckedSettings):
     "The way of a value from an item to the model; the first half of a `Kind`"
     reader: Reader = None        # how to get the raw value out of an item
     _: KW_ONLY

@@ -33,7 +33,8 @@ from .reading import Reading, check_workers, checked_items, fingerprint_of
 from .show import samples_of, show_samples
 from .samplers import Sampler
 from .samples import Transform
-from .sources import Apply, Fields, ItemSource, PerSample, name_of_item, names_in
+from .sources import (
+    Apply, Fields, ItemSource, PerSample, check_skipping, name_of_item, names_in)
 from .splits import Split
 from .workers import nothing, tasks_of
 
@@ -235,11 +236,7 @@ class Data:
         check_fields(fields, {"inputs": inputs, "targets": targets, "weights": weights})
         check_steps(list(fields), transforms=transforms, train_transforms=train_transforms,
                     batch_transforms=batch_transforms, train_batch_transforms=train_batch_transforms)
-        if not 0 <= skip_limit <= 1:
-            raise ValueError(f"skip_limit is {skip_limit!r}; expected a fraction of a set, such as 0.05")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error is {on_error!r}. "
-                             f"{did_you_mean(on_error, ['raise', 'skip'], what='way')}")
+        check_skipping(on_error, skip_limit)
         self.items, self.inputs, self.targets, self.split = items, inputs, targets, split_of(split, items)
         self.fields = {name: copy.copy(kind) for name, kind in fields.items()}
         learn(self.fields, items, self.split.train, skip=on_error == "skip")

@@ -27,6 +27,7 @@ from ..core.errors import describe
 from ..core.nested import index
 from .loaders import Loader
 from .rows import Texts
+from .samplers import Sampler
 from .sources import ItemSource, Read, file_of
 from .workers import SampleLoader, Task
 from ..store.files import read_tensors, write_tensors
@@ -86,8 +87,11 @@ def checked_items(
                         f"image_files({str(items)!r}) for a folder of pictures, read_rows({str(items)!r}) "
                         "for a table")
     if not has_positions or isinstance(items, Mapping):
-        raise TypeError(f"items is {describe(items)}; expected something with a length and positions, such "
-                        "as a list")
+        hint = ""
+        if isinstance(items, Mapping) and items: hint = f". One of its values, items[{next(iter(items))!r}]?"
+        elif isinstance(items, Iterable): hint = ". For what has no length there is StreamLoader"
+        raise TypeError(f"items is {describe(items, depth=1)}; expected something with a length and "
+                        f"positions, such as a list{hint}")
     if len(items) == 0: raise ValueError("items is empty; expected at least one item")
     return packed(items)
 
@@ -217,7 +221,8 @@ def check_workers(
     for one in steps:
         if getattr(one, "random_draws", True):
             raise ValueError(f"in_memory=True transforms each sample once, so {one!r} would draw once and "
-                             "for all; use a batch transform, or in_memory=False")
+                             "for all; use a batch transform, or in_memory=False. A function that draws "
+                             "nothing: Apply(..., foreign=False)")
     if source.train_transforms:
         raise ValueError(f"in_memory=True keeps each sample as training and evaluation see it, and "
                          f"{source.train_transforms[0]!r} is for training only; use train_batch_transforms")
@@ -243,7 +248,12 @@ class Reading:
         "A loader of some samples of a source"
         if not len(rows): return None
         if not training: rows = rows.sort().values
-        found: Any = replace(source, training=training, rows=rows)
+        in_threads = self.num_workers > 0 and self.workers == "threads"
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler is {describe(sampler)}; expected one of nbdev_trainer.data, such as "
+                            "Weighted([...]) or ByLength(...)")
+        usable = None if sampler is None else sampler.usable(rows)
+        found: Any = replace(source, training=training, rows=rows, stand_ins=usable, in_threads=in_threads)
         if self.in_memory:
             found = MemorySource(**{one.name: getattr(found, one.name) for one in fields(found)})
             found.keep()

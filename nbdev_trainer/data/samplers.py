@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.errors import describe
+from ..core.errors import CheckedSettings, describe
 from ..core.seeding import hash64, permutation
 
 # %% auto #0
@@ -64,7 +64,7 @@ def cut(
 
 # %% ../../nbs/api/data/02_samplers.ipynb #2db1c5b3
 @dataclass(frozen=True, eq=False)
-class Sampler:
+class Sampler(CheckedSettings):
     "Which samples make up each batch; a pure function of rows, epoch and seed."
 
     def order(self, rows: Tensor, epoch: int, seed: int) -> Tensor:
@@ -74,6 +74,10 @@ class Sampler:
     def n_samples(self, rows: Tensor) -> int:
         "How many samples an epoch has."
         return len(rows)
+
+    def usable(self, rows: Tensor) -> Tensor:
+        "Those that may be in an epoch at all, and may stand in for one that cannot be read."
+        return rows
 
     def batches(self,
         rows: Tensor,     # (n,) int64, positions in the data set
@@ -165,6 +169,10 @@ class Weighted(Sampler):
             raise ValueError(f"n is {self.n}, and only {usable} samples have a weight above 0. Expected at "
                              "most as many, or replacement=True.")
         return self.n or (len(rows) if self.replacement else usable)
+
+    def usable(self, rows: Tensor) -> Tensor:
+        "Those of a weight above 0."
+        return rows[torch.from_numpy(_of_rows(np.asarray(self.weights), rows, "weights") > 0)]
 
     def order(self, rows: Tensor, epoch: int, seed: int) -> Tensor:
         "The samples of an epoch, one after the other."

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import CheckedSettings, describe
 from .geometry import Placement
 from .kinds import Kind
 from .pictures import Boxes, Image, Mask, Points
@@ -33,7 +33,7 @@ __all__ = ['Sample', 'Transform', 'size_pair', 'check_size', 'check_number', 'nu
 Sample = dict[str, Tensor]
 
 @dataclass
-class Transform:
+class Transform(CheckedSettings):
     "Something done to one sample; derive from it and define `__call__`"
     random_draws: ClassVar[bool] = False  # whether it uses the generator
     foreign: ClassVar[bool] = False       # whether it draws from global generators: these are then seeded

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from ..core.errors import describe, did_you_mean
+from ..core.errors import CheckedSettings, describe, did_you_mean
 from ..core.nested import to_device
 from ..core.seeding import hash64, isolated_rng, seed_globals, subkeys
 from .batch import Batch
@@ -35,7 +36,7 @@ from .workers import Task
 
 # %% auto #0
 __all__ = ['LOCAL', 'Fields', 'generator_for', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of', 'name_of_item', 'content_of',
-           'key_of', 'Read', 'n_rows', 'skipped_here', 'too_many', 'no_sample', 'note_failed_sample',
+           'key_of', 'Read', 'check_skipping', 'skipped_here', 'too_many', 'no_sample', 'note_failed_sample',
            'note_failed_batch', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
@@ -55,13 +56,18 @@ def generator_for(
 
 # %% ../../nbs/api/data/10b_sources.ipynb #218d77b1
 @dataclass
-class Apply:
+class Apply(CheckedSettings):
     "A function applied to the encoded value of some fields"
     fn: Callable[..., Tensor]
     on: str | Sequence[str]      # names of fields
     _: KW_ONLY
     random: bool = False         # call it with the generator of the sample as a second argument
-    foreign: ClassVar[bool] = True  # may draw from global generators
+    foreign: bool = True         # it may draw from global generators, so these are seeded; False saves the time
+
+    @property
+    def random_draws(self) -> bool:
+        "Whether it may do something else to a sample each time"
+        return self.random or self.foreign
 
     @property
     def names(self) -> Sequence[str]:
@@ -154,9 +160,15 @@ class Read(NamedTuple):
     keys: list[int]
     skipped: list[tuple[int, str]]  # positions that could not be read, and why
 
-def n_rows(source: ItemSource) -> int:
-    "How many samples a source has"
-    return len(source.items) if source.rows is None else len(source.rows)
+def check_skipping(
+    on_error: str,
+    skip_limit: float,
+) -> None:
+    "Raise `ValueError` for what does not say what to do with an item that cannot be read"
+    if not 0 <= skip_limit <= 1:
+        raise ValueError(f"skip_limit is {skip_limit!r}; expected a fraction of a set, such as 0.05")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}. {did_you_mean(on_error, ['raise', 'skip'], what='way')}")
 
 def skipped_here(source: ItemSource) -> dict[int, str]:
     "What could not be read of the samples that this source uses; others of the same data are not its affair"
@@ -168,7 +180,7 @@ def too_many(
     source: ItemSource,
 ) -> RuntimeError:
     "The error for samples that could not be read, when they are more than the limit allows"
-    found, n = skipped_here(source), n_rows(source)
+    found, n = skipped_here(source), source.n_rows
     listed = list(found.items())[:5]
     first = "\n- ".join(f"{source.name_of(position)}: {why}" for position, why in listed)
     return RuntimeError(f"{len(found)} of {n} samples could not be read, more than "
@@ -226,7 +238,9 @@ class ItemSource:
     training: bool = False
     on_error: str = "raise"                    # or "skip"
     skip_limit: float = 0.05                   # how much may be skipped, as a fraction of `rows`
-    rows: Tensor | None = None                 # the positions that are used; what may stand in for another
+    rows: Tensor | None = None                 # the positions that are used; None: all
+    stand_ins: Tensor | None = None            # those that may take the place of another in training; None: rows
+    in_threads: bool = False                   # these share the global generators, so nothing is seeded
     skipped: dict[int, str] = field(default_factory=dict)  # what was left out so far, and why
     cache: Any = None                          # keeps encoded samples, such as a `Cache`
 
@@ -235,7 +249,13 @@ class ItemSource:
         self.steps = steps
         kinds = {} if self.cache is None else self.kinds  # only a cache asks
         self.told = repr({name: kind.describe() for name, kind in kinds.items()})
-        self.foreign = any(getattr(one, "foreign", False) for one in steps)
+        draws = isinstance(self.items, Dataset) and not self.in_threads
+        self.foreign = draws or any(getattr(one, "foreign", False) for one in steps)
+
+    @property
+    def n_rows(self) -> int:
+        "How many samples there are"
+        return len(self.items if self.rows is None else self.rows)
 
     def for_evaluation(self) -> ItemSource:
         "The same samples, without what is done in training only"
@@ -268,10 +288,10 @@ class ItemSource:
         stage: list[Any] = ["finding it"]  # or the transform, whose words take longer than its call
         sample: dict[str, Tensor] = {}
         try:
+            if self.foreign: seed_globals(key)
             sample = self.encoded(position, stage)
             if not self.steps: return sample
             random = generator_for(key)
-            if self.foreign: seed_globals(key)
             for step in self.steps:
                 stage[0] = step
                 changed = step(sample, self.kinds, random)
@@ -303,9 +323,10 @@ class ItemSource:
     def candidates(self, position: int, key: int) -> Iterator[int]:
         "A sample, and those that may stand in for it one after the other"
         yield position
-        if self.on_error == "raise" or not self.training or self.rows is None: return
-        for number in hash64(key % 2**63, 0, np.arange(20)) % np.uint64(len(self.rows)):
-            yield int(self.rows[int(number)])
+        others = self.rows if self.stand_ins is None else self.stand_ins
+        if self.on_error == "raise" or not self.training or others is None: return
+        for number in hash64(key % 2**63, 0, np.arange(20)) % np.uint64(len(others)):
+            yield int(others[int(number)])
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]], ids: Sequence[int]) -> dict[str, Any]:
         "Samples as a batch; an error gets a note of the items"
@@ -344,4 +365,4 @@ class ItemSource:
     def note_skipped(self, skipped: Sequence[tuple[int, str]]) -> None:
         "Keep what was skipped; raises `RuntimeError` when it is too much of this set"
         self.skipped.update(skipped)
-        if len(skipped_here(self)) > self.skip_limit * n_rows(self): raise too_many(self)
+        if len(skipped_here(self)) > self.skip_limit * self.n_rows: raise too_many(self)

@@ -13,7 +13,9 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/streams.html.md"""
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,11 +27,12 @@ from .batch import Batch, emptied
 from .kinds import Kind
 from .loaders import EpochLoader
 from .pipeline import check_fields, check_steps
-from .sources import Fields, ItemSource
-from .workers import Task, nothing, tasks_of
+from .reading import check_workers
+from .sources import Fields, ItemSource, Read, check_skipping
+from .workers import Task, Workers, tasks_of
 
 # %% auto #0
-__all__ = ['Positioned', 'check_stream', 'stream_source', 'Numbered', 'read_and_finish', 'StreamLoader', 'check_loaders',
+__all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'stream_tasks', 'StreamLoader', 'check_loaders',
            'together', 'Combined', 'ByEpoch']
 
 # %% ../../nbs/api/data/10f_streams.ipynb #b7e08901
@@ -37,6 +40,7 @@ class Positioned(EpochLoader):
     "An `EpochLoader` over a stream, which is brought to its place before it is read"
     stream: Any               # a function of the epoch that gives items, or an iterable of them
     positioned: bool = False  # whether the source was put to its place by its own state
+    reached: Any = None       # where the source is after the batch that was used last, by its own state
 
     def items(self, epoch: int, done: int) -> Iterator[Any]:
         "The items of an epoch after those that are done"
@@ -46,15 +50,43 @@ class Positioned(EpochLoader):
         self.positioned = False
         return items
 
+    def place(self) -> Any:
+        "Where the source is now, if it knows; else None"
+        return copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
+
     def state_dict(self) -> dict[str, Any]:
-        "The epoch, and where the source is if it knows"
-        knows = hasattr(self.stream, "state_dict")
-        return {"epoch": self.epoch, "source": self.stream.state_dict() if knows else None}
+        "The epoch, and where the source was after the batch that was used last, if it knows"
+        return {"epoch": self.epoch, "source": self.place() if self.reached is None else self.reached}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put the source where it was"
-        self.epoch, self.positioned = state["epoch"], state["source"] is not None
-        if self.positioned: self.stream.load_state_dict(state["source"])
+        self.epoch, self.reached = state["epoch"], state["source"]
+        self.positioned = self.reached is not None
+        if self.positioned: self.stream.load_state_dict(self.reached)
+
+# %% ../../nbs/api/data/10f_streams.ipynb #3fe8ddc0
+@dataclass
+class StreamSource(ItemSource):
+    "Samples made of items that come with their task"
+    seen: int = 0  # samples of this epoch, so far
+
+    @property
+    def n_rows(self) -> int:
+        "How many samples there are as far as is known"
+        return max(self.seen, 100)
+
+    def read(self, task: Task, mark: Callable[[int], None]) -> Read:
+        "The samples of a task"
+        assert task.items is not None
+        others = torch.tensor(list(task.items))
+        return ItemSource.read(replace(self, items=task.items, stand_ins=others), task, mark)
+
+    def finish(self, read: Read, task: Task, device: torch.device | None) -> Batch | None:
+        "The batch, as the model takes it; raises `RuntimeError` where none of it could be read"
+        self.seen = max(self.seen, *(position + 1 for position in task.ids))
+        batch = super().finish(read, task, device)
+        if batch is None: raise RuntimeError(f"nothing of a batch could be read: {read.skipped[0][1]}")
+        return emptied(batch) if task.spare else batch
 
 # %% ../../nbs/api/data/10f_streams.ipynb #bbadd597
 def check_stream(
@@ -73,7 +105,9 @@ def stream_source(
     targets: Fields,                 # likewise, what the predictions are compared with
     transforms: Sequence[Any],       # of each sample
     batch_transforms: Sequence[Any], # of each batch, on the device
-) -> ItemSource:  # without items
+    on_error: str = "raise",         # or "skip"
+    skip_limit: float = 0.05,        # how much may be skipped, as a fraction of what was read
+) -> StreamSource:  # without items
     "What makes samples of a stream; raises `ValueError` for kinds that would have to learn"
     check_fields(fields, {"inputs": inputs, "targets": targets})
     check_steps(transforms=transforms, batch_transforms=batch_transforms)
@@ -81,29 +115,31 @@ def stream_source(
     if unlearnt:
         raise ValueError(f"the field {unlearnt[0]!r} would learn from the training items, and a stream "
                          "has none to look at before; pass what it should know, such as vocab=[...]")
-    return ItemSource((), {name: copy.copy(kind) for name, kind in fields.items()}, inputs, targets,
-                      transforms=transforms, batch_transforms=batch_transforms, training=True)
+    return StreamSource((), {name: copy.copy(kind) for name, kind in fields.items()}, inputs, targets,
+                        transforms=transforms, batch_transforms=batch_transforms, training=True,
+                        on_error=on_error, skip_limit=skip_limit)
 
 # %% ../../nbs/api/data/10f_streams.ipynb #a5818f36
-class Numbered:
-    "The items of a batch of a stream, by their positions in it"
-    def __init__(self, first: int, items: Sequence[Any]) -> None: self.first, self.items = first, items
+def stream_tasks(
+    loader: StreamLoader,
+    epoch: int,
+    start: int,          # the first batch that is wanted
+    places: deque[Any],  # gets the place of the stream after each task
+) -> Iterator[Task]:
+    "The tasks of the rank of a loader, with their items"
+    position = start * loader.batch_size
+    items = loader.items(epoch, position)
+    while some := list(islice(items, loader.batch_size)):
+        if loader.drop_last and len(some) < loader.batch_size: return
+        ids = torch.arange(position, position + len(some))
+        task = next(tasks_of([ids], loader.seed, epoch, True, 0, loader.rank, loader.world_size, position))
+        needed = ids.tolist() if loader.source.on_error == "skip" else task.ids  # the others may stand in
+        places.append(loader.place())
+        yield task._replace(items={one: some[one - position] for one in needed})
+        position += len(some)
 
-    def __len__(self) -> int: return self.first + len(self.items)
-
-    def __getitem__(self, position: int) -> Any: return self.items[position - self.first]
-
-def read_and_finish(
-    source: ItemSource,
-    task: Task,
-    device: torch.device | None,  # where the batch is going to be used
-) -> Batch | None:  # None: nothing could be read, and that is allowed
-    "A batch, read here and now; without samples for a rank that has nothing to do"
-    batch = source.finish(source.read(task, nothing), task, device)
-    return emptied(batch) if task.spare and batch is not None else batch
-
-# %% ../../nbs/api/data/10f_streams.ipynb #4085ff14
-class StreamLoader(Positioned):
+# %% ../../nbs/api/data/10f_streams.ipynb #4d93a563
+class StreamLoader(Positioned, Workers):
     "Batches of samples from a source that can only be read from its beginning"
     @checked_keywords
     def __init__(self,
@@ -116,33 +152,33 @@ class StreamLoader(Positioned):
         transforms: Sequence[Any] = (),        # of each sample; may draw at random
         batch_transforms: Sequence[Any] = (),  # of each batch, on the device
         drop_last: bool = False,               # leave out a last batch that is not full
+        on_error: str = "raise",               # what to do with an item that cannot be read; or "skip"
+        skip_limit: float = 0.05,              # how much may be skipped, as a fraction of what was read
+        num_workers: int = 0,                  # 0: samples are made when a batch is asked for
+        workers: str = "processes",            # or "threads"
+        timeout: float = 0,                    # seconds to wait for a batch; 0: forever
         seed: int = 0,                         # decides what transforms draw
         rank: int = 0,                         # which part of each batch is yielded
         world_size: int = 1,                   # in how many parts each batch is divided
     ) -> None:
         check_stream(stream)
-        self.source = stream_source(fields, inputs, targets, transforms, batch_transforms)
+        check_skipping(on_error, skip_limit)
+        Workers.__init__(self, num_workers=num_workers, workers=workers, timeout=timeout)
+        self.source = stream_source(fields, inputs, targets, transforms, batch_transforms, on_error,
+                                    skip_limit)
+        check_workers(self.source, num_workers, workers, False)
         self.stream, self.seed = stream, check_seed(seed)
         self.batch_size, self.drop_last = batch_size, drop_last
         self.rank, self.world_size = rank, world_size
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        position = start * self.batch_size
-        items = self.items(epoch, position)
-        while some := list(islice(items, self.batch_size)):
-            if self.drop_last and len(some) < self.batch_size: return
-            batch = self.batch_of(some, position, epoch, device)
-            position += len(some)
-            if batch is not None: yield batch
-
-    def batch_of(self, items: Sequence[Any], first: int, epoch: int,
-                 device: torch.device | None) -> Batch | None:
-        "A batch of this rank's part of some items"
-        self.source.items = Numbered(first, items)
-        ids = [torch.arange(first, first + len(items))]
-        task = next(tasks_of(ids, self.seed, epoch, True, 0, self.rank, self.world_size, first))
-        return read_and_finish(self.source, task, device)
+        self.source.skipped.clear()
+        self.source.seen, places = start * self.batch_size, deque[Any]()
+        for _, batch in self.finished(self.source, stream_tasks(self, epoch, start, places), device):
+            self.reached = places.popleft()
+            yield batch
+        self.reached = self.place()
 
 # %% ../../nbs/api/data/10f_streams.ipynb #62d56795
 def check_loaders(

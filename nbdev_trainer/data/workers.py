@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -40,7 +40,7 @@ from .sending import Failed, pack, unpack
 # %% auto #0
 __all__ = ['SALT', 'Device', 'Task', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged', 'read_here',
            'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes', 'lost_workers', 'Processes',
-           'copied_ahead', 'arrived', 'check_way', 'empty_batch', 'SampleLoader']
+           'copied_ahead', 'arrived', 'check_way', 'Workers', 'empty_batch', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -48,6 +48,7 @@ class Task(NamedTuple):
     ids: list[int]   # their positions in the data set
     keys: list[int]  # for each, in [0, 2**64): what its random draws follow from
     spare: bool = False  # nothing of the batch is for this rank; one sample is read for its shape
+    items: Mapping[int, Any] | None = None  # by position: those of a stream, which go with the task
 
 # %% ../../nbs/api/data/10_workers.ipynb #13853967
 SALT = 0x5EED_0F_5A9E_5  # keeps keys and the order of an epoch, which hash the same numbers, apart
@@ -322,9 +323,41 @@ def check_way(
                          "the main process")
 
 # %% ../../nbs/api/data/10_workers.ipynb #e5a5bb07
+@dataclass(eq=False)
+class Workers:
+    "Whoever reads the samples of a loader; derive a loader from it"
+    _: KW_ONLY
+    num_workers: int = 0        # 0: read in the main process, when a batch is asked for
+    workers: str = "processes"  # or "threads"
+    timeout: float = 0          # seconds to wait for a batch; 0: forever
+    ahead: int = 2              # batches that each worker may prepare before they are asked for
+    processes: list[Processes] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None: check_way(self.num_workers, self.workers)
+
+    def done(self, source: Source, tasks: Iterable[Task], device: Device) -> Iterator[tuple[Task, Any]]:
+        "Tasks with what was read for them, by whoever does it"
+        n, ahead, timeout = self.num_workers, self.ahead, self.timeout
+        if n == 0: return read_here(source, tasks)
+        if self.workers == "threads": return read_in_threads(source, tasks, n, ahead, timeout)
+        if self.processes and self.processes[0].broken: self.processes.clear()
+        if self.processes and not self.processes[0].busy: return self.processes[0].read(tasks)
+        pinned = isinstance(device, torch.device) and device.type == "cuda"
+        started = Processes(source, n, ahead, timeout, pinned)
+        if not self.processes: self.processes.append(started)  # a second reader at the same time gets its own
+        return started.read(tasks)
+
+    def finished(self, source: Source, tasks: Iterable[Task], device: Device) -> Iterator[tuple[Task, Any]]:
+        "Tasks with their batches; None where nothing is left of one"
+        if device is not None: device = torch.device(device)
+        done = self.done(source, tasks, device)
+        if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
+        for task, read in done: yield task, source.finish(read, task, device)
+
+# %% ../../nbs/api/data/10_workers.ipynb #f4581b1c
 def empty_batch(
     loader: Loader,
-    device: torch.device | None,
+    device: Device,
 ) -> Batch:
     "A batch without samples, shaped like the others; raises `RuntimeError` when no sample can be read"
     source: Any = loader.fetch
@@ -336,43 +369,21 @@ def empty_batch(
 
 # %% ../../nbs/api/data/10_workers.ipynb #7a2d9736
 @dataclass(eq=False)
-class SampleLoader(Loader):
+class SampleLoader(Loader, Workers):
     "Batches of samples that are read one by one, here, in threads or in processes"
     fetch: Any = field(repr=False)  # a `Source`
-    _: KW_ONLY
-    num_workers: int = 0        # 0: read in the main process, when a batch is asked for
-    workers: str = "processes"  # or "threads"
-    timeout: float = 0          # seconds to wait for a batch; 0: forever
-    ahead: int = 2              # batches that each worker may prepare before they are asked for
-    processes: list[Processes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_way(self.num_workers, self.workers)
-        super().__post_init__()
+        Workers.__post_init__(self)
+        Loader.__post_init__(self)
 
     def batches(self, epoch: int, start: int = 0, device: Device = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
-        source = self.fetch
-        if device is not None: device = torch.device(device)
-        done = self.done(tasks_of(self.index_batches(epoch), self.seed, epoch, source.training, start,
-                                  self.rank, self.world_size), device)
-        if device is not None and device.type == "cuda": done = copied_ahead(done, device)  # pragma: gpu
-        for task, read in done:
-            batch = source.finish(read, task, device)
+        tasks = tasks_of(self.index_batches(epoch), self.seed, epoch, self.fetch.training, start, self.rank,
+                         self.world_size)
+        for task, batch in self.finished(self.fetch, tasks, device):
             if batch is None and self.world_size > 1: batch = empty_batch(self, device)  # ranks go in step
             if batch is not None: yield emptied(batch) if task.spare else batch
-
-    def done(self, tasks: Iterable[Task], device: torch.device | None) -> Iterator[tuple[Task, Any]]:
-        "Tasks with what was read for them, by whoever does it"
-        source, n, ahead, timeout = self.fetch, self.num_workers, self.ahead, self.timeout
-        if n == 0: return read_here(source, tasks)
-        if self.workers == "threads": return read_in_threads(source, tasks, n, ahead, timeout)
-        if self.processes and self.processes[0].broken: self.processes.clear()
-        if self.processes and not self.processes[0].busy: return self.processes[0].read(tasks)
-        pinned = device is not None and device.type == "cuda"
-        started = Processes(source, n, ahead, timeout, pinned)
-        if not self.processes: self.processes.append(started)  # a second reader at the same time gets its own
-        return started.read(tasks)
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each once, in order, without what is done in training only"
