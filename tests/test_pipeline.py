@@ -13,12 +13,13 @@ import PIL.Image
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset, RandomSampler
 
 from nbdev_trainer import Accuracy, Batch, Learner
 from nbdev_trainer.core.nested import tensors
 from nbdev_trainer.data import (
     Apply, Array, Audio, Balanced, Boxes, Cache, Categories, Category, Data, Image, Mask, Normalize, Number, Numbers,
-    PerSample, Points, Series, Split, Text, Tokens, random_split,
+    PerSample, Points, Series, Split, StreamLoader, Text, Tokens, Weighted, random_split,
 )
 from nbdev_trainer.data.color import RandomColor
 from nbdev_trainer.data.kinds import kind_from, known_kinds
@@ -296,3 +297,77 @@ def test_samplers_compose_the_training_batches(pictures):
     loader = data.loaders(8, seed=0, sampler=Balanced(labels)).train
     counts = torch.cat([batch.targets for batch in loader.batches(0)]).bincount()
     assert abs(int(counts[0] - counts[1])) <= 1
+
+
+class Drawing(Dataset):
+    """A data set that draws while it is read, from all global generators."""
+
+    def __len__(self): return 20
+
+    def __getitem__(self, i): return np.array([i + random.random(), np.random.rand(), torch.rand(()).item()]), i % 2
+
+
+def test_items_that_draw_are_the_same_whoever_reads_them():
+    data = Data(Drawing(), {"x": Array(0), "label": Category(1)}, inputs="x", targets="label", split=random_split(seed=0))
+    here = data.loaders(6, seed=0)
+    before = torch.get_rng_state()
+    first = stream(here.train), stream(here.valid)
+    assert torch.equal(before, torch.get_rng_state())
+    for n in (1, 2):
+        there = data.loaders(6, seed=0, num_workers=n)
+        assert (stream(there.train), stream(there.valid)) == first
+    assert stream(here.train, 0, 1) == first[0][1:] and stream(here.train, 1) != first[0]
+    parts = [here.train.shard(rank, 2) for rank in range(2)]
+    for whole, *halves in zip(here.train.batches(0), *(one.batches(0) for one in parts), strict=True):
+        assert torch.equal(whole.inputs, torch.cat([one.inputs for one in halves]))
+
+
+def numbered(epoch):
+    for number in range(50): yield {"x": [float(number), epoch]} if number != 31 else {"y": 0}
+
+
+def stream_of_numbers(**options):
+    noise = Apply(lambda value, random: value + random.random(), "x", random=True)
+    return StreamLoader(numbered, {"x": Array(read_x)}, inputs="x", batch_size=8, transforms=[noise], seed=3,
+                        on_error="skip", **options)
+
+
+def read_x(item):
+    return np.array(item["x"], np.float32)
+
+
+@pytest.mark.parametrize("how", [{"num_workers": 1}, {"num_workers": 2}], ids=str)
+def test_a_stream_is_the_same_in_workers_and_for_ranks(how):
+    here, there = stream_of_numbers(), stream_of_numbers(**how)
+    assert [len(ids) for _, ids in stream(here, 1)] == [8] * 6 + [2]
+    assert stream(there, 1) == stream(here, 1) and list(there.source.skipped) == [31]
+    for start in range(8): assert stream(there, 1, start) == stream(here, 1)[start:]
+    ranks = [stream_of_numbers(rank=rank, world_size=2, **how).batches(1) for rank in range(2)]
+    for whole, *halves in zip(here.batches(1), *ranks, strict=True):
+        assert torch.equal(whole.inputs, torch.cat([one.inputs for one in halves]))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_broken_item_of_a_stream_is_named(how):
+    loader = StreamLoader(numbered, {"x": Array(read_x)}, inputs="x", batch_size=8, **HOW[how])
+    with pytest.raises(KeyError) as caught: list(loader.batches(0))
+    assert "item 31" in str(caught.value.__notes__) and "reading the field 'x'" in str(caught.value.__notes__)
+
+
+def test_a_stream_of_which_too_much_is_broken_stops():
+    loader = StreamLoader(lambda epoch: [{"x": [1.0]}, {}] * 100, {"x": Array(read_x)}, inputs="x", batch_size=8,
+                          on_error="skip", skip_limit=0.1)
+    with pytest.raises(RuntimeError, match="(?s)12 of 100 samples could not be read, more than skip_limit=0.1"):
+        list(loader.batches(0))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_stands_in_for_a_broken_item_is_one_that_the_sampler_would_take(how):
+    items = [{"x": float(i)} if i != 5 else {} for i in range(40)]
+    weights = [0.0] * 4 + [1.0] * 4 + [0.0] * 32
+    data = Data(items, {"x": Number("x")}, inputs="x", on_error="skip", skip_limit=0.5)
+    loader = data.loaders(8, seed=0, sampler=Weighted(weights), **HOW[how]).train
+    seen = {one for epoch in range(3) for batch in loader.batches(epoch) for one in batch.ids.tolist()}
+    assert seen == {4, 6, 7} and list(data.skipped) == [5]
+    with pytest.raises(TypeError, match="sampler is .*RandomSampler; expected one of nbdev_trainer.data"):
+        data.loaders(8, sampler=RandomSampler(items))
