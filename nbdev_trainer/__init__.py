@@ -34,6 +34,7 @@ Modules:
 - `nbdev_trainer.data.leaks`: What is on two sides of a split: the same file under two names, the same patient, the same hour
 - `nbdev_trainer.data.lines`: Texts with one sample on each line: sentences, translations, and time series
 - `nbdev_trainer.data.loaders`: Batches of samples in an order that is a pure function of seed and epoch, and the train, valid and test sets in one place
+- `nbdev_trainer.data.oddities`: What may be odd about a description and about numbers: an answer among the inputs, draws in validation, a column that was cut off
 - `nbdev_trainer.data.pictures`: Images, and what lies on them: masks, boxes and points
 - `nbdev_trainer.data.pipeline`: `Data`: items, what they mean, how they are split and transformed; from there to loaders, in one place
 - `nbdev_trainer.data.readers`: Read a folder in the format of MNIST, or a CSV file of numbers, into tensors

@@ -95,7 +95,7 @@ def test_photos_of_ants_and_bees(data_set):
     assert [len(rows) for rows in (data.split.train, data.split.valid)] == [84, 45]
     check_leaks(items, data.split)
     (grey,) = data.check(every_item=True).problems
-    assert "1 images hold no colour" in grey and "290082189_f66cb80bfc.jpg" in grey
+    assert "1 image holds no colour" in grey and "290082189_f66cb80bfc.jpg" in grey
     loaders = data.loaders(8, seed=SEED)
     batch = next(loaders.train.batches(0))
     assert batch.inputs.shape == (8, 3, 64, 64) and batch.targets.dtype == torch.int64
@@ -485,9 +485,11 @@ def test_prices_of_houses(data_set):
         items, fields, inputs=["numbers", "ocean"], targets="price", split=random_split(valid=0.2, seed=SEED)
     )
     gaps = sum(math.isnan(item["total_bedrooms"]) for item in items)
-    assert f"the field 'numbers' has missing values in {gaps} of 6880 items" in str(
-        data.check(every_item=True)
-    )
+    report = str(data.check(every_item=True))
+    assert f"the field 'numbers' has missing values in {gaps} of 6880 items" in report
+    assert "the field 'price' ends at 500001, which stands in" in report  # dearer houses were written down as that
+    assert "column 'housing_median_age' of the field 'numbers' ends at 52" in report
+    assert "1 class of 'ocean' with fewer than 2 training items: ['ISLAND']" in report
     loaders = data.loaders(128, seed=SEED, in_memory=True)
     batch = next(loaders.train.batches(0))
     assert batch.targets.shape == (128, 1) and abs(batch.targets.mean()) < 0.5

@@ -25,8 +25,8 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'unknown_keyword', 'checked_keywords', 'CheckedSettings', 'Problems',
-           'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords', 'CheckedSettings',
+           'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -84,6 +84,15 @@ def did_you_mean(
     else: plural = f"{what}es" if what.endswith("s") else f"{what}s"
     suggestion = f"Did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}Known {plural}: {', '.join(map(repr, listed[:12]))}{more}."
+
+# %% ../../nbs/api/core/00_errors.ipynb #da70911b
+def counted(
+    n: int,
+    one: str,   # after the number 1, such as "image has"
+    more: str,  # after any other, such as "images have"
+) -> str:
+    "A number of things in words"
+    return f"{n:,} {one if n == 1 else more}"
 
 # %% ../../nbs/api/core/00_errors.ipynb #0b7c53a1
 SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n", "n_epochs": "n",

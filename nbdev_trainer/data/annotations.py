@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
-from ..core.errors import Problems, describe, did_you_mean
+from ..core.errors import Problems, counted, describe, did_you_mean
 from .items import find_files, image_files
 from ..store.files import existing_file, read_json
 
@@ -145,9 +145,11 @@ def _names_in(names: str | Path | Sequence[str]) -> list[str]:
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _unmatched(problems: Problems, names: list[str], what: str) -> None:
+def _unmatched(problems: Problems, names: list[str], one: str, more: str, rest: str) -> None:
     "Note names to which something is missing: how many, and the first."
-    if names: problems.add(f"{len(names)} {what} (first: {', '.join(map(repr, names[:3]))})")
+    if not names: return
+    first = ", ".join(map(repr, names[:3]))
+    problems.add(f"{counted(len(names), one, more)} {rest} (first: {first})")
 
 
 def read_voc(
@@ -166,13 +168,14 @@ def read_voc(
     chosen = [path.stem for path in images] if names is None else _names_in(names)
     problems = Problems()
     twice = [name for name, count in Counter(path.stem for path in images).items() if count > 1]
-    _unmatched(problems, twice, "images have the name of another, up to its ending or folder")
+    _unmatched(problems, twice, "image has", "images have", "the name of another, up to its ending or folder")
     needed = dict.fromkeys([*chosen, *files] if names is None else chosen)
     lost = [name for name in needed if name not in by_name]
-    _unmatched(problems, lost, "annotations or names have no image")
+    _unmatched(problems, lost, "annotation or name has", "annotations or names have", "no image")
     bare = [name for name in chosen if name not in files]
     if unannotated == "raise":
-        _unmatched(problems, bare, "images have no annotation; pass unannotated='drop' or 'keep'")
+        _unmatched(problems, bare, "image has", "images have",
+                   "no annotation; pass unannotated='drop' or 'keep'")
     problems.raise_if_any(f"'{images_folder}' and '{annotations_folder}' do not fit together")
     if unannotated == "drop": chosen = [name for name in chosen if name in files]
     items = [_read_voc_file(files[name], by_name[name], int(one_based)) if name in files
@@ -227,12 +230,13 @@ def read_coco(
         if one["image_id"] not in found or one["category_id"] not in labels: continue
         if one.get("iscrowd", 0) and not crowd: continue
         found[one["image_id"]].append((_coco_box(one, number, path), labels[one["category_id"]]))
-    for key, texts in lost.items(): _unmatched(problems, texts, f"annotations have an unknown {key}")
+    for key, texts in lost.items():
+        _unmatched(problems, texts, "annotation has", "annotations have", f"an unknown {key}")
     names = [str(image["file_name"]) for image in images]
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-    _unmatched(problems, outside, "images lie outside of the folder")
+    _unmatched(problems, outside, "image lies", "images lie", "outside of the folder")
     missing = [name for name in names if not (folder/name).is_file()]
-    _unmatched(problems, missing, f"images are not in '{folder}'")
+    _unmatched(problems, missing, "image is", "images are", f"not in '{folder}'")
     problems.raise_if_any(f"'{path}' cannot be used")
     items = [Annotated(folder/name, tuple(box for box, _ in found[image["id"]]),
                        tuple(label for _, label in found[image["id"]]), _coco_size(image))

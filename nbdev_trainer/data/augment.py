@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ Fields = dict[str, Any]  # a tensor (batch, ...), or a list with a tensor for ea
 @dataclass
 class BatchTransform(CheckedSettings):
     "Something done to a whole batch; derive from it and define `__call__`"
+    random_draws: ClassVar[bool] = True  # whether it does something else each time
+
     def __call__(self,
         fields: Fields,             # values by the names of their fields
         kinds: Mapping[str, Kind],  # what each field means
@@ -81,6 +83,7 @@ class Normalize(BatchTransform):
     mean: Sequence[float]  # of each channel, for images from 0 to 1
     std: Sequence[float]   # standard deviation of each channel
     kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    random_draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.mean, self.std = [float(one) for one in self.mean], [float(one) for one in self.std]

@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import counted, describe
 from ..core.nested import tensors
 from .kinds import Categories, Category, Numbers
 from .leaks import equal_files
+from .oddities import description_problems, number_problems, turned_problems
 from .pictures import Boxes, Image, Mask
 from .sequences import Text
 from .sources import ItemSource, file_of, generator_for, name_of_item
 from .splits import Split
 
 # %% auto #0
-__all__ = ['in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'alike', 'labels_of', 'label_problems',
+__all__ = ['ODD', 'in_words', 'Stage', 'timed', 'item_stages', 'batch_stages', 'some', 'alike', 'labels_of', 'label_problems',
            'missing_problems', 'used_in', 'file_problems', 'reaches_out', 'is_grey', 'size_problems', 'stage_of',
            'item_problems', 'DataCheck', 'check_source']
 
@@ -151,14 +152,19 @@ def label_problems(
     for one, other in alike(sorted(known | set(unknown), key=str)):
         yield (f"the labels {one!r} and {other!r} of the field {name!r} differ only in case, spaces or "
                "points; if they are one class, bring them together in the reader")
-    rare = [label for label in kind.vocab or () if counts["train"][label] < 2]
-    if rare:
-        yield (f"{len(rare)} classes of {name!r} have fewer than 2 training items: {rare[:5]}; a model "
-               "cannot learn them")
+    in_training = {label: counts["train"][label] for label in kind.vocab or ()}
+    if never := [label for label, n in in_training.items() if n < 2]:
+        yield (f"{counted(len(never), 'class', 'classes')} of {name!r} with fewer than 2 training items: "
+               f"{never[:5]}; a model cannot learn them")
+    usual = sum(in_training.values()) / max(1, len(in_training))
+    if rare := {label: n for label, n in in_training.items() if 2 <= n < 10 and n < usual / 20}:
+        yield (f"{counted(len(rare), 'class', 'classes')} of {name!r} with fewer than 10 training items: "
+               f"{dict(list(rare.items())[:5])}, where {usual:,.0f} are usual; what a model says of them is "
+               "a guess")
     held_out = counts["valid"] + counts["test"]
     if held_out and (never := [label for label in kind.vocab or () if not held_out[label]]):
-        yield (f"{len(never)} classes of {name!r} are not among the items held out: {never[:5]}; use "
-               "stratified_split")
+        yield (f"{counted(len(never), 'class', 'classes')} of {name!r} not among the items held out: "
+               f"{never[:5]}; use stratified_split")
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #a758460e
 def missing_problems(
@@ -201,7 +207,8 @@ def file_problems(
     if pairs[True]:
         yield (f"the same file is on two sides of the split: {some(pairs[True])}; keep them together, "
                "grouped_split(by=content_hash), or remove one")
-    if pairs[False]: yield f"{len(pairs[False])} files are there twice: {some(pairs[False])}"
+    how_many = counted(len(pairs[False]), "file is", "files are")
+    if pairs[False]: yield f"{how_many} there twice: {some(pairs[False])}"
 
 # %% ../../nbs/api/data/10e_data_check.ipynb #29c7e0c8
 def reaches_out(
@@ -217,6 +224,11 @@ def is_grey(
 ) -> bool:
     "Whether a picture in colour holds none"
     return len(image) == 3 and torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
+
+ODD = {"grey": ("image holds no colour", "images hold no colour"),
+       "outside": ("image has boxes that reach out of it", "images have boxes that reach out of them"),
+       "unlike": ("mask has another size than its image", "masks have another size than their images"),
+       "empty": ("text is empty", "texts are empty")}
 
 def size_problems(
     sizes: Mapping[str, Mapping[tuple[int, ...], int]],  # of images, by "training" and "evaluation"
@@ -240,7 +252,7 @@ def item_problems(
     positions: Sequence[int],
 ) -> Iterator[str]:
     "What is odd about single items: read every one"
-    failed, grey, outside, empty, unlike = [], [], [], [], []
+    failed, odd = list[str](), {what: list[str]() for what in ODD}
     sizes: dict[str, Counter[tuple[int, ...]]] = {"training": Counter(), "evaluation": Counter()}
     evaluation = source.for_evaluation()
     in_training = None if source.rows is None else set(source.rows.tolist())
@@ -258,21 +270,19 @@ def item_problems(
             continue
         images = {key: one for key, one in sample.items() if isinstance(source.kinds[key], Image)}
         for image in images.values():
-            if is_grey(image): grey.append(name)
+            if is_grey(image): odd["grey"].append(name)
         for key, value in sample.items():
             kind, frame = source.kinds[key], next(iter(images.values()), None)
-            if isinstance(kind, Text) and not len(value): empty.append(name)
+            if isinstance(kind, Text) and not len(value): odd["empty"].append(name)
             if frame is None: continue
             height, width = frame.shape[-2:]
-            if isinstance(kind, Mask) and value.shape != (height, width): unlike.append(name)
-            if isinstance(kind, Boxes) and reaches_out(value, height, width): outside.append(name)
+            if isinstance(kind, Mask) and value.shape != (height, width): odd["unlike"].append(name)
+            if isinstance(kind, Boxes) and reaches_out(value, height, width): odd["outside"].append(name)
     if failed:
         yield (f"{len(failed)} of {len(positions)} items cannot be read: {some(failed)}. Mend them or leave "
                "them out; on_error='skip' passes them over")
-    if grey: yield f"{len(grey)} images hold no colour: {some(grey)}; all three channels will be equal"
-    if outside: yield f"{len(outside)} images have boxes that reach out of them: {some(outside)}"
-    if unlike: yield f"{len(unlike)} masks have another size than their images: {some(unlike)}"
-    if empty: yield f"{len(empty)} texts are empty: {some(empty)}"
+    for what, (one, more) in ODD.items():
+        if odd[what]: yield f"{counted(len(odd[what]), one, more)}: {some(odd[what])}"
     if any(isinstance(kind, Image) and kind.collation == "stack" for kind in source.kinds.values()):
         yield from size_problems(sizes)
 
@@ -305,13 +315,13 @@ def check_source(
     batch_size: int = 4,
 ) -> DataCheck:
     "Follow one item and one batch through every stage, and look for what is odd; nothing is changed"
-    problems: list[str] = []
+    problems = list(description_problems(source))
     stages: list[Stage] = []
     rows = split.train.tolist()
     for kind_name, kind in source.kinds.items():
         if isinstance(kind, Category): problems += label_problems(source.items, kind_name, kind, split)
     problems += file_problems(source.items, split)
-    facts: list[str] = []
+    facts, used = list[str](), used_in(split)
     try:
         stages += item_stages(source, rows[0])
         samples = [source.sample(position, key) for key, position in enumerate(rows[:batch_size])]
@@ -323,8 +333,10 @@ def check_source(
         for field, kind in source.kinds.items():
             if isinstance(kind, (Numbers, Category)) and not isinstance(kind, Categories):
                 told = problems if kind.missing is None else facts  # asked for, and so not odd
-                told += missing_problems(source.items, field, kind, used_in(split))
-        problems += item_problems(source, used_in(split))
+                told += missing_problems(source.items, field, kind, used)
+        for field, kind in source.kinds.items():
+            if isinstance(kind, Numbers): problems += number_problems(source.items, field, kind, used)
+        problems += [*item_problems(source, used), *turned_problems(source, used)]
     parts = [f"{len(ids):,} {part}" for part, ids in split.parts().items() if len(ids)]
     looked = "every item was read" if every_item else "to read every item: check(every_item=True)"
     return DataCheck([f"items: {', '.join(parts)}; {looked}", *facts], stages, problems)

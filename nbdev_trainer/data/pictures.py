@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
 # %% auto #0
-__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'decoded', 'Image', 'as_class_numbers', 'classes_for', 'values_for',
-           'check_classes', 'Mask', 'Boxes', 'Points']
+__all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'decoded', 'is_turned', 'Image', 'as_class_numbers', 'classes_for',
+           'values_for', 'check_classes', 'Mask', 'Boxes', 'Points']
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #5052cbf2
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -68,6 +68,17 @@ def decoded(picture: PIL.Image.Image, mode: str | None, upright: bool) -> PIL.Im
         picture = picture.convert(mode)
     else: picture.load()
     return picture
+
+# %% ../../nbs/api/data/06b_pictures.ipynb #69b05362
+def is_turned(
+    raw: Any,  # a path, the bytes of a file, or a Pillow image; anything else is not turned
+) -> bool:
+    "Whether a note in the file says that the photo is stored in another way than it was held"
+    pillow = require("PIL.Image", extra="vision", why="reading images")
+    if isinstance(raw, pillow.Image): return bool(raw.getexif().get(ORIENTATION, 1) != 1)
+    if not isinstance(raw, (str, PathLike, bytes, bytearray)): return False
+    with pillow.open(io.BytesIO(raw) if isinstance(raw, (bytes, bytearray)) else raw) as file:
+        return bool(file.getexif().get(ORIENTATION, 1) != 1)
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #3ffa39ee
 @dataclass
