@@ -118,7 +118,10 @@ from nbdev_trainer.loop.engine import Precision, Strategy
 from nbdev_trainer.loop.evaluation import Predictions
 from nbdev_trainer.loop.events import Event
 from nbdev_trainer.loop.optimizers import FusedAdamW
-from nbdev_trainer.loop.schedules import Schedule, chained, constant, cosine, linear, one_cycle, warm_up
+from nbdev_trainer.loop.schedules import (
+    Schedule, chained, constant, cosine, cosine_restarts, flat_then_cosine, inverse_square_root, linear, one_cycle,
+    polynomial, stairs, warm_up,
+)
 from nbdev_trainer.loop.state import State
 from nbdev_trainer.loop.steps import ManualStep, Step, SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
@@ -146,15 +149,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa", "ConfusionMatrix",
-    "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
-    "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner", "Loader", "Loaders", "LogLoss",
-    "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
-    "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary", "MultilabelAccuracy",
-    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Progress", "R2",
-    "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "Schedule",
-    "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard",
-    "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained", "check",
-    "confusion_matrix", "constant", "cosine", "digits", "from_dict", "linear", "one_cycle", "plot_histories",
-    "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "summarize", "warm_up",
+    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
+    "ConfusionMatrix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
+    "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner",
+    "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
+    "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary",
+    "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
+    "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
+    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
+    "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained",
+    "check", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
+    "from_dict", "inverse_square_root", "linear", "one_cycle", "plot_histories", "polynomial", "random_split",
+    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "warm_up",
 ]

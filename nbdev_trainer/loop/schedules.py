@@ -12,13 +12,16 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/schedules.html.md""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from ..core.errors import require
 
 # %% auto #0
-__all__ = ['Schedule', 'constant', 'linear', 'cosine', 'chained', 'warm_up', 'one_cycle', 'progress_of']
+__all__ = ['Schedule', 'constant', 'linear', 'cosine', 'chained', 'warm_up', 'one_cycle', 'progress_of', 'polynomial',
+           'inverse_square_root', 'flat_then_cosine', 'check_share', 'cosine_restarts', 'stairs']
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #db7081cc
 class Schedule:
@@ -36,6 +39,15 @@ class Schedule:
         return self.fn(progress)
 
     def __repr__(self) -> str: return self.name
+
+    def __mul__(self, other: Schedule | float) -> Schedule:
+        "The product of two schedules, or of one and a number"
+        if isinstance(other, Schedule):
+            return Schedule(lambda progress: self.fn(progress) * other.fn(progress), f"{self} * {other}")
+        if not isinstance(other, Real): return NotImplemented
+        return Schedule(lambda progress: self.fn(progress) * float(other), f"{self} * {other}")
+
+    __rmul__ = __mul__
 
     def plot(self,
         ax: Any = None,  # matplotlib axes; None: new ones
@@ -110,10 +122,66 @@ def one_cycle(
     schedule = chained((warm_up_share, rise), (1 - warm_up_share, fall))
     return Schedule(schedule.fn, f"one_cycle(warm_up_share={warm_up_share})")
 
-# %% ../../nbs/api/loop/04_schedules.ipynb #69464baf
+# %% ../../nbs/api/loop/04_schedules.ipynb #121f3239
 def progress_of(
     step: int,   # optimizer steps done in this fit, from 0
     total: int,  # optimizer steps of the whole fit
 ) -> float:  # in [0, 1]
     "How far a fit is, at the step it is about to do"
     return min(1.0, step / (total - 1)) if total > 1 else 0.0
+
+# %% ../../nbs/api/loop/04_schedules.ipynb #dfbeddb4
+def polynomial(
+    power: float = 1.0,  # above 0; 1 is a straight line
+    end: float = 0.0,    # factor at the last step
+) -> Schedule:
+    "A falling power of what is left of the fit, as in segmentation (Chen et al. 2016, arXiv:1606.00915)"
+    if not power > 0: raise ValueError(f"power is {power}; expected a number above 0")
+    return Schedule(lambda progress: end + (1 - end) * (1 - progress) ** power, f"polynomial({power}, {end})")
+
+def inverse_square_root(
+    warm_up_share: float = 0.1,  # share of the fit that rises, in (0, 1)
+) -> Schedule:
+    "A straight rise, then one over the square root of the steps (Vaswani et al. 2017, arXiv:1706.03762)"
+    check_share("warm_up_share", warm_up_share)
+    def fn(progress: float) -> float:
+        if progress < warm_up_share: return progress / warm_up_share
+        return math.sqrt(warm_up_share / progress)
+    return Schedule(fn, f"inverse_square_root({warm_up_share})")
+
+def flat_then_cosine(
+    flat_share: float = 0.75,  # share of the fit at the full rate, in (0, 1)
+) -> Schedule:
+    "The full rate for most of the fit, then half a cosine down to nothing"
+    check_share("flat_share", flat_share)
+    schedule = chained((flat_share, constant()), (1 - flat_share, cosine()))
+    return Schedule(schedule.fn, f"flat_then_cosine({flat_share})")
+
+def check_share(name: str, share: float) -> None:
+    "Raise `ValueError` for what is no part of a fit"
+    if not 0 < share < 1: raise ValueError(f"{name} is {share}; expected a share between 0 and 1")
+
+# %% ../../nbs/api/loop/04_schedules.ipynb #8bbb7cd8
+def cosine_restarts(
+    cycles: int = 3,      # how often it falls, at least 1
+    growth: float = 1.0,  # how much longer each cycle is than the one before, above 0
+    end: float = 0.0,     # factor at the end of each cycle
+) -> Schedule:
+    "Half cosines one after another (SGDR, Loshchilov and Hutter 2017, arXiv:1608.03983)"
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1 or not growth > 0:
+        raise ValueError(f"cosine_restarts got cycles={cycles!r} and growth={growth!r}; expected a whole "
+                         "number of cycles, at least 1, and a growth above 0")
+    lengths = [growth**i for i in range(cycles)]
+    schedule = chained(*((length / sum(lengths), cosine(1.0, end)) for length in lengths))
+    return Schedule(schedule.fn, f"cosine_restarts({cycles}, {growth}, {end})")
+
+def stairs(
+    factors: Mapping[float, float],  # share of the fit to the factor from there on
+) -> Schedule:
+    "Constant between given points of the fit, and 1 before the first; `ValueError` for points outside of it"
+    for share in factors: check_share("a point of stairs", share)
+    places = sorted(factors)
+    def fn(progress: float) -> float:
+        passed = bisect_right(places, progress + 1e-12)
+        return factors[places[passed - 1]] if passed else 1.0
+    return Schedule(fn, f"stairs({dict(factors)})")
