@@ -62,6 +62,7 @@ Modules:
 - `nbdev_trainer.loop.engine`: Where and how a step runs: the device, the weight of each gradient, and the order in which gradients become a step
 - `nbdev_trainer.loop.evaluation`: Passes over data that change nothing: validation, test and prediction
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
+- `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
