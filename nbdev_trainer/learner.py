@@ -34,6 +34,8 @@ from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
 from .loop.engine import find_device, move_model
 from .loop.evaluation import Predictions
+from .loop.groups import (
+    Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
 from .loop.plan import set_lr
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
@@ -41,7 +43,7 @@ from .loop.trainer import Trainer
 from .store.files import read_tensors, write_tensors
 from .store.history import History
 from .use.check import check
-from .use.choices import make_optimizers, make_step, spread_lr
+from .use.choices import DEFAULT_LR, Rates, make_optimizers, make_step, rates_for
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
@@ -187,7 +189,7 @@ class Learner:
     def fit(self,
         n: int | str | Duration,                           # how much more: epochs, or such as "500ba"
         *,
-        lr: float | tuple[float, float] | None = None,     # for this fit; a pair: spread over the groups
+        lr: Rates | None = None,  # for this fit: one; a pair from first to last part; a list; a dict by name
         schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the rates
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
@@ -207,7 +209,7 @@ class Learner:
     def fit_one_cycle(self,
         n: int | str | Duration,                            # as in `fit`
         *,
-        lr: float | tuple[float, float] | None = None,      # the highest, in the middle of the cycle
+        lr: Rates | None = None,                            # the highest, in the middle of the cycle
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,
         callbacks: Iterable[Callback] = (),
@@ -218,15 +220,66 @@ class Learner:
                  callbacks=callbacks, resume=resume)
 
     @contextmanager
-    def learning_rates(self, lr: float | tuple[float, float] | None) -> Iterator[None]:
-        "The groups at other learning rates; afterwards at their own"
-        slots = self.trainer.engine.slots
-        before = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
-                  for name, slot in slots.items()}  # numbers: a rate in a tensor is changed in place
-        if lr is not None: set_lr(slots, {name: spread_lr(lr, len(rates)) for name, rates in before.items()})
-        try: yield
+    def learning_rates(self, lr: Rates | None) -> Iterator[None]:
+        "The groups at other learning rates, and divided where that asks for it; afterwards as they were"
+        slots = {} if lr is None else self.trainer.engine.slots
+        groups = {name: slot.optimizer.param_groups for name, slot in slots.items()}
+        before = {name: [float(group["lr"]) for group in found]
+                  for name, found in groups.items()}  # numbers: a rate in a tensor is changed in place
+        try:
+            if lr is not None:
+                set_lr(slots, {name: rates_for(slot.optimizer, self.model, lr) for name, slot in slots.items()})
+            yield
         finally:
-            if lr is not None: set_lr(slots, before)
+            for name, slot in slots.items(): replace_groups(slot.optimizer, groups[name])
+            set_lr(slots, before)
+
+    def freeze(self,
+        *what: str | type[nn.Module],     # names, patterns or classes of what no longer trains
+        except_last: int | None = None,   # instead: everything but the last so many top-level parts
+    ) -> Changed:
+        "Stop training a part of the model; its batch norms keep their statistics. Prints what changed"
+        if bool(what) == (except_last is not None):
+            raise TypeError("freeze() takes either what to freeze, such as freeze('body'), or except_last=1")
+        names = all_but_last(self.model, except_last) if except_last is not None else [
+            name for one in what for name in chosen(self.model, one)]
+        return self.changed("frozen", set_trainable(self.model, names, train=False))
+
+    def unfreeze(self,
+        *what: str | type[nn.Module],  # names, patterns or classes; none: everything
+    ) -> Changed:
+        "Train a part of the model again, from the optimizer state that it had. Prints what changed"
+        every = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
+        names = [name for one in what for name in chosen(self.model, one)] or list(every)
+        optimizers = {name: slot.optimizer for name, slot in self.trainer.engine.slots.items()}
+        add_missing(optimizers, self.model, names)
+        return self.changed("training again", set_trainable(self.model, names, train=True))
+
+    def changed(self, how: str, what: Changed) -> Changed:
+        "Tell what was frozen or unfrozen, and bring the modes of a running fit up to date"
+        tell(f"{how}: {what}", self.verbose > 0)
+        if self.trainer.state.phase == "train": train_mode(self.model)
+        return what
+
+    @checked_keywords
+    def fine_tune(self,
+        n: int | str | Duration,                 # how long the whole model trains, as in `fit`
+        *,
+        lr: float = DEFAULT_LR,                  # of what was not frozen; the first parts get a hundredth of it
+        frozen: int | str | Duration = 1,        # how long only the last part trains, before that
+        except_last: int = 1,                    # how many top-level parts at the end that is
+        validate_every: int | str | Duration | None = "1ep",
+        limit_batches: int | None = None,
+        callbacks: Iterable[Callback] = (),
+        resume: bool = False,                    # go on with the one that was interrupted
+    ) -> None:
+        "Train the last part of a pretrained model, then all of it, the early parts carefully"
+        options: dict[str, Any] = {"validate_every": validate_every, "limit_batches": limit_batches,
+                                   "callbacks": list(callbacks), "resume": resume}
+        body = self.freeze(except_last=except_last)
+        try: self.fit(frozen, lr=lr, **options)
+        finally: self.unfreeze(*body.names)
+        self.fit_one_cycle(n, lr=(lr / 100, lr), **options)
 
     def validate(self,
         loader: Iterable[Any] | None = None,  # None: the validation data

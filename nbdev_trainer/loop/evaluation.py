@@ -28,6 +28,7 @@ from .advice import add_notes
 from .callback import handler_table
 from .control import Control
 from .engine import Engine
+from .groups import train_mode
 from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
@@ -42,7 +43,8 @@ def module_modes(
 ) -> Iterator[None]:
     "The whole model in one mode; afterwards every module is as before, also when the block raises"
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if training: train_mode(model)
+    else: model.eval()
     try: yield
     finally:
         for module, mode in before: module.training = mode

@@ -17,14 +17,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms', 'regroup',
-           'replace_groups', 'by_depth', 'by_selector']
+__all__ = ['Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms', 'train_mode', 'regroup',
+           'replace_groups', 'add_missing', 'by_depth', 'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
 def parts_of(
@@ -130,6 +130,11 @@ def frozen_norms(
     look(model, False)
     return found
 
+def train_mode(model: nn.Module) -> None:
+    "Training mode, but for frozen batch norms"
+    model.train()
+    for norm in frozen_norms(model): norm.eval()
+
 # %% ../../nbs/api/loop/05b_groups.ipynb #52a2ea73
 Selection = Mapping[str, Sequence[str]]  # name of a group to the names of its parameters
 
@@ -142,15 +147,18 @@ def regroup(
     names = {id(p): name for name, p in model.named_parameters()}
     of = {name: label for label, inside in selection.items() for name in inside}
     before, after = optimizer.param_groups, list[dict[str, Any]]()
-    lost = [names.get(id(p), "one that is not of the model") for group in before for p in group["params"]
-            if names.get(id(p)) not in of]
+    every = [p for group in before for p in group["params"]]
+    label_of = {id(p): of.get(names[id(p)]) if id(p) in names else list(selection)[-1] for p in every}
+    lost = [names[id(p)] for p in every if label_of[id(p)] is None]
     if lost:
         raise ValueError(f"{counted(len(lost), 'parameter is', 'parameters are')} in no group, such as "
                          f"{lost[0]!r}; expected a rate for each, the rest under '*'")
     for label in selection:
         for group in before:
-            params = [p for p in group["params"] if of[names[id(p)]] == label]
-            if params: after.append({**group, "params": params, "name": label})
+            params = [p for p in group["params"] if label_of[id(p)] == label]
+            if not params: continue
+            own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+            after.append({**own, "params": params, "name": label})  # a rate in a tensor is not shared
     replace_groups(optimizer, after)
     return before
 
@@ -158,9 +166,32 @@ def replace_groups(
     optimizer: torch.optim.Optimizer,
     groups: list[dict[str, Any]],  # with the parameters that it has
 ) -> None:
-    "Put other groups in the place of those that are there"
+    "Put other groups in the place of those that are there; a parameter that they lack goes into the first"
+    kept = {id(p) for group in groups for p in group["params"]}
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    groups[0]["params"] += [p for p in every if id(p) not in kept]
     optimizer.param_groups = groups
     if hasattr(optimizer, "cache"): optimizer.cache = None  # a `FusedAdamW` looks at its groups anew
+
+# %% ../../nbs/api/loop/05b_groups.ipynb #96db80b0
+def add_missing(
+    optimizers: Mapping[str, torch.optim.Optimizer],  # by name
+    model: nn.Module,
+    names: Iterable[str],                             # of parameters that are to train
+) -> list[str]:  # those that were in no optimizer and are now in the first group of the only one
+    "See that an optimizer steps the parameters; raises `ValueError` where several could"
+    present = {id(p) for one in optimizers.values() for group in one.param_groups for p in group["params"]}
+    every = dict(model.named_parameters())
+    missing = [name for name in names if id(every[name]) not in present]
+    if missing and len(optimizers) > 1:
+        raise ValueError(f"{counted(len(missing), 'parameter is', 'parameters are')} in none of the "
+                         f"optimizers {list(optimizers)}, such as {missing[0]!r}; give them to one when it "
+                         "is made")
+    for one in optimizers.values():
+        if missing:
+            one.param_groups[0]["params"] += [every[name] for name in missing]
+            replace_groups(one, one.param_groups)
+    return missing
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #903f42d3
 def by_depth(

@@ -22,6 +22,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from ..core.errors import describe
 from ..core.nested import map_tensors
+from .groups import regroup
 
 # %% auto #0
 __all__ = ['GLOBAL_HOOKS', 'CachedGroup', 'has_hooks', 'is_plain', 'is_uniform', 'FusedAdamW', 'make_cache', 'fused_step',
@@ -181,6 +182,10 @@ def load_optimizer_state(
         kind = kind_of(optimizer)
         raise ValueError(f"the saved optimizer is {saved['kind']}, this one {kind}; use the same")
     names, saved_names = parameter_names(optimizer, model), [group["params"] for group in saved["groups"]]
+    if names != saved_names and all("name" in group for group in saved["groups"]):  # divided for a fit
+        if sorted(sum(names, [])) == sorted(sum(saved_names, [])):
+            regroup(optimizer, model, {f"{i}": inside for i, inside in enumerate(saved_names)})
+            names = parameter_names(optimizer, model)
     if names != saved_names:
         here, there = {n for g in names for n in g}, {n for g in saved_names for n in g}
         raise ValueError("the saved optimizer has other parameters, or other groups of them: only saved "

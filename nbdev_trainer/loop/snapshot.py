@@ -135,6 +135,8 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
     present = {name: state for name, state in saved["callbacks"].items() if name in here}
     load_callbacks(trainer.callbacks, present)
-    if saved["plan"] is not None: set_lr(slots, saved["plan"]["lrs"])  # not where its schedule had got to
+    lrs = {} if saved["plan"] is None else saved["plan"]["lrs"]  # not where its schedule had got to
+    same_groups = all(len(slots[name].optimizer.param_groups) == len(rates) for name, rates in lrs.items())
+    if lrs and same_groups: set_lr(slots, lrs)
     set_rng_state(saved["rng"])
     trainer.loaded = saved

@@ -10,7 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/use/choices.html.md"""
 # %% ../../nbs/api/use/03_choices.ipynb #05126921
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -22,12 +22,13 @@ from ..core.messages import tell
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, to_batch
 from ..data.loaders import EpochLoader, looking_at
+from ..loop.groups import by_depth, by_selector, regroup
 from ..loop.optimizers import default_optimizer
 from ..loop.steps import Step, SupervisedStep
 
 # %% auto #0
-__all__ = ['DEFAULT_LR', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable', 'make_optimizers',
-           'describe_choice', 'spread_lr']
+__all__ = ['DEFAULT_LR', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable',
+           'make_optimizers', 'describe_choice', 'rates_for']
 
 # %% ../../nbs/api/use/03_choices.ipynb #e1679cde
 def first_batch(
@@ -155,13 +156,29 @@ def describe_choice(
     return f"{label}: {type(made).__name__}, lr {lr:g}" + (" unless fit is given one" if lr_is_chosen else "")
 
 # %% ../../nbs/api/use/03_choices.ipynb #8890f364
-def spread_lr(
-    lr: float | tuple[float, float],  # one rate, or those of the first and the last group
-    n_groups: int,                    # parameter groups, at least 1
-) -> list[float]:
-    "A learning rate for each parameter group"
-    if not isinstance(lr, (tuple, list)): return [check_lr(lr)] * n_groups
-    if len(lr) != 2: raise ValueError(f"lr is {lr!r}; expected one rate, or a pair for first and last group")
-    if n_groups < 2: raise ValueError(f"lr is {lr!r}, but the optimizer has a single parameter group")
-    low, high = check_lr(lr[0]), check_lr(lr[1])
-    return [low * (high / low) ** (i / (n_groups - 1)) for i in range(n_groups)]
+Rates = float | tuple[float, float] | Sequence[float] | Mapping[Any, float]
+
+def rates_for(
+    optimizer: optim.Optimizer,  # its groups are divided where `lr` asks for more of them
+    model: nn.Module,
+    lr: Rates,
+) -> list[float]:  # of each group
+    "The learning rate of each group of an optimizer; raises `ValueError` where the rates do not fit"
+    if isinstance(lr, Mapping):
+        given = {key.__name__ if isinstance(key, type) else key: check_lr(rate) for key, rate in lr.items()}
+        regroup(optimizer, model, by_selector(model, lr))
+        return [given[group["name"]] for group in optimizer.param_groups]
+    if not isinstance(lr, (tuple, list)): return [check_lr(lr)] * len(optimizer.param_groups)
+    if isinstance(lr, tuple) and len(lr) != 2:
+        raise ValueError(f"lr is {lr!r}; expected one rate, a pair for the first and the last group, or a "
+                         "list with a rate for each")
+    if len(optimizer.param_groups) == 1:
+        regroup(optimizer, model, by_depth(model))
+        labels = [group["name"] for group in optimizer.param_groups]
+    else: labels = list(range(len(optimizer.param_groups)))
+    n, rates = len(labels), [check_lr(rate) for rate in lr]
+    if n == 1: raise ValueError(f"lr is {lr!r}, but there is a single group of parameters; expected one rate")
+    if isinstance(lr, tuple): rates = [rates[0] * (rates[1] / rates[0]) ** (i / (n - 1)) for i in range(n)]
+    if len(rates) != n:
+        raise ValueError(f"lr has {len(rates)} rates for {n} groups: {labels}; expected one for each")
+    return rates
