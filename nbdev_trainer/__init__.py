@@ -42,7 +42,7 @@ Modules:
 - `nbdev_trainer.data.rows`: Tables as lists of rows, from CSV, Parquet or a DataFrame
 - `nbdev_trainer.data.samplers`: Which samples make up which batch: in order, shuffled, weighted, balanced, by length, by a budget of tokens
 - `nbdev_trainer.data.samples`: What a transform of a sample is, and how image, mask, boxes and points move together
-- `nbdev_trainer.data.sending`: What worker processes send: samples with few open files, and errors with all that was said of them
+- `nbdev_trainer.data.sending`: What is sent between processes and to a device: samples with few open files, errors with all that was said of them
 - `nbdev_trainer.data.sequence_transforms`: Shift, scale and disturb series and recordings; cut texts, and drop words of them
 - `nbdev_trainer.data.sequences`: Texts, tokens, series and sound: kinds of values that have a length
 - `nbdev_trainer.data.show`: Samples as people see them: pictures with what lies on them, curves, or a table

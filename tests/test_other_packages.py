@@ -29,7 +29,7 @@ def batches(loader, epoch=0, start=0):
 
 
 def sentences(datasets):
-    rows = {"text": [f"word{i % 7} and word{i % 3}" for i in range(60)], "label": [i % 2 for i in range(60)]}
+    rows = {"text": [f"word{i % 7} and number {i}" for i in range(60)], "label": [i % 2 for i in range(60)]}
     kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
 
@@ -80,7 +80,9 @@ def test_a_hugging_face_stream_goes_on_where_it_was(workers):
     again.load_state_dict(stopped.state_dict())  # its own: the examples before are not read again
     assert again.state_dict()["source"] is not None
     assert batches(again, 0, 3) == whole[3:]
+    assert batches(again, 1) == whole  # and nothing is missing from the next epoch
     running.close()
+    assert batches(stopped, 0, 3) == whole[3:]
 
 
 # torchvision and timm

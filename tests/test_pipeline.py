@@ -357,7 +357,7 @@ def test_a_broken_item_of_a_stream_is_named(how):
 def test_a_stream_of_which_too_much_is_broken_stops():
     loader = StreamLoader(lambda epoch: [{"x": [1.0]}, {}] * 100, {"x": Array(read_x)}, inputs="x", batch_size=8,
                           on_error="skip", skip_limit=0.1)
-    with pytest.raises(RuntimeError, match="(?s)12 of 100 samples could not be read, more than skip_limit=0.1"):
+    with pytest.raises(RuntimeError, match="(?s)12 of 24 samples could not be read, more than skip_limit=0.1"):
         list(loader.batches(0))
 
 

@@ -25,8 +25,8 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords', 'CheckedSettings',
-           'Problems', 'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords', 'check_settings',
+           'CheckedSettings', 'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -80,7 +80,7 @@ def did_you_mean(
     close = [lower[match] for match in matches]
     listed = [*close, *(choice for choice in known if choice not in close)]
     more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
-    if what.endswith("y") and not what.endswith("ey"): plural = f"{what[:-1]}ies"
+    if what.endswith("y") and what[-2:-1] not in "aeo": plural = f"{what[:-1]}ies"
     else: plural = f"{what}es" if what.endswith("s") else f"{what}s"
     suggestion = f"Did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}Known {plural}: {', '.join(map(repr, listed[:12]))}{more}."
@@ -105,6 +105,8 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "max_grad_norm": "clip_norm", "accelerator": "device", "scheduler": "schedule",
             "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir",
             "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
+            "classes": "vocab", "categories": "vocab", "labels": "vocab", "normalize": "standardize",
+            "interpolation": "method", "probability": "p", "prob": "p", "max_length": "length",
             "top_k": "k", "num_bins": "n_bins", "mode": "higher_is_better"}
 
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
@@ -134,14 +136,30 @@ def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:
     return call
 
 # %% ../../nbs/api/core/00_errors.ipynb #8a9fba26
+def check_settings(
+    cls: type,
+    n_values: int,           # given by position
+    names: Iterable[str],    # given by name
+) -> None:
+    "Raise `TypeError` for a name that the `__init__` of a class does not have, or more values than it takes"
+    made: Any = cls
+    known = {name: one.kind for name, one in inspect.signature(made.__init__).parameters.items()
+             if name != "self"}
+    kinds, called = inspect.Parameter, cls.__name__
+    for name in names if kinds.VAR_KEYWORD not in known.values() else ():
+        if name not in known: raise unknown_keyword(called, name, list(known))
+    first = [name for name, kind in known.items() if kind is kinds.POSITIONAL_OR_KEYWORD]
+    if n_values <= len(first) or kinds.VAR_POSITIONAL in known.values(): return
+    rest = ", ".join(name for name in known if name not in first)
+    raise TypeError(f"{called}() got {n_values} values by position; expected {called}({', '.join(first)})"
+                    + (f"; by name: {rest}" if rest else ""))
+
 class CheckedSettings:
     "A dataclass that answers a misspelt setting with the one that was meant"
     def __new__(cls, *values: Any, **settings: Any) -> Self:
-        if settings:
-            known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-            for name in settings:
-                if name not in known: raise unknown_keyword(cls.__name__, name, known)
-        return super().__new__(cls)
+        if settings or len(values) > 1: check_settings(cls, len(values), settings)
+        if super().__new__ is object.__new__: return super().__new__(cls)
+        return super().__new__(cls, *values, **settings)  # of another class that it derives from as well
 
 # %% ../../nbs/api/core/00_errors.ipynb #dc393cf7
 class Problems:

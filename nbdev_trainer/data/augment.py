@@ -39,7 +39,7 @@ Fields = dict[str, Any]  # a tensor (batch, ...), or a list with a tensor for ea
 @dataclass
 class BatchTransform(CheckedSettings):
     "Something done to a whole batch; derive from it and define `__call__`"
-    random_draws: ClassVar[bool] = True  # whether it does something else each time
+    random_draws: ClassVar[bool] = False  # whether it does something else each time
 
     def __call__(self,
         fields: Fields,             # values by the names of their fields
@@ -83,7 +83,6 @@ class Normalize(BatchTransform):
     mean: Sequence[float]  # of each channel, for images from 0 to 1
     std: Sequence[float]   # standard deviation of each channel
     kept: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    random_draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.mean, self.std = [float(one) for one in self.mean], [float(one) for one in self.std]
@@ -127,6 +126,8 @@ class Normalize(BatchTransform):
 @dataclass
 class ColorJitter(ColorAmounts, BatchTransform):
     "Change brightness, contrast, saturation and hue of each image by random amounts"
+    random_draws: ClassVar[bool] = True
+
     def __call__(self, fields: Fields, kinds: Mapping[str, Kind], keys: np.ndarray) -> Fields:
         "The batch with its images recoloured"
         def change(images: Tensor, keys: np.ndarray) -> Tensor:
@@ -158,6 +159,8 @@ def noise_like(
 @dataclass
 class RandomErase(BatchTransform):
     "Cover a random rectangle of some images"
+    random_draws: ClassVar[bool] = True
+
     p: float = 0.5                             # how often, in [0, 1]
     scale: tuple[float, float] = (0.02, 0.33)  # share of the area
     ratio: tuple[float, float] = (0.3, 3.3)    # width over height
@@ -197,6 +200,8 @@ class RandomErase(BatchTransform):
 @dataclass
 class RandomNoise(BatchTransform):
     "Add grain of a random strength to some images"
+    random_draws: ClassVar[bool] = True
+
     amount: float = 0.1  # highest standard deviation, for images from 0 to 1
     p: float = 0.5       # how often, in [0, 1]
 

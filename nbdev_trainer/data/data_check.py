@@ -25,10 +25,11 @@ from ..core.errors import counted, describe
 from ..core.nested import tensors
 from .kinds import Categories, Category, Numbers
 from .leaks import equal_files
-from .oddities import description_problems, number_problems, turned_problems
-from .pictures import Boxes, Image, Mask
+from .oddities import (
+    description_problems, equal_inputs, number_problems, turned_problems)
+from .pictures import Boxes, Image, Mask, Points
 from .sequences import Text
-from .sources import ItemSource, file_of, generator_for, name_of_item
+from .sources import ItemSource, file_of, generator_for, name_of_item, names_in
 from .splits import Split
 
 # %% auto #0
@@ -132,6 +133,7 @@ def label_problems(
     name: str,  # of the field
     kind: Category,
     split: Split,
+    is_target: bool = True,  # whether this is what the model is to answer
 ) -> Iterator[str]:
     "Labels outside of the vocabulary, classes without items, and classes that seem to be one"
     counts: dict[str, Counter[Any]] = {part: Counter() for part in ("train", "valid", "test")}
@@ -152,7 +154,8 @@ def label_problems(
     for one, other in alike(sorted(known | set(unknown), key=str)):
         yield (f"the labels {one!r} and {other!r} of the field {name!r} differ only in case, spaces or "
                "points; if they are one class, bring them together in the reader")
-    in_training = {label: counts["train"][label] for label in kind.vocab or ()}
+    real = [label for label in kind.vocab or () if label not in (kind.missing, kind.unknown)]
+    in_training = {label: counts["train"][label] for label in real}
     if never := [label for label, n in in_training.items() if n < 2]:
         yield (f"{counted(len(never), 'class', 'classes')} of {name!r} with fewer than 2 training items: "
                f"{never[:5]}; a model cannot learn them")
@@ -162,7 +165,7 @@ def label_problems(
                f"{dict(list(rare.items())[:5])}, where {usual:,.0f} are usual; what a model says of them is "
                "a guess")
     held_out = counts["valid"] + counts["test"]
-    if held_out and (never := [label for label in kind.vocab or () if not held_out[label]]):
+    if is_target and held_out and (never := [label for label in real if not held_out[label]]):
         yield (f"{counted(len(never), 'class', 'classes')} of {name!r} not among the items held out: "
                f"{never[:5]}; use stratified_split")
 
@@ -228,7 +231,8 @@ def is_grey(
 ODD = {"grey": ("image holds no colour", "images hold no colour"),
        "outside": ("image has boxes that reach out of it", "images have boxes that reach out of them"),
        "unlike": ("mask has another size than its image", "masks have another size than their images"),
-       "empty": ("text is empty", "texts are empty")}
+       "empty": ("text is empty", "texts are empty"),
+       "infinite": ("item is not finite after the transforms", "items are not finite after the transforms")}
 
 def size_problems(
     sizes: Mapping[str, Mapping[tuple[int, ...], int]],  # of images, by "training" and "evaluation"
@@ -261,6 +265,8 @@ def item_problems(
         training = in_training is None or position in in_training
         try:
             sample = (source if training else evaluation).sample(position, 0)
+            if any(value.is_floating_point() and not value.isfinite().all() for key, value in sample.items()
+                   if not isinstance(source.kinds[key], Points)): odd["infinite"].append(name)
             for key, value in sample.items():
                 if isinstance(source.kinds[key], Image):
                     sizes["training" if training else "evaluation"][tuple(value.shape[-2:])] += 1
@@ -319,16 +325,22 @@ def check_source(
     stages: list[Stage] = []
     rows = split.train.tolist()
     for kind_name, kind in source.kinds.items():
-        if isinstance(kind, Category): problems += label_problems(source.items, kind_name, kind, split)
+        if not isinstance(kind, Category): continue
+        is_target = kind_name in names_in(source.targets)
+        problems += label_problems(source.items, kind_name, kind, split, is_target)
     problems += file_problems(source.items, split)
-    facts, used = list[str](), used_in(split)
-    try:
-        stages += item_stages(source, rows[0])
-        samples = [source.sample(position, key) for key, position in enumerate(rows[:batch_size])]
-        stages += batch_stages(source, samples)
-    except Exception as error:
-        notes = "; ".join(getattr(error, "__notes__", []))
-        problems.append(f"a stage failed: {type(error).__name__}: {error}{'; ' if notes else ''}{notes}")
+    facts, failed, used = list[str](), list[str](), used_in(split)
+    for start in range(0, min(len(rows), 5 * batch_size), batch_size):  # until one that is sound
+        try:
+            found = list(item_stages(source, rows[start]))
+            some_rows = rows[start:start + batch_size]
+            samples = [source.sample(position, key) for key, position in enumerate(some_rows)]
+            stages = [*found, *batch_stages(source, samples)]
+            break
+        except Exception as error:
+            notes = "; ".join(getattr(error, "__notes__", []))
+            failed.append(f"a stage failed: {type(error).__name__}: {error}{'; ' if notes else ''}{notes}")
+    if failed and not (stages and every_item): problems.append(failed[0])  # else every item tells it again
     if every_item:
         for field, kind in source.kinds.items():
             if isinstance(kind, (Numbers, Category)) and not isinstance(kind, Categories):
@@ -336,7 +348,8 @@ def check_source(
                 told += missing_problems(source.items, field, kind, used)
         for field, kind in source.kinds.items():
             if isinstance(kind, Numbers): problems += number_problems(source.items, field, kind, used)
-        problems += [*item_problems(source, used), *turned_problems(source, used)]
+        problems += [*item_problems(source, used), *turned_problems(source, used),
+                     *equal_inputs(source, split)]
     parts = [f"{len(ids):,} {part}" for part, ids in split.parts().items() if len(ids)]
     looked = "every item was read" if every_item else "to read every item: check(every_item=True)"
     return DataCheck([f"items: {', '.join(parts)}; {looked}", *facts], stages, problems)

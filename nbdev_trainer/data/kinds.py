@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,9 @@ def read_key(
     key: str | int,
 ) -> Any:
     "What an item holds under a key; raises `KeyError` with the known names when there is none"
+    if isinstance(item, (str, bytes, PathLike)) and not (isinstance(key, str) and hasattr(item, key)):
+        raise KeyError(f"the item is {describe(item)}, which has no {key!r}; expected a dict, a row or a "
+                       "tuple that holds it. For items that are the values themselves leave the reader out")
     if isinstance(key, str) and not isinstance(item, Mapping) and not hasattr(type(item), "__getitem__"):
         if hasattr(item, key): return getattr(item, key)
         known = [one.name for one in fields(item)] if hasattr(item, "__dataclass_fields__") else []
@@ -69,7 +73,8 @@ def stack(
         if value.shape != values[0].shape:
             raise ValueError(f"sample {number} of the batch has the shape {tuple(value.shape)}, sample 0 "
                              f"has {tuple(values[0].shape)}. To stack them they must be equal: bring them "
-                             "to one size by a transform such as Resize, or pass collation='list', or 'pad'")
+                             "to one size by a transform such as Resize, or pass collation='list'; 'pad' "
+                             "where only the last dimension differs")
     return torch.stack(list(values))
 
 def pad(

@@ -30,9 +30,9 @@ from .splits import random_split
 if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
 
 # %% auto #0
-__all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'fetch_rows', 'row_picker', 'fetch_samples', 'own_generators',
-           'looking_at', 'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays', 'array_loaders',
-           'explained', 'Loaders']
+__all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'check_sizes', 'fetch_rows', 'row_picker', 'fetch_samples',
+           'own_generators', 'looking_at', 'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays',
+           'array_loaders', 'explained', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 class EpochLoader:
@@ -130,15 +130,19 @@ class Loader(SeededLoader):
 def check_loader(loader: Loader) -> None:
     "Raise `ValueError` for sizes that cannot give a batch"
     n, size = len(loader.rows), loader.batch_size
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"batch_size is {size!r}; expected a whole number of samples, at least 1")
+    check_sizes(size, loader.rank, loader.world_size)
     if n == 0: raise ValueError("the loader has no samples; expected at least one")
     if loader.drop_last and n < size:
         raise ValueError(f"{n} samples with batch_size={size} and drop_last=True give no batch at all; "
                          "use a smaller batch_size, or drop_last=False")
-    if not 0 <= loader.rank < loader.world_size:
-        raise ValueError(f"rank is {loader.rank} of {loader.world_size} ranks; expected a number from 0, "
-                         "below the number of ranks")
+
+def check_sizes(batch_size: int, rank: int, world_size: int) -> None:
+    "Raise `ValueError` for batches or ranks that cannot be"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of samples, at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size} ranks; expected a number from 0, below the number "
+                         "of ranks")
 
 # %% ../../nbs/api/data/01_loaders.ipynb #e746868a
 def fetch_rows(

@@ -18,10 +18,11 @@ from typing import Any
 from ..core.errors import counted
 from .kinds import Category, Numbers
 from .pictures import Boxes, Image, Mask, Points, is_turned
-from .sources import Apply, ItemSource, name_of_item, names_in
+from .sources import Apply, Fields, ItemSource, key_of, name_of_item, names_in
+from .splits import Split
 
 # %% auto #0
-__all__ = ['draws', 'description_problems', 'cut_off', 'number_problems', 'turned_problems']
+__all__ = ['draws', 'description_problems', 'cut_off', 'number_problems', 'raw_key', 'equal_inputs', 'turned_problems']
 
 # %% ../../nbs/api/data/10e_oddities.ipynb #6af4531b
 def draws(
@@ -33,9 +34,17 @@ def draws(
 def description_problems(source: ItemSource) -> Iterator[str]:
     "An answer among the inputs, and draws that reach validation"
     for name in names_in(source.targets):
-        if name in names_in(source.inputs) and isinstance(source.kinds[name], (Numbers, Category)):
-            yield (f"the field {name!r} is a target and among the inputs, so the model is told the answer; "
-                   "leave it out of inputs")
+        if not isinstance(source.kinds[name], (Numbers, Category)): continue
+        if names_in(source.inputs) == names_in(source.targets): continue  # an autoencoder of numbers
+        place = source.kinds[name].reader
+        for other in names_in(source.inputs):
+            kind = source.kinds[other]
+            places = kind.reader if isinstance(kind.reader, (list, tuple)) else [kind.reader]
+            same_place = isinstance(kind, (Numbers, Category)) and place is not None and place in places
+            if other == name or same_place:
+                what = "is" if other == name else "is read from the same place as"
+                yield (f"the input {other!r} {what} the target {name!r}, so the model is told the answer; "
+                       "leave it out of inputs")
     lists = {"transforms": source.transforms, "batch_transforms": source.batch_transforms}
     for part, steps in lists.items():
         for one in filter(draws, steps):
@@ -67,12 +76,47 @@ def number_problems(
         if not columns: columns = [[] for _ in row]
         for column, one in zip(columns, row):
             if one == one: column.append(one)
-    for number, column in enumerate(columns):
-        if (found := cut_off(column)) is None: continue
-        which = kind.reader[number] if isinstance(kind.reader, (list, tuple)) else number
-        what = f"the field {name!r}" if len(columns) == 1 else f"column {which!r} of the field {name!r}"
-        yield (f"{what} ends at {found[0]:g}, which stands in {found[1]:,} of {len(column):,} items; if "
-               "larger values were cut off there, a model cannot predict beyond it")
+    found = [(number, *end) for number, column in enumerate(columns) if (end := cut_off(column)) is not None]
+    if not found: return
+    number, largest, often = found[0]
+    which = kind.reader[number] if isinstance(kind.reader, (list, tuple)) else number
+    what = f"the field {name!r}" if len(columns) == 1 else f"column {which!r} of the field {name!r}"
+    where = f"stands in {often:,} of {len(columns[number]):,} items"
+    if found[1:]: where += f" ({counted(len(found) - 1, 'other column ends', 'other columns end')} like it)"
+    yield (f"{what} ends at {largest:g}, which {where}; "
+           "if larger values were cut off there, a model cannot predict beyond it")
+
+# %% ../../nbs/api/data/10e_oddities.ipynb #ecadeeeb
+def raw_key(source: ItemSource, position: int, which: Fields) -> str | None:
+    "A hash of the raw values of some fields of an item; None: they cannot be told apart from others"
+    item = source.items[position]
+    return key_of({name: source.kinds[name].read(item) for name in names_in(which)}, "")
+
+def equal_inputs(
+    source: ItemSource,
+    split: Split,
+) -> Iterator[str]:
+    "Items held out that have the inputs of a training item, and equal inputs with different targets"
+    seen: dict[str, tuple[int, str | None]] = {}
+    across: list[str] = []
+    unlike: list[str] = []
+    for part, ids in split.parts().items():
+        for position in ids.tolist() if part != "unused" else ():
+            try: key, answer = (raw_key(source, position, which) for which in (source.inputs, source.targets))
+            except Exception: continue  # a look at every item tells
+            if key is None: continue
+            first, other = seen.setdefault(key, (position, answer))
+            if first == position: continue
+            pair = f"{name_of_item(source.items, first)} and {name_of_item(source.items, position)}"
+            if part != "train" and first in split.train: across.append(pair)
+            if answer != other: unlike.append(pair)
+    held_out = len(split.valid) + len(split.test)
+    if across:
+        yield (f"{len(across):,} of {held_out:,} items held out have the inputs of a training item, such as "
+               f"{across[0]}; unless rows are equal by chance, keep them together: grouped_split")
+    if unlike:
+        yield (f"{counted(len(unlike), 'item has', 'items have')} the inputs of another and another target, "
+               f"such as {unlike[0]}")
 
 # %% ../../nbs/api/data/10e_oddities.ipynb #936e2433
 def turned_problems(

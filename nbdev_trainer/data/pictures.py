@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MODES', 'ORIENTATION', 'FORMATS', 'open_picture', 'decoded', 'is_turned', 'Image', 'as_class_numbers', 'classes_for',
-           'values_for', 'check_classes', 'Mask', 'Boxes', 'Points']
+           'values_for', 'check_classes', 'Mask', 'boxes_of', 'Boxes', 'Points']
 
 # %% ../../nbs/api/data/06b_pictures.ipynb #5052cbf2
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -224,6 +224,22 @@ class Mask(Kind):
 # %% ../../nbs/api/data/06b_pictures.ipynb #6fad680c
 FORMATS = ("xyxy", "xywh", "cxcywh")
 
+def boxes_of(
+    raw: Any,  # rows of four numbers, in any nesting of lists and arrays
+) -> Tensor:  # (n, 4) float32
+    "Boxes as a tensor; raises `ValueError` for what is not made of four numbers each"
+    if isinstance(raw, Sequence) and not raw: return torch.zeros(0, 4)
+    try: value = own_tensor(raw, torch.float32)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{describe(raw)} are no boxes; expected a list of [left, top, right, "
+                         "bottom]") from error
+    if not value.numel(): return value.reshape(0, 4)
+    if value.ndim != 2 or value.shape[1] != 4:
+        raise ValueError(f"the boxes have the shape {tuple(value.shape)}; expected (n, 4), four numbers for "
+                         "each")
+    return value
+
+# %% ../../nbs/api/data/06b_pictures.ipynb #b1d2b4f8
 @dataclass
 class Boxes(Kind):
     "Rectangles: (n, 4) float32, each left, top, right, bottom in pixels"
@@ -237,7 +253,7 @@ class Boxes(Kind):
             raise ValueError(f"format is {self.format!r}; expected one of {FORMATS}")
 
     def encode(self, raw: Any) -> Tensor:
-        value = own_tensor(raw, torch.float32).reshape(-1, 4) if len(raw) else torch.zeros(0, 4)
+        value = boxes_of(raw)
         first, second = value.split(2, dim=1)
         if self.format == "xywh": value = torch.cat([first, first + second], dim=1)
         if self.format == "cxcywh": value = torch.cat([first - second / 2, first + second / 2], dim=1)
@@ -246,7 +262,7 @@ class Boxes(Kind):
             number = int((~sound).nonzero()[0])
             raise ValueError(f"box {number} of {len(value)} is {list(raw)[number]} in the format "
                              f"{self.format!r}, which has no area; correct it, or leave it out where the "
-                             "annotations are read")
+                             "annotations are read. Is another notation meant: format='xywh'?")
         return value
 
     def decode(self, value: Tensor) -> list[list[float]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import Problems, checked_keywords, describe, did_you_mean
-from ..core.seeding import isolated_rng
+from ..core.seeding import hash64, isolated_rng, seed_globals
 from . import augment, color, sequence_transforms, transforms, warp
 from .augment import BatchTransform
 from .data_check import DataCheck, check_source
@@ -34,9 +34,9 @@ from .show import samples_of, show_samples
 from .samplers import Sampler
 from .samples import Transform
 from .sources import (
-    Apply, Fields, ItemSource, PerSample, check_skipping, name_of_item, names_in)
+    Apply, Fields, ItemSource, PerSample, check_skipping, may_draw, name_of_item, names_in)
 from .splits import Split
-from .workers import nothing, tasks_of
+from .workers import SALT, nothing, tasks_of
 
 # %% auto #0
 __all__ = ['check_fields', 'check_steps', 'steps_for', 'split_of', 'learn', 'told', 'fields_from', 'describe_step', 'step_from',
@@ -134,9 +134,11 @@ def learn(
 ) -> None:
     "Let kinds see the raw values of the training items; an error gets a note of item and field"
     raws: dict[str, list[Any]] = {name: [] for name, kind in kinds.items() if kind.must_learn}
-    for position in rows.tolist() if raws else ():
+    draws, keys = may_draw(items), hash64(SALT, 0, rows.numpy()).tolist()
+    for position, key in zip(rows.tolist(), keys) if raws else ():
         name, read = "", {}
         try:
+            if draws: seed_globals(key)
             item = items[position]
             for name in raws:
                 read[name] = kinds[name].read(item)
@@ -210,7 +212,8 @@ def known_steps() -> dict[str, type]:
     "The transforms of this library, by name"
     modules = transforms, color, sequence_transforms, augment, warp
     return {name: one for module in modules for name, one in vars(module).items()
-            if isinstance(one, type) and is_dataclass(one) and one.__module__ == module.__name__}
+            if isinstance(one, type) and issubclass(one, (Transform, BatchTransform))
+            and one.__module__ == module.__name__}
 
 # %% ../../nbs/api/data/11_pipeline.ipynb #873c35c4
 class Data:
@@ -239,7 +242,7 @@ class Data:
         check_skipping(on_error, skip_limit)
         self.items, self.inputs, self.targets, self.split = items, inputs, targets, split_of(split, items)
         self.fields = {name: copy.copy(kind) for name, kind in fields.items()}
-        learn(self.fields, items, self.split.train, skip=on_error == "skip")
+        with isolated_rng(): learn(self.fields, items, self.split.train, skip=on_error == "skip")
         self.source = ItemSource(
             items, self.fields, inputs, targets, weights=weights, transforms=tuple(transforms),
             train_transforms=tuple(train_transforms), batch_transforms=tuple(batch_transforms),

@@ -15,6 +15,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -22,14 +23,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..core.errors import describe
 from ..core.nested import index
+from ..core.seeding import hash64, isolated_rng
 from .loaders import Loader
 from .rows import Texts
 from .samplers import Sampler
 from .sources import ItemSource, Read, file_of
-from .workers import SampleLoader, Task
+from .workers import SALT, SampleLoader, Task
 from ..store.files import read_tensors, write_tensors
 
 # %% auto #0
@@ -82,13 +85,20 @@ def checked_items(
         raise TypeError(f"items is a {type(items).__name__}; expected rows: read_rows(table) makes them of "
                         "it")
     has_positions = hasattr(items, "__len__") and hasattr(items, "__getitem__")
+    if isinstance(items, (str, PathLike)) and Path(items).suffix:
+        raise TypeError(f"items is the path {str(items)!r}; expected a list. For this one: "
+                        f"[{str(items)!r}]; for a table: read_rows({str(items)!r})")
     if isinstance(items, (str, PathLike)):
         raise TypeError(f"items is the path {str(items)!r}; expected what is there: "
                         f"image_files({str(items)!r}) for a folder of pictures, read_rows({str(items)!r}) "
                         "for a table")
-    if not has_positions or isinstance(items, Mapping):
+    if not has_positions or isinstance(items, (Mapping, IterableDataset)):
         hint = ""
-        if isinstance(items, Mapping) and items: hint = f". One of its values, items[{next(iter(items))!r}]?"
+        first = next(iter(items.values()), None) if isinstance(items, Mapping) else None
+        if first is not None and (isinstance(first, str) or not hasattr(first, "__len__")):
+            hint = ". For a single row: [row]"
+        elif first is not None: hint = f". One of its values, items[{next(iter(items))!r}]?"
+        elif isinstance(items, DataLoader): hint = ". It gives batches: Learner(model, (train, valid))"
         elif isinstance(items, Iterable): hint = ". For what has no length there is StreamLoader"
         raise TypeError(f"items is {describe(items, depth=1)}; expected something with a length and "
                         f"positions, such as a list{hint}")
@@ -176,11 +186,12 @@ class MemorySource(ItemSource):
     def read_all(self, rows: Tensor) -> dict[int, dict[str, Tensor]]:
         "Samples by position; those that cannot be read are left out where that is allowed"
         read = {}
-        for position in rows.tolist():
-            try: read[position] = self.sample(position, 0)
-            except Exception as error:
-                if self.on_error == "raise": raise
-                self.note_skipped([(position, f"{type(error).__name__}: {error}")])
+        with isolated_rng() if self.foreign else nullcontext():
+            for position, key in zip(rows.tolist(), hash64(SALT, 0, rows.numpy()).tolist()):
+                try: read[position] = self.sample(position, key)
+                except Exception as error:
+                    if self.on_error == "raise": raise
+                    self.note_skipped([(position, f"{type(error).__name__}: {error}")])
         return read
 
     def read(self, task: Task, mark: Callable[[int], None]) -> Read:

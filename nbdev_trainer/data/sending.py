@@ -1,4 +1,4 @@
-"""What worker processes send: samples with few open files, and errors with all that was said of them
+"""What is sent between processes and to a device: samples with few open files, errors with all that was said of them
 
 What a worker process has read must get to the main process. Two things are in the way. Tensors travel as shared
 memory, which is quick for one large tensor and slow, or impossible, for hundreds of small ones. And an exception
@@ -15,14 +15,16 @@ import copy
 import math
 import pickle
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.nested import map_tensors, to_device
+
 # %% auto #0
-__all__ = ['PackedList', 'compact', 'each_part', 'pack', 'unpack', 'Failed']
+__all__ = ['PackedList', 'compact', 'each_part', 'pack', 'unpack', 'Failed', 'copied_ahead', 'arrived']
 
 # %% ../../nbs/api/data/09c_sending.ipynb #60cbc471
 class PackedList(NamedTuple):
@@ -84,3 +86,28 @@ class Failed:
         for note in getattr(error, "__notes__", ()):
             if note not in kept: self.error.add_note(note)
         self.error.add_note(f"in a worker process:\n{where}")
+
+# %% ../../nbs/api/data/09c_sending.ipynb #06d1e3d9
+def copied_ahead(  # pragma: gpu
+    done: Iterator[tuple[Any, Any]],
+    device: torch.device,
+) -> Iterator[tuple[Any, Any]]:
+    "What was read, on the device; the next is copied on a stream of its own while this one is used"
+    stream, pending = torch.cuda.Stream(device), None
+    def on_its_way(read: Any) -> Any:
+        pinned = map_tensors(lambda one: one if one.is_pinned() else one.pin_memory(), read)
+        with torch.cuda.stream(stream): return to_device(pinned, device, non_blocking=True), pinned
+    for task, read in done:
+        following = task, on_its_way(read)
+        if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
+        pending = following
+    if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
+
+def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
+    "What was copied on another stream, safe to use on this one"
+    now = torch.cuda.current_stream(device)
+    now.wait_stream(stream)
+    def used_here(one: Tensor) -> Tensor:
+        one.record_stream(now)
+        return one
+    return map_tensors(used_here, read)

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..core.errors import CheckedSettings, describe, did_you_mean
 from ..core.nested import to_device
@@ -36,8 +35,8 @@ from .workers import Task
 
 # %% auto #0
 __all__ = ['LOCAL', 'Fields', 'generator_for', 'Apply', 'PerSample', 'names_in', 'pick', 'file_of', 'name_of_item', 'content_of',
-           'key_of', 'Read', 'check_skipping', 'skipped_here', 'too_many', 'no_sample', 'note_failed_sample',
-           'note_failed_batch', 'ItemSource']
+           'key_of', 'Read', 'check_skipping', 'too_many', 'no_sample', 'note_failed_sample', 'note_failed_batch',
+           'may_draw', 'ItemSource']
 
 # %% ../../nbs/api/data/10b_sources.ipynb #09b64f4f
 LOCAL = threading.local()  # a generator for each thread
@@ -86,7 +85,10 @@ class Apply(CheckedSettings):
 # %% ../../nbs/api/data/10b_sources.ipynb #483e8d7a
 class PerSample:
     "Fields as a list with one dict for each sample, as torchvision's detectors take their targets"
-    def __init__(self, *names: str) -> None: self.names = names
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        if wrong := [one for one in names if not isinstance(one, str)]:
+            raise TypeError(f"PerSample got {describe(wrong[0])}; expected names, as in PerSample('boxes', 'labels')")
 
     def __repr__(self) -> str: return f"PerSample({', '.join(map(repr, self.names))})"
 
@@ -170,17 +172,11 @@ def check_skipping(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}. {did_you_mean(on_error, ['raise', 'skip'], what='way')}")
 
-def skipped_here(source: ItemSource) -> dict[int, str]:
-    "What could not be read of the samples that this source uses; others of the same data are not its affair"
-    if source.rows is None: return source.skipped
-    here = torch.isin(torch.tensor(list(source.skipped), dtype=torch.int64), source.rows).tolist()
-    return {position: why for (position, why), used in zip(source.skipped.items(), here) if used}
-
 def too_many(
     source: ItemSource,
 ) -> RuntimeError:
     "The error for samples that could not be read, when they are more than the limit allows"
-    found, n = skipped_here(source), source.n_rows
+    found, n = source.own, source.n_rows
     listed = list(found.items())[:5]
     first = "\n- ".join(f"{source.name_of(position)}: {why}" for position, why in listed)
     return RuntimeError(f"{len(found)} of {n} samples could not be read, more than "
@@ -202,13 +198,12 @@ def note_failed_sample(
     name: str,                   # of the item
     stage: Any,                  # in words, or the transform that failed
     sample: Mapping[str, Any],   # by field, as far as it got
+    advice: str = "",            # how to find all such items, and to pass them over
 ) -> None:
     "Say in a note which item failed, at which stage, and what can be done"
     shapes = f"; its fields: {describe(sample, depth=2)}" if sample else ""
     what = stage if isinstance(stage, str) else f"the transform {stage!r}"
-    error.add_note(f"{name}: {what} failed{shapes}. Mend the item or leave it "
-                   "out; data.check(every_item=True) lists all such items, and on_error='skip' "
-                   "passes them over")
+    error.add_note(f"{name}: {what} failed{shapes}. If the item is at fault, mend it or leave it out{advice}")
 
 def note_failed_batch(
     error: Exception,                        # gets the note
@@ -220,6 +215,12 @@ def note_failed_batch(
     odd = [number for number, one in enumerate(samples) if one[field].shape != samples[0][field].shape]
     named = "; ".join(f"sample {number} is {names[number]}" for number in [0, *odd[:2]])
     error.add_note(f"collating the field {field!r} failed: {named}")
+
+# %% ../../nbs/api/data/10b_sources.ipynb #3f220618
+def may_draw(items: Any) -> bool:
+    "Whether items may draw from global generators while they are read"
+    if isinstance(items, (list, tuple, range, dict, np.ndarray, Tensor)): return False
+    return not type(items).__module__.startswith("nbdev_trainer.")
 
 # %% ../../nbs/api/data/10b_sources.ipynb #e0207e25
 @dataclass
@@ -240,6 +241,7 @@ class ItemSource:
     skip_limit: float = 0.05                   # how much may be skipped, as a fraction of `rows`
     rows: Tensor | None = None                 # the positions that are used; None: all
     stand_ins: Tensor | None = None            # those that may take the place of another in training; None: rows
+    least: int = 0                             # `skip_limit` is a fraction of at least so many
     in_threads: bool = False                   # these share the global generators, so nothing is seeded
     skipped: dict[int, str] = field(default_factory=dict)  # what was left out so far, and why
     cache: Any = None                          # keeps encoded samples, such as a `Cache`
@@ -247,15 +249,24 @@ class ItemSource:
     def __post_init__(self) -> None:
         steps = [*self.transforms, *self.train_transforms] if self.training else list(self.transforms)
         self.steps = steps
+        self.counted = [(name, kind.per) for name, kind in self.kinds.items()
+                        if kind.per is not None and kind.per in self.kinds]
         kinds = {} if self.cache is None else self.kinds  # only a cache asks
         self.told = repr({name: kind.describe() for name, kind in kinds.items()})
-        draws = isinstance(self.items, Dataset) and not self.in_threads
+        self.own: dict[int, str] = {}  # of `skipped`, what this source has met; others of the same data have more
+        draws = may_draw(self.items) and not self.in_threads
         self.foreign = draws or any(getattr(one, "foreign", False) for one in steps)
 
     @property
     def n_rows(self) -> int:
         "How many samples there are"
         return len(self.items if self.rows is None else self.rows)
+
+    @property
+    def advice(self) -> str:
+        "How to find all items that cannot be read, and to pass them over"
+        passed = "" if self.on_error == "skip" else ", and on_error='skip' passes them over"
+        return f"; data.check(every_item=True) lists all such items{passed}"
 
     def for_evaluation(self) -> ItemSource:
         "The same samples, without what is done in training only"
@@ -277,6 +288,11 @@ class ItemSource:
             if not isinstance(sample[name], Tensor):
                 raise TypeError(f"{type(kind).__name__}.encode gave {describe(sample[name])}; expected a "
                                 f"tensor")
+        for name, of in self.counted:
+            if len(sample[name]) != len(sample[of]):
+                stage[0] = f"putting the field {name!r} to {of!r}"
+                raise ValueError(f"there are {len(sample[name])} values of {name!r} for {len(sample[of])} of {of!r}; "
+                                 "expected one for each")
         if key is not None: self.cache.put(key, sample)
         return sample
 
@@ -300,7 +316,7 @@ class ItemSource:
                 sample = changed
             return sample
         except Exception as error:
-            note_failed_sample(error, self.name_of(position), stage[0], sample)
+            note_failed_sample(error, self.name_of(position), stage[0], sample, self.advice)
             raise
 
     def read(self, task: Task, mark: Callable[[int], None]) -> Read:
@@ -325,8 +341,9 @@ class ItemSource:
         yield position
         others = self.rows if self.stand_ins is None else self.stand_ins
         if self.on_error == "raise" or not self.training or others is None: return
-        for number in hash64(key % 2**63, 0, np.arange(20)) % np.uint64(len(others)):
-            yield int(others[int(number)])
+        draws = hash64(key % 2**63, 0, np.arange(20 if len(others) > 64 else len(others)))
+        for number in draws % np.uint64(len(others)) if len(others) > 64 else np.argsort(draws):
+            if (other := int(others[int(number)])) != position: yield other  # of a few all are tried
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]], ids: Sequence[int]) -> dict[str, Any]:
         "Samples as a batch; an error gets a note of the items"
@@ -365,4 +382,5 @@ class ItemSource:
     def note_skipped(self, skipped: Sequence[tuple[int, str]]) -> None:
         "Keep what was skipped; raises `RuntimeError` when it is too much of this set"
         self.skipped.update(skipped)
-        if len(skipped_here(self)) > self.skip_limit * self.n_rows: raise too_many(self)
+        self.own.update(skipped)
+        if len(self.own) > self.skip_limit * max(self.n_rows, self.least): raise too_many(self)

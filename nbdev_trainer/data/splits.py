@@ -44,6 +44,10 @@ class Split:
     def __post_init__(self) -> None:
         seen = _nothing()
         for name, ids in self.parts().items():
+            if isinstance(ids, (list, tuple, range)):
+                try: ids = torch.tensor(list(ids) or _nothing())
+                except (TypeError, ValueError, RuntimeError): pass  # told below
+                object.__setattr__(self, name, ids)
             if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
                 raise ValueError(f"{name} of a split is {describe(ids)}. Expected the positions of samples, "
                                  "an int64 tensor of one dimension.")

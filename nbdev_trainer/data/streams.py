@@ -13,80 +13,101 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/streams.html.md"""
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.errors import checked_keywords, describe, did_you_mean
-from ..core.seeding import check_seed
+from ..core.seeding import check_seed, hash64, isolated_rng, seed_globals
 from .batch import Batch, emptied
 from .kinds import Kind
-from .loaders import EpochLoader
+from .loaders import EpochLoader, check_sizes
 from .pipeline import check_fields, check_steps
 from .reading import check_workers
 from .sources import Fields, ItemSource, Read, check_skipping
 from .workers import Task, Workers, tasks_of
 
 # %% auto #0
-__all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'stream_tasks', 'StreamLoader', 'check_loaders',
-           'together', 'Combined', 'ByEpoch']
+__all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'stream_tasks', 'no_shape', 'StreamLoader',
+           'check_loaders', 'together', 'Combined', 'ByEpoch']
 
 # %% ../../nbs/api/data/10f_streams.ipynb #b7e08901
 class Positioned(EpochLoader):
     "An `EpochLoader` over a stream, which is brought to its place before it is read"
     stream: Any               # a function of the epoch that gives items, or an iterable of them
-    positioned: bool = False  # whether the source was put to its place by its own state
-    reached: Any = None       # where the source is after the batch that was used last, by its own state
+    seed: int = 0           # what a source that draws by itself is seeded with
+    reached: Any = None     # its place after the batch that was used last; None: at the beginning of an epoch
+    at: int | None = 0      # items of the epoch before its place; None: as many as it is asked for
 
-    def items(self, epoch: int, done: int) -> Iterator[Any]:
-        "The items of an epoch after those that are done"
-        items = iter(self.stream(epoch) if callable(self.stream) else self.stream)
-        if not self.positioned:  # otherwise the source was put where it was
-            for _ in islice(items, done): pass
-        self.positioned = False
-        return items
+    def parts(self, epoch: int, done: int, size: int) -> Iterator[list[Any]]:
+        "The items of an epoch after those that are done, so many at a time; raises what the stream raises"
+        if hasattr(self.stream, "set_epoch"): self.stream.set_epoch(epoch)
+        items, here = None, done if self.at in (done, None) else 0
+        self.at = 0
+        while True:
+            with isolated_rng():  # a stream may draw, and is read ahead of those who draw as well
+                seed_globals(int(hash64(self.seed, epoch, np.array([here]))[0]))
+                if items is None: items = iter(self.stream(epoch) if callable(self.stream) else self.stream)
+                part = list(islice(items, size))
+            if not part: return
+            if here >= done: yield part
+            here += len(part)
 
     def place(self) -> Any:
         "Where the source is now, if it knows; else None"
         return copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
 
+    def put_back(self, place: Any, at: int | None) -> None:
+        "Put a source that knows its place back to one that it had"
+        self.at = at
+        if place is not None: self.stream.load_state_dict(copy.deepcopy(place))
+
     def state_dict(self) -> dict[str, Any]:
         "The epoch, and where the source was after the batch that was used last, if it knows"
-        return {"epoch": self.epoch, "source": self.place() if self.reached is None else self.reached}
+        return {"epoch": self.epoch, "source": copy.deepcopy(self.reached)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put the source where it was"
-        self.epoch, self.reached = state["epoch"], state["source"]
-        self.positioned = self.reached is not None
-        if self.positioned: self.stream.load_state_dict(self.reached)
+        self.epoch, self.reached = state["epoch"], copy.deepcopy(state["source"])
+        self.put_back(self.reached, 0 if self.reached is None else None)
 
 # %% ../../nbs/api/data/10f_streams.ipynb #3fe8ddc0
 @dataclass
 class StreamSource(ItemSource):
     "Samples made of items that come with their task"
-    seen: int = 0  # samples of this epoch, so far
+    seen: int = 0        # samples of this epoch that were asked for, so far
+    least: int = 100     # from the first hundred on
+    last: Any = None     # the batch that was read last, empty, for its shapes
 
     @property
     def n_rows(self) -> int:
-        "How many samples there are as far as is known"
-        return max(self.seen, 100)
+        "How many samples there were so far"
+        return self.seen
+
+    @property
+    def advice(self) -> str:
+        "How to pass over items that cannot be read"
+        return "" if self.on_error == "skip" else "; on_error='skip' passes such items over"
 
     def read(self, task: Task, mark: Callable[[int], None]) -> Read:
         "The samples of a task"
-        assert task.items is not None
-        others = torch.tensor(list(task.items))
-        return ItemSource.read(replace(self, items=task.items, stand_ins=others), task, mark)
+        in_bytes = isinstance(task.items, bytes)  # from the main process, and from nobody else
+        items = pickle.loads(task.items) if in_bytes else task.items
+        others = torch.tensor(list(items)) if self.on_error == "skip" else None
+        return ItemSource.read(replace(self, items=items, stand_ins=others), task, mark)
 
     def finish(self, read: Read, task: Task, device: torch.device | None) -> Batch | None:
-        "The batch, as the model takes it; raises `RuntimeError` where none of it could be read"
-        self.seen = max(self.seen, *(position + 1 for position in task.ids))
+        "The batch; an empty one where nothing of it could be read, None if it is the first"
+        self.seen += len(task.ids)
         batch = super().finish(read, task, device)
-        if batch is None: raise RuntimeError(f"nothing of a batch could be read: {read.skipped[0][1]}")
-        return emptied(batch) if task.spare else batch
+        if batch is not None: self.last = emptied(batch)
+        return self.last if task.spare or batch is None else batch
 
 # %% ../../nbs/api/data/10f_streams.ipynb #bbadd597
 def check_stream(
@@ -127,18 +148,37 @@ def stream_tasks(
     places: deque[Any],  # gets the place of the stream after each task
 ) -> Iterator[Task]:
     "The tasks of the rank of a loader, with their items"
-    position = start * loader.batch_size
-    items = loader.items(epoch, position)
-    while some := list(islice(items, loader.batch_size)):
-        if loader.drop_last and len(some) < loader.batch_size: return
-        ids = torch.arange(position, position + len(some))
-        task = next(tasks_of([ids], loader.seed, epoch, True, 0, loader.rank, loader.world_size, position))
-        needed = ids.tolist() if loader.source.on_error == "skip" else task.ids  # the others may stand in
-        places.append(loader.place())
-        yield task._replace(items={one: some[one - position] for one in needed})
-        position += len(some)
+    position, size, source = start * loader.batch_size, loader.batch_size, loader.source
+    parts = loader.parts(epoch, position, size)
+    while True:
+        try:
+            part = next(parts, None)
+            if part is None or loader.drop_last and len(part) < size: return
+            ids = torch.arange(position, position + len(part))
+            task = next(tasks_of([ids], loader.seed, epoch, source.training, 0, loader.rank,
+                                 loader.world_size, position))
+            needed = ids.tolist() if source.on_error == "skip" else task.ids  # the others may stand in
+            items = {one: part[one - position] for one in needed}
+            in_processes = loader.num_workers > 0 and loader.workers == "processes"
+            task = task._replace(items=pickle.dumps(items) if in_processes else items)
+            places.append((loader.place(), position + len(part)))
+        except Exception as error:
+            error.add_note(f"the stream failed in epoch {epoch}, after item {position - 1}, among the next "
+                           f"{size}. Mend the stream; on_error='skip' passes over single items only")
+            places.append(error)  # told in its turn: what was read before is used before
+            return
+        yield task
+        position += len(part)
 
 # %% ../../nbs/api/data/10f_streams.ipynb #4d93a563
+def no_shape(source: StreamSource) -> RuntimeError:
+    "The error for a rank that cannot even send an empty batch, because nothing was read so far"
+    first = list(source.skipped.items())[:3]
+    listed = "; ".join(f"{source.name_of(position)}: {why}" for position, why in first)
+    return RuntimeError(f"nothing could be read so far, so the shape of a batch is not known: {listed}. Mend "
+                        "these, or leave them out where the stream is made")
+
+# %% ../../nbs/api/data/10f_streams.ipynb #e73bac55
 class StreamLoader(Positioned, Workers):
     "Batches of samples from a source that can only be read from its beginning"
     @checked_keywords
@@ -163,6 +203,7 @@ class StreamLoader(Positioned, Workers):
     ) -> None:
         check_stream(stream)
         check_skipping(on_error, skip_limit)
+        check_sizes(batch_size, rank, world_size)
         Workers.__init__(self, num_workers=num_workers, workers=workers, timeout=timeout)
         self.source = stream_source(fields, inputs, targets, transforms, batch_transforms, on_error,
                                     skip_limit)
@@ -174,11 +215,29 @@ class StreamLoader(Positioned, Workers):
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         self.source.skipped.clear()
-        self.source.seen, places = start * self.batch_size, deque[Any]()
-        for _, batch in self.finished(self.source, stream_tasks(self, epoch, start, places), device):
-            self.reached = places.popleft()
-            yield batch
-        self.reached = self.place()
+        self.source.own.clear()
+        self.source.seen, places, begin, ended = 0, deque[Any](), self.place(), False
+        if start == 0: self.reached = None
+        done = start * self.batch_size
+        try:
+            for _, batch in self.finished(self.source, stream_tasks(self, epoch, start, places), device):
+                self.reached, done = places.popleft()
+                if batch is not None and (batch.size or self.world_size > 1): yield batch
+                elif batch is None and self.world_size > 1: raise no_shape(self.source)
+            if places: raise places.popleft()
+            self.reached, ended = None, True
+        finally:  # whoever leaves in the middle finds the source where the last batch was
+            if not ended and self.reached is None: self.put_back(begin, 0)
+            elif not ended: self.put_back(self.reached, done)
+
+    def in_order(self) -> StreamLoader:
+        "The same for evaluation: what cannot be read is left out, and draws follow from the sample"
+        found = copy.copy(self)
+        found.source = replace(self.source, training=False, skipped={})
+        return found
+
+    def __repr__(self) -> str:
+        return f"StreamLoader({describe(self.stream)}, batch_size={self.batch_size})"
 
 # %% ../../nbs/api/data/10f_streams.ipynb #62d56795
 def check_loaders(

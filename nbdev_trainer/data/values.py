@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from ..core.errors import describe, did_you_mean
 
 # %% auto #0
-__all__ = ['is_gap', 'single', 'plain', 'plain_floats', 'own_tensor', 'floats_of', 'check_finite', 'columns_of', 'filled',
-           'learnt', 'spread_of', 'spelled', 'check_missing', 'stand_ins', 'sorted_classes', 'check_label',
-           'classes_of', 'no_class']
+__all__ = ['is_gap', 'single', 'plain', 'plain_floats', 'own_tensor', 'forgotten_reader', 'floats_of', 'check_finite',
+           'columns_of', 'filled', 'learnt', 'spread_of', 'spelled', 'check_missing', 'stand_ins', 'sorted_classes',
+           'check_label', 'classes_of', 'no_class']
 
 # %% ../../nbs/api/data/05e_values.ipynb #b98e1ada
 def is_gap(
@@ -62,6 +62,18 @@ def own_tensor(
     return torch.as_tensor(raw, dtype=dtype).clone()
 
 # %% ../../nbs/api/data/05e_values.ipynb #31b6b84f
+def forgotten_reader(
+    raw: Any,
+    kind: str,  # the class, for the advice
+) -> str | None:
+    "What to say of a whole row where a value is expected; None: it is no row"
+    if not isinstance(raw, Mapping): return None
+    names = [str(name) for name in raw]
+    listed = ", ".join(map(repr, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    first = names[0] if names else "x"
+    return f"this is a whole row, with {listed}. Say which part of it is meant: {kind}({first!r})"
+
+# %% ../../nbs/api/data/05e_values.ipynb #06da60fe
 def floats_of(
     values: Sequence[Any],  # numbers, texts of numbers, None or NaN
     raw: Any,               # where they come from, for the error
@@ -69,6 +81,7 @@ def floats_of(
     "Values as numbers; raises `ValueError` for what is none"
     try: return torch.tensor([math.nan if is_gap(one) else float(one) for one in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
+        if told := forgotten_reader(raw, "Number"): raise ValueError(told) from None
         raise ValueError(f"{describe(raw)} is not made of numbers: {error}. Use Category for "
                          "names") from error
 
@@ -81,6 +94,7 @@ def check_finite(
         raise ValueError(f"{describe(raw)} has an infinite number, of which there is no mean; correct it, "
                          "or leave the item out")
 
+# %% ../../nbs/api/data/05e_values.ipynb #cd1c3063
 def columns_of(
     table: Tensor,  # (items, k), NaN where missing
 ) -> list[Tensor]:
@@ -165,7 +179,8 @@ def sorted_classes(labels: Iterable[Any]) -> list[Any]:
 
 def check_label(label: Any) -> None:
     "Raise `ValueError` for a label that is missing, and `TypeError` for what is several labels, or a file"
-    if isinstance(label, (list, tuple, dict, set, PathLike)):
+    if told := forgotten_reader(label, "Category"): raise TypeError(told)
+    if isinstance(label, (list, tuple, set, PathLike)):
         raise TypeError(f"a label is {describe(label)}; expected one name or number. Several labels: "
                         "Categories(...); one for each box: per='boxes'; the folder of a file: "
                         "Category(parent_name)")
@@ -187,5 +202,5 @@ def classes_of(
 def no_class(label: Any, classes: Sequence[Any]) -> str:
     "What to say of a label that is no class"
     return (f"the label {label!r} is not in the vocabulary. "
-            f"{did_you_mean(str(label), map(str, classes), what='class')} Correct the label, or say all "
-            "classes: vocab=[...]")
+            f"{did_you_mean(str(label), map(str, classes), what='class')} Correct the label, say all "
+            "classes: vocab=[...], or take any others for one: unknown='unknown'")

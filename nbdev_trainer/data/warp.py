@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -154,6 +154,7 @@ class SpatialBatch(BatchTransform):
 @dataclass
 class RandomWarp(SpatialBatch):
     "Flip, turn, zoom, shift, shear and tilt each picture by random amounts, in one resampling"
+    random_draws: ClassVar[bool] = True
     flip: float = 0.5                             # how often mirrored left to right, in [0, 1]
     rotate: float | tuple[float, float] = 10.0    # degrees, at most, to both sides
     zoom: float | tuple[float, float] = 0.1       # 0.1: from 0.9 to 1.1 times the size; or a pair of factors

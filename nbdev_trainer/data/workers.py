@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -31,16 +31,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.errors import did_you_mean
-from ..core.nested import map_tensors, to_device
 from ..core.seeding import hash64, seed_globals
 from .batch import Batch, emptied, part_of
 from .loaders import Loader
-from .sending import Failed, pack, unpack
+from .sending import Failed, copied_ahead, pack, unpack
 
 # %% auto #0
 __all__ = ['SALT', 'Device', 'Task', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged', 'read_here',
-           'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes', 'lost_workers', 'Processes',
-           'copied_ahead', 'arrived', 'check_way', 'Workers', 'empty_batch', 'SampleLoader']
+           'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes', 'begin', 'lost_workers',
+           'Processes', 'check_way', 'Workers', 'empty_batch', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -48,7 +47,7 @@ class Task(NamedTuple):
     ids: list[int]   # their positions in the data set
     keys: list[int]  # for each, in [0, 2**64): what its random draws follow from
     spare: bool = False  # nothing of the batch is for this rank; one sample is read for its shape
-    items: Mapping[int, Any] | None = None  # by position: those of a stream, which go with the task
+    items: Any = None  # those of a stream go with the task: by position, and as bytes to another process
 
 # %% ../../nbs/api/data/10_workers.ipynb #13853967
 SALT = 0x5EED_0F_5A9E_5  # keeps keys and the order of an epoch, which hash the same numbers, apart
@@ -121,9 +120,16 @@ class InWorker(Dataset):
 
 class Queue:
     "The tasks that torch's loader hands to its workers; another list of them for each epoch"
-    def __init__(self) -> None: self.tasks: Iterable[Task] = ()
+    def __init__(self) -> None: self.put(())
 
-    def __iter__(self) -> Iterator[Task]: return iter(self.tasks)
+    def put(self, tasks: Iterable[Task]) -> None:
+        "Another list; nobody has asked for any of it"
+        self.tasks, self.asked = tasks, deque[Task]()
+
+    def __iter__(self) -> Iterator[Task]:
+        for task in self.tasks:
+            self.asked.append(task)
+            yield task
 
 def unchanged(value: Any) -> Any:
     "The value; torch's loader wants a function that puts samples together, and ours are together already"
@@ -222,6 +228,13 @@ def end_processes(
         try: time.sleep(0.001)
         except RuntimeError: continue
 
+def begin(
+    loader: DataLoader[Any],
+    running: bool,  # whether its processes have been started before
+) -> Iterator[Any]:
+    "What the processes give in an epoch, which begins now"
+    with nullcontext() if running else keeping_garbage(): return iter(loader)
+
 def lost_workers(
     source: Source,
     marks: Sequence[int],  # the position each worker read last; -1: none
@@ -259,53 +272,26 @@ class Processes:
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         "Tasks done by the processes; raises what a worker raised, and `RuntimeError` when one died or hangs"
-        asked: deque[Task] = deque()
-        def handed_out() -> Iterator[Task]:
-            for task in tasks:
-                asked.append(task)
-                yield task
-        self.queue.tasks, self.busy, problem = handed_out(), True, None
-        with nullcontext() if self.pids.any() else keeping_garbage(): batches = iter(self.loader)
+        self.queue.put(tasks)
+        self.busy, problem, batches = True, None, None
         try:
             while problem is None:
-                try: read = next(batches)
+                try:
+                    if batches is None: batches = begin(self.loader, bool(self.pids.any()))
+                    read = next(batches)
                 except StopIteration: return
                 except RuntimeError as error:
-                    if "DataLoader" not in str(error): raise
+                    self.broken = True
+                    if not str(error).startswith("DataLoader"): raise
                     problem = lost_workers(self.source, self.marks.tolist(), str(error), self.timeout)
                 else:
                     if isinstance(read, Failed): problem = read.error
-                    else: yield asked.popleft(), unpack(read)
+                    else: yield self.queue.asked.popleft(), unpack(read)
         finally: self.busy = False
         self.broken = True  # there are no workers any more
         if "within timeout" in str(problem): end_processes(self.pids.tolist())
         del batches, self.loader  # nobody reads on after an error, and its traceback would keep the processes
         raise problem
-
-# %% ../../nbs/api/data/10_workers.ipynb #fb41be80
-def copied_ahead(  # pragma: gpu
-    done: Iterator[tuple[Task, Any]],
-    device: torch.device,
-) -> Iterator[tuple[Task, Any]]:
-    "What was read, on the device; the next is copied on a stream of its own while this one is used"
-    stream, pending = torch.cuda.Stream(device), None
-    def on_its_way(read: Any) -> Any:
-        pinned = map_tensors(lambda one: one if one.is_pinned() else one.pin_memory(), read)
-        with torch.cuda.stream(stream): return to_device(pinned, device, non_blocking=True), pinned
-    for task, read in done:
-        following = task, on_its_way(read)
-        if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
-        pending = following
-    if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
-
-def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
-    "What was copied on another stream, safe to use on this one"
-    now = torch.cuda.current_stream(device)
-    now.wait_stream(stream)
-    def used_here(one: Tensor) -> Tensor:
-        one.record_stream(now)
-        return one
-    return map_tensors(used_here, read)
 
 # %% ../../nbs/api/data/10_workers.ipynb #bc887a34
 Device = torch.device | str | None  # None: nobody knows yet where the batches are going to be used
@@ -334,6 +320,10 @@ class Workers:
     processes: list[Processes] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None: check_way(self.num_workers, self.workers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What a copy gets: all but the processes, which read for this one"
+        return {**vars(self), "processes": []}
 
     def done(self, source: Source, tasks: Iterable[Task], device: Device) -> Iterator[tuple[Task, Any]]:
         "Tasks with what was read for them, by whoever does it"
