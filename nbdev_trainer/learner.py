@@ -26,7 +26,7 @@ from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
 from .callbacks.trackers import TensorBoard
 from .core.duration import Duration
-from .core.errors import Problems, checked_keywords, describe
+from .core.errors import Problems, checked_keywords, counted, describe
 from .core.messages import tell
 from .core.seeding import check_seed, seed_everything
 from .data.batch import Batch
@@ -204,6 +204,10 @@ class Learner:
             self.trainer.fit(self.loaders.train, self.loaders.valid_sets, n, schedule=schedule,
                              validate_every=validate_every, limit_batches=limit_batches, callbacks=callbacks,
                              resume=resume)
+        if skipped := getattr(self.loaders.train, "skipped", None):
+            first = next(iter(skipped.items()))
+            tell(f"passed over in training: {counted(len(skipped), 'item', 'items')} that could not be read, "
+                 f"such as {first[0]}: {first[1]}", self.verbose > 0)
 
     @checked_keywords
     def fit_one_cycle(self,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # every public name once; `__getattr__` reads these lines, to
     )
     from nbdev_trainer.data.kinds import Array, Categories, Category, Kind, Number, Numbers
     from nbdev_trainer.data.leaks import check_leaks
-    from nbdev_trainer.data.lines import read_parallel, read_text, read_ts
+    from nbdev_trainer.data.lines import read_lines, read_parallel, read_text, read_ts
     from nbdev_trainer.data.pictures import Boxes, Image, Mask, Points
     from nbdev_trainer.data.pipeline import Data
     from nbdev_trainer.data.reading import Cache

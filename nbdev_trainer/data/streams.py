@@ -230,6 +230,11 @@ class StreamLoader(Positioned, Workers):
             if not ended and self.reached is None: self.put_back(begin, 0)
             elif not ended: self.put_back(self.reached, done)
 
+    @property
+    def skipped(self) -> Mapping[int, str]:
+        "Places in the last epoch of the items that could not be read, and why"
+        return self.source.own
+
     def in_order(self) -> StreamLoader:
         "The same for evaluation: what cannot be read is left out, and draws follow from the sample"
         found = copy.copy(self)

@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -374,6 +374,11 @@ class SampleLoader(Loader, Workers):
         for task, batch in self.finished(self.fetch, tasks, device):
             if batch is None and self.world_size > 1: batch = empty_batch(self, device)  # ranks go in step
             if batch is not None: yield emptied(batch) if task.spare else batch
+
+    @property
+    def skipped(self) -> Mapping[int, str]:
+        "Positions of the samples that could not be read so far, and why"
+        return getattr(self.fetch, "own", {})
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each once, in order, without what is done in training only"

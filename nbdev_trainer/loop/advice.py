@@ -90,6 +90,10 @@ def advice(
     if isinstance(error, AttributeError) and (found := about_state(error)): return found
     state = trainer.state
     batch, output = state.current_batch, state.output
+    if batch is not None and isinstance(batch.inputs, dict) and "not dict" in str(error):
+        names = ", ".join(f"inputs[{name!r}]" for name in list(batch.inputs)[:3])
+        return (f"the inputs are a dict with {list(batch.inputs)}, and the model takes tensors: say how it "
+                f"is called, Learner(..., forward=lambda model, inputs: model({names}))")
     kinds = (RuntimeError, IndexError, TypeError, ValueError, AttributeError)
     if batch is None or not isinstance(error, kinds): return None
     inputs = next(tensors(batch.inputs), None)

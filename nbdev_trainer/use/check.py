@@ -25,7 +25,7 @@ from ..loop.steps import SupervisedStep
 from ..loop.trainer import Trainer
 from .data_checks import (check_batch_size, check_labels, check_layout, check_relation,
                                            check_scales, check_validation, check_values)
-from .evidence import Evidence, Peek, did_not_fall, gather, peek, try_steps
+from .evidence import Evidence, Peek, did_not_fall, gather, peek, spread, try_steps
 from .findings import CheckReport, Finding, error, summarize, warning
 from .loss_checks import (chance, check_chance, check_classes, check_ending, check_failure,
                                            check_reach, check_reduction, check_shapes)
@@ -126,7 +126,7 @@ def look(trainer: Trainer, train: Iterable[Any], valid_sets: dict[str, Any], rep
     with undisturbed(trainer, *loaders):
         read = peek(trainer, train)
         if not read.batches: return report.add([no_batches(read, train)])
-        valid = {name: peek(trainer, one) for name, one in valid_sets.items()}
+        valid = {name: peek(trainer, spread(one)) for name, one in valid_sets.items()}
         before = equal_rows(trainer.model)
         seen = gather(trainer, read, valid)
         after = equal_rows(trainer.model)

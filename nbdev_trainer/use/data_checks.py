@@ -30,7 +30,8 @@ from .findings import Finding, error, warning
 __all__ = ['SCALELESS', 'MOST_ROWS', 'BATCH_NORMS', 'alike', 'number_of', 'all_equal', 'check_values', 'first_layer_inputs',
            'check_scales', 'check_layout', 'has_embedding', 'first_is_convolution', 'class_targets', 'shuffles',
            'far_targets', 'check_labels', 'as_columns', 'neighbour_evidence', 'linear_evidence', 'check_relation',
-           'last_batch_size', 'check_batch_size', 'sample_hashes', 'shared_positions', 'check_validation']
+           'last_batch_size', 'check_batch_size', 'sample_hashes', 'shared_positions', 'size_of_all',
+           'check_validation']
 
 # %% ../../nbs/api/use/03d_data_checks.ipynb #1c09cc69
 def alike(
@@ -287,10 +288,16 @@ def shared_positions(train: Any, valid: Any) -> int:
     if train.fetch is not valid.fetch: return 0
     return int(torch.isin(valid.rows, train.rows).sum())
 
+def size_of_all(peek: Peek) -> float:
+    "Root mean square of the inputs of all batches that were read; one batch of sorted data would mislead"
+    squares = [rms(batch.inputs) ** 2 for batch in peek.batches]
+    return math.sqrt(sum(squares) / max(1, len(squares)))
+
+# %% ../../nbs/api/use/03d_data_checks.ipynb #4b20214a
 def check_validation(seen: Evidence, loader: Any = None, valid_sets: Any = None) -> Iterator[Finding]:
     "Validation data that is empty, unlike the training data, or a part of it"
     hashes = sample_hashes(seen.train)
-    repeated = 1 - len(set(hashes)) / max(len(hashes), 1)
+    repeated, usual = 1 - len(set(hashes)) / max(len(hashes), 1), size_of_all(seen.train)
     for name, peek in seen.valid.items():
         if not peek.batches:
             if peek.failure is None and not isinstance((valid_sets or {}).get(name), Iterator):
@@ -311,7 +318,7 @@ def check_validation(seen: Evidence, loader: Any = None, valid_sets: Any = None)
         if (ours.dtype, ours.ndim) != (theirs.dtype, theirs.ndim):
             yield error("validation_differs", f"training inputs are {describe(ours)}, those of {name!r} "
                         f"{describe(theirs)}", "Prepare both sets in the same way")
-        elif ours.is_floating_point() and not 0.1 < rms(theirs) / max(rms(ours), 1e-30) < 10:
-            yield error("validation_differs", f"training inputs have the size {rms(ours):.3g}, those of "
-                        f"{name!r} {rms(theirs):.3g}",
+        elif ours.is_floating_point() and not 0.1 < (size := size_of_all(peek)) / max(usual, 1e-30) < 10:
+            yield error("validation_differs", f"training inputs have the size {usual:.3g}, those of {name!r} "
+                        f"{size:.3g}",
                         "Scale both sets in the same way, with the numbers of the training set")

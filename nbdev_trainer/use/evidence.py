@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..core.errors import describe
 from ..core.nested import map_tensors, tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch, StepOutput
-from ..data.loaders import EpochLoader
+from ..data.loaders import EpochLoader, Loader
 from ..loop.callback import Callback, handler_table
 from ..loop.evaluation import module_modes
 from ..loop.plan import set_lr, current_lrs
@@ -37,9 +37,9 @@ from .summary import saved_memory
 
 # %% auto #0
 __all__ = ['MOST_SAMPLES', 'MOST_BATCHES', 'MOST_SECONDS', 'MOST_BYTES', 'VIEWS', 'FUNCTIONS', 'NODES', 'MOST_TRIAL_SECONDS',
-           'Peek', 'fresh', 'size_in_bytes', 'peek', 'rms', 'Call', 'has_parameters', 'watched_layers', 'operation',
-           'before_views', 'last_node', 'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step', 'did_not_fall',
-           'try_steps', 'Probe', 'probe', 'Evidence', 'run_forward', 'gather']
+           'Peek', 'fresh', 'size_in_bytes', 'spread', 'peek', 'rms', 'Call', 'has_parameters', 'watched_layers',
+           'operation', 'before_views', 'last_node', 'loss_kind', 'Gradient', 'GradientWatch', 'Trial', 'one_step',
+           'did_not_fall', 'try_steps', 'Probe', 'probe', 'Evidence', 'run_forward', 'gather']
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #e5f4ab7e
 MOST_SAMPLES, MOST_BATCHES, MOST_SECONDS, MOST_BYTES = 1024, 16, 1.0, 100_000_000
@@ -58,6 +58,14 @@ def fresh(batch: Batch) -> Batch:
 def size_in_bytes(batch: Batch) -> int:
     "Bytes of the tensors in the inputs and targets of a batch"
     return sum(one.numel() * one.element_size() for one in tensors((batch.inputs, batch.targets)))
+
+def spread(loader: Any) -> Any:
+    "Of a long loader of ours, one of samples from all over it: validation data is often sorted"
+    if not isinstance(loader, Loader): return loader
+    n = min(MOST_SAMPLES, MOST_BATCHES * loader.batch_size)
+    if len(loader.rows) <= n: return loader
+    ordered = loader.in_order()
+    return replace(ordered, rows=ordered.rows[torch.linspace(0, len(ordered.rows) - 1, n).long()])
 
 def peek(trainer: Trainer, loader: Iterable[Any], needs_targets: bool = True) -> Peek:
     "Read the first batches of a loader, as the next epoch will"
