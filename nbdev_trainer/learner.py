@@ -32,7 +32,7 @@ from .core.seeding import check_seed, seed_everything
 from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
-from .loop.engine import find_device, move_model
+from .loop.engine import Precision, find_device, move_model
 from .loop.evaluation import Predictions
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
@@ -40,6 +40,7 @@ from .loop.plan import set_lr
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
+from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
 from .use.check import check
@@ -157,6 +158,7 @@ class Learner:
         default_callbacks: bool = True,                       # record the history, show progress, end at NaN
         as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
+        precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
         accumulate: int = 1,                                  # batches per optimizer step
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
@@ -182,7 +184,8 @@ class Learner:
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
-                               device=where, accumulate=accumulate, clip_norm=clip_norm)
+                               device=where, accumulate=accumulate, clip_norm=clip_norm,
+                               precision=make_precision(precision, where))
         self.trainer.shown = shown
 
     @checked_keywords

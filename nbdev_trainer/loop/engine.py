@@ -12,19 +12,19 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/engine.html.md"""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.nested import to_device
+from ..core.nested import map_tensors, to_device
 from ..data.batch import Batch
 from .optimizers import step_lightly
 
 # %% auto #0
-__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'Strategy', 'Window', 'OptimizerSlot', 'EngineParts',
-           'Engine']
+__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'Strategy', 'Window', 'OptimizerSlot',
+           'EngineParts', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -67,8 +67,17 @@ def move_model(
 class Precision:
     "How numbers are represented while a step runs; this one leaves dtypes as the user made them"
     context: Callable[[], AbstractContextManager[Any]] | None = None  # entered around each step, if any
+    dtype: torch.dtype | None = None  # what floating-point inputs and targets become; None: they stay
 
-    def scale(self, loss: Tensor) -> Tensor:
+    def prepare(self, model: nn.Module) -> nn.Module:
+        "The model in the types it trains in"
+        return model
+
+    def during(self) -> AbstractContextManager[Any]:
+        "What is set for the time of a fit or an evaluation, and put back after it"
+        return nullcontext()
+
+    def scale(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         "The loss to back-propagate"
         return loss
 
@@ -79,6 +88,12 @@ class Precision:
         "Step the optimizer; whether weights changed"
         step_lightly(optimizer)
         return True
+
+def convert(batch: Batch, dtype: torch.dtype) -> None:
+    "Floating-point inputs, targets and weights of a batch in another type; whole numbers stay"
+    def to_type(one: Tensor) -> Tensor: return one.to(dtype) if one.is_floating_point() else one
+    batch.inputs, batch.targets = (map_tensors(to_type, part) for part in (batch.inputs, batch.targets))
+    if batch.weights is not None: batch.weights = to_type(batch.weights)
 
 class Strategy:
     "How many processes train together; this one is alone"
@@ -178,11 +193,12 @@ class EngineParts:
             raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
         self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
-        self.model = self.strategy.prepare(model)
+        self.model = self.strategy.prepare(self.precision.prepare(model))
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def move(self, batch: Batch) -> Batch:
         "The batch with inputs, targets and weights on the device; `ids` stay where they are"
+        if self.precision.dtype is not None: convert(batch, self.precision.dtype)
         batch.inputs = to_device(batch.inputs, self.device, non_blocking=True)
         if batch.targets is not None: batch.targets = to_device(batch.targets, self.device, non_blocking=True)
         if batch.weights is not None: batch.weights = to_device(batch.weights, self.device, non_blocking=True)
@@ -208,7 +224,7 @@ class Engine(EngineParts):
         weight = slot.window.weight(count, loss) if self.accumulate > 1 else None
         if weight is None and self.accumulate > 1: return
         slot.pending = True
-        self.precision.scale(loss).backward(weight, retain_graph=retain_graph, inputs=inputs)
+        self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> None:
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"

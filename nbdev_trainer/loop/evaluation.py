@@ -63,7 +63,8 @@ def evaluating(
     trainer.handlers = handler_table([]) if quiet else trainer.evaluation_handlers
     state.phase, state.loader = phase, name
     try:
-        with isolated_rng(), torch.no_grad(), module_modes(trainer.model, training=False):
+        precise = trainer.engine.precision.during()
+        with isolated_rng(), torch.no_grad(), module_modes(trainer.model, training=False), precise:
             trainer.call("before_evaluate")
             yield
             trainer.call("after_evaluate")

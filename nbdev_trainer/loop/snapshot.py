@@ -99,6 +99,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
                            "after_batch or after_epoch, or outside of a fit")
     loaded = trainer.loaded or {}  # loaded, and no fit since
     callbacks = {name: one.state_dict() for name, one in keyed(trainer.all_callbacks()).items()}
+    precision: Any = trainer.engine.precision
     plan = loaded.get("plan") if trainer.open_plan is None else plan_state(trainer.open_plan)
     loader = loaded["loader"] if loaded else loader_state(trainer.last_train)
     return map_tensors(Tensor.clone, {
@@ -108,6 +109,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "state": trainer.state.state_dict(), "train_metrics": trainer.train_metrics.state_dict(),
         "callbacks": loaded.get("callbacks", {}) | callbacks,
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
+        "precision": precision.state_dict() if hasattr(precision, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done,
@@ -130,6 +132,12 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     trainer.logged.load_state_dict(saved["logged"])
     step: Any = trainer.step
     if saved["step"] is not None: step.load_state_dict(saved["step"])
+    precision: Any = trainer.engine.precision
+    if saved["precision"] is not None:
+        if not hasattr(precision, "load_state_dict"):
+            raise ValueError(f"the saved run scaled its losses, and {type(precision).__name__} here does "
+                             "not; use the same precision")
+        precision.load_state_dict(saved["precision"])
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
     trainer.fits_answered, trainer.noted, trainer.whole, trainer.open_plan = 0, (-1, {}), True, None
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts

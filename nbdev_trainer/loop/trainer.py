@@ -245,6 +245,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
     "The frame of a fit: what it changes for itself, and its undoing; an error gets a note of where it was"
     state, slots = trainer.state, trainer.engine.slots
     with ExitStack() as undo:
+        undo.enter_context(trainer.engine.precision.during())
         undo.enter_context(module_modes(trainer.model, training=True))
         undo.callback(leave_fit, trainer)
         trainer.fit_callbacks, trainer.plan = list(callbacks), plan
