@@ -270,7 +270,7 @@ def item_problems(
             for key, value in sample.items():
                 if isinstance(source.kinds[key], Image):
                     sizes["training" if training else "evaluation"][tuple(value.shape[-2:])] += 1
-            sample = source.encoded(position, [""])  # transforms cut boxes off and may make pictures grey
+            if source.steps: sample = source.encoded(position, [""])  # transforms cut off, and make grey
         except Exception as error:
             failed.append(f"{name}, {stage_of(error)}: {type(error).__name__}: {error}")
             continue

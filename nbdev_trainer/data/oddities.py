@@ -76,11 +76,15 @@ def number_problems(
         if not columns: columns = [[] for _ in row]
         for column, one in zip(columns, row):
             if one == one: column.append(one)
+    names = kind.reader if isinstance(kind.reader, (list, tuple)) else range(len(columns))
+    if constant := [names[number] for number, column in enumerate(columns)
+                    if len(column) > 1 and min(column) == max(column)]:
+        where = f", in the columns {constant[:5]}" if len(columns) > 1 else ""
+        yield f"the field {name!r} has one value in all items{where}; a model learns nothing from it"
     found = [(number, *end) for number, column in enumerate(columns) if (end := cut_off(column)) is not None]
     if not found: return
     number, largest, often = found[0]
-    which = kind.reader[number] if isinstance(kind.reader, (list, tuple)) else number
-    what = f"the field {name!r}" if len(columns) == 1 else f"column {which!r} of the field {name!r}"
+    what = f"the field {name!r}" if len(columns) == 1 else f"column {names[number]!r} of the field {name!r}"
     where = f"stands in {often:,} of {len(columns[number]):,} items"
     if found[1:]: where += f" ({counted(len(found) - 1, 'other column ends', 'other columns end')} like it)"
     yield (f"{what} ends at {largest:g}, which {where}; "
