@@ -110,6 +110,23 @@ def test_a_last_batch_of_broken_items_is_left_out(how):
 
 
 @by_how
+def test_a_batch_that_was_left_out_is_not_counted_and_not_forgotten(how):
+    def items(epoch):
+        for i in range(9): yield {"x": [float(i)]} if i != 3 else {}
+
+    def made(): return loader_of(items, how, on_error="skip", batch_size=1)
+    loader = made()
+    batches = loader.batches(0)
+    assert [next(batches).inputs.item() for _ in range(5)] == [0.0, 1.0, 2.0, 4.0, 5.0]
+    again = made()
+    again.load_state_dict(loader.state_dict())
+    batches.close()
+    for one in (loader, again):
+        assert values(one.batches(0, 5)) == [[6.0], [7.0], [8.0]]
+        assert len(values(one.batches(1))) == 8
+
+
+@by_how
 def test_one_good_item_of_a_batch_stands_in_for_all_others(how):
     def items(epoch):
         for i in range(16): yield {"x": [float(i)]} if i % 8 == 5 else {}

@@ -41,9 +41,10 @@ __all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'strea
 class Positioned(EpochLoader):
     "An `EpochLoader` over a stream, which is brought to its place before it is read"
     stream: Any               # a function of the epoch that gives items, or an iterable of them
-    seed: int = 0           # what a source that draws by itself is seeded with
-    reached: Any = None     # its place after the batch that was used last; None: at the beginning of an epoch
-    at: int | None = 0      # items of the epoch before its place; None: as many as it is asked for
+    seed: int = 0             # what a source that draws by itself is seeded with
+    reached: Any = None       # its place after the batch that was used last; None: at the beginning of an epoch
+    at: int | None = 0        # items of the epoch before its place; None: as many as it is asked for
+    left_out: int = 0         # batches of the open epoch of which nothing could be read; nobody counts them
 
     def parts(self, epoch: int, done: int, size: int) -> Iterator[list[Any]]:
         "The items of an epoch after those that are done, so many at a time; raises what the stream raises"
@@ -70,11 +71,12 @@ class Positioned(EpochLoader):
 
     def state_dict(self) -> dict[str, Any]:
         "The epoch, and where the source was after the batch that was used last, if it knows"
-        return {"epoch": self.epoch, "source": copy.deepcopy(self.reached)}
+        return {"epoch": self.epoch, "source": copy.deepcopy(self.reached), "left_out": self.left_out}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Put the source where it was"
-        self.epoch, self.reached = state["epoch"], copy.deepcopy(state["source"])
+        self.epoch, self.left_out = state["epoch"], state["left_out"]
+        self.reached = copy.deepcopy(state["source"])
         self.put_back(self.reached, 0 if self.reached is None else None)
 
 # %% ../../nbs/api/data/10f_streams.ipynb #3fe8ddc0
@@ -217,15 +219,17 @@ class StreamLoader(Positioned, Workers):
         self.source.skipped.clear()
         self.source.own.clear()
         self.source.seen, places, begin, ended = 0, deque[Any](), self.place(), False
-        if start == 0: self.reached = None
+        if start == 0: self.reached, self.left_out = None, 0
+        start += self.left_out
         done = start * self.batch_size
         try:
             for _, batch in self.finished(self.source, stream_tasks(self, epoch, start, places), device):
                 self.reached, done = places.popleft()
                 if batch is not None and (batch.size or self.world_size > 1): yield batch
                 elif batch is None and self.world_size > 1: raise no_shape(self.source)
+                else: self.left_out += 1
             if places: raise places.popleft()
-            self.reached, ended = None, True
+            self.reached, self.left_out, ended = None, 0, True
         finally:  # whoever leaves in the middle finds the source where the last batch was
             if not ended and self.reached is None: self.put_back(begin, 0)
             elif not ended: self.put_back(self.reached, done)
