@@ -32,7 +32,7 @@ from torch import nn
 from .apps.models import MODELS, RelativeSquaredError, make_model
 from .apps.predict import predict_with
 from .apps.prepare import Prepared, prepare
-from .core.errors import MissingPackage, did_you_mean
+from .core.errors import MissingPackage, counted, did_you_mean
 from .core.seeding import check_seed, seed_everything
 from .learner import Learner
 from .loop.engine import find_device
@@ -250,7 +250,9 @@ def predict(
     writer.writerows(rows)
     if out is None: print(table.getvalue(), end="")
     else: write_text(out, table.getvalue())
-    return 0
+    n_unread = sum(bool(row.get("problem")) for row in rows)
+    if n_unread: print(f"{counted(n_unread, 'file', 'files')} could not be read", file=sys.stderr)
+    return int(n_unread > 0)
 
 def env() -> int:  # exit code
     "Print versions, devices and settings, for a bug report"

@@ -276,3 +276,13 @@ def test_env_names_versions_devices_and_settings_and_no_path(capsys):
     out = capsys.readouterr().out
     assert f"- torch: {torch.__version__}" in out and "- cpu: " in out and "### Settings" in out
     assert str(Path.home()) not in out
+
+
+def test_predict_answers_for_the_rest_when_a_file_cannot_be_read(monkeypatch, capsys):
+    from nbdev_trainer import cli
+    rows = [{"sample": "a.png", "label": "ant", "problem": ""}, {"sample": "b.png", "problem": "UnidentifiedImageError"}]
+    monkeypatch.setattr(cli, "predict_with", lambda run, data: rows)
+    assert cli.predict("run", "photos") == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["sample,label,problem", "a.png,ant,", "b.png,,UnidentifiedImageError"]
+    assert printed.err == "1 file could not be read\n"

@@ -32,20 +32,26 @@ __all__ = ['new_inputs', 'answers', 'predict_with']
 def new_inputs(
     run: Run,
     path: Path,  # a picture, a folder of pictures, or a .csv file
-) -> tuple[list[str], Tensor]:  # what each sample is called; (n, ...) inputs
+) -> tuple[list[str], Tensor, dict[str, str]]:  # names; (n, ...) inputs; what could not be read, and why
     "The samples in a file or folder, as the model takes them; `ValueError` where they do not fit"
     if "pipeline" in run.config:
         items = image_files(path) if path.is_dir() else [path]
-        loader = Data.from_description(run.config["pipeline"], items, {"image": None}).loader(items)
+        data = Data.from_description(run.config["pipeline"], items, {"image": None})
+        loader: Any = data.loader(items, on_error="skip", skip_limit=1.0)
         names = [str(one.relative_to(path)) if path.is_dir() else str(one) for one in items]
-        return names, concatenate([batch.inputs for batch in loader.batches(0)])
+        batches = list(loader.batches(0))
+        unread = {names[position]: why for position, why in loader.skipped.items()}
+        if not batches:
+            raise ValueError(f"none of {len(items)} can be read as a picture; {names[0]}: {unread[names[0]]}")
+        read = [names[position] for batch in batches for position in batch.ids.tolist()]
+        return read, concatenate([batch.inputs for batch in batches]), unread
     if "columns" not in run.config:
         raise ValueError(f"the run in '{run.directory}' was trained on images in memory; in Python, "
                          "model_of_run(directory) is its model, which takes tensors")
     if path.is_dir(): raise ValueError(f"'{path}' is a folder, and the run was trained on a table; "
                                        f"expected a .csv file")
     inputs = read_columns(path, run.config["columns"])
-    return [f"row {number}" for number in range(1, len(inputs) + 1)], inputs
+    return [f"row {number}" for number in range(1, len(inputs) + 1)], inputs, {}
 
 # %% ../../nbs/api/apps/02_predict.ipynb #82b1e9c2
 def answers(
@@ -65,11 +71,14 @@ def predict_with(
     directory: str | Path,  # of a run that `nbdev-trainer fit` has made
     path: str | Path,       # a picture, a folder of pictures, or a .csv file
     batch_size: int = 64,
-) -> list[dict[str, Any]]:  # a row for each sample
+) -> list[dict[str, Any]]:  # a row for each sample; with "problem" if some could not be read
     "What the model of a run says about new data; raises `ValueError` where the two do not go together"
     run, model = Run.open(directory), model_of_run(directory)
     if not Path(path).exists(): raise ValueError(f"there is no file or folder '{path}'")
-    names, inputs = new_inputs(run, Path(path))
+    names, inputs, unread = new_inputs(run, Path(path))
     with torch.no_grad(): scores = torch.cat([model(part) for part in inputs.split(batch_size)])
     classes = run.config.get("classes") if run.config["task"] == "classification" else None
-    return answers(scores, names, run.config.get("target", "label"), classes)
+    rows = answers(scores, names, run.config.get("target", "label"), classes)
+    if not unread: return rows
+    return [*({**row, "problem": ""} for row in rows),
+            *({"sample": name, "problem": why} for name, why in unread.items())]

@@ -279,14 +279,16 @@ class Data:
         num_workers: int = 0,
         workers: str = "processes",
         on_error: str = "raise",     # or "skip": leave out what cannot be read; `ids` tell what is there
+        skip_limit: float = 0.05,    # how much may be left out, as a fraction
     ) -> Loader:
         "A loader of other items, in order, encoded and transformed as the validation items are"
         names = [*names_in(self.inputs), *(names_in(self.targets) if with_targets else [])]
         items = checked_items(items)
+        check_skipping(on_error, skip_limit)
         check_workers(replace(self.source, train_transforms=(), cache=None), num_workers, workers, False)
         steps = steps_for(self.source.transforms, names)
         source = replace(self.source, items=items, kinds={name: self.fields[name] for name in names},
-                         transforms=steps, on_error=on_error, rows=None,
+                         transforms=steps, on_error=on_error, skip_limit=skip_limit, rows=None,
                          targets=self.targets if with_targets else None, weights=None, skipped={}, cache=None)
         made = Reading(num_workers, workers).loader(source, torch.arange(len(items)), False, batch_size)
         assert made is not None  # there is at least one item
