@@ -27,6 +27,7 @@ from nbdev_trainer.data.batch import Batch, StepOutput
 from nbdev_trainer.data import Data, Number
 from nbdev_trainer.data.loaders import EpochLoader
 from nbdev_trainer.data.streams import ByEpoch, Combined, StreamLoader
+from nbdev_trainer.scale.precision import Scaled
 from nbdev_trainer.loop.callback import AttachedFunction, Callback, attach
 from nbdev_trainer.loop.optimizers import FusedAdamW
 from nbdev_trainer.loop.schedules import linear
@@ -367,6 +368,7 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Combined": lambda: Combined({"one": own_loader(), "other": sample_loader()}),
     "EpochLoader": sample_loader,
     "SeededLoader": own_loader,
+    "Scaled": lambda: Scaled(torch.device("cpu")),
     "Positioned": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "SampleLoader": sample_loader,
     "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
@@ -441,6 +443,13 @@ def use(thing, turn):
         for p in thing.param_groups[0]["params"]:
             p.grad = torch.randn(p.shape, generator=generator)
         thing.step()
+    elif isinstance(thing, Scaled):
+        weight = torch.ones(1, requires_grad=True)
+        optimizer = vars(thing).setdefault("of_test", torch.optim.SGD([weight], lr=0.1))
+        thing.scale(optimizer.param_groups[0]["params"][0].sum() * (torch.inf if turn % 3 == 1 else 1), optimizer).backward()
+        thing.unscale(optimizer)
+        thing.step(optimizer)
+        optimizer.zero_grad()
     elif isinstance(thing, State):
         thing.batch, thing.metrics = thing.batch + 1, {"train_loss": float(scores.mean())}
     elif isinstance(thing, Trainer):

@@ -104,6 +104,7 @@ def equal_inputs(
     seen: dict[str, tuple[int, str | None]] = {}
     across: list[str] = []
     unlike: list[str] = []
+    of_classes = any(isinstance(source.kinds[name], Category) for name in names_in(source.targets))
     for part, ids in split.parts().items():
         for position in ids.tolist() if part != "unused" else ():
             try: key, answer = (raw_key(source, position, which) for which in (source.inputs, source.targets))
@@ -113,7 +114,7 @@ def equal_inputs(
             if first == position: continue
             pair = f"{name_of_item(source.items, first)} and {name_of_item(source.items, position)}"
             if part != "train" and first in split.train: across.append(pair)
-            if answer != other: unlike.append(pair)
+            if answer != other and of_classes: unlike.append(pair)
     held_out = len(split.valid) + len(split.test)
     if across:
         yield (f"{len(across):,} of {held_out:,} items held out have the inputs of a training item, such as "

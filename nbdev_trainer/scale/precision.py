@@ -66,7 +66,7 @@ class Scaled(Autocast):
 
     def state_dict(self) -> dict[str, Any]:
         "The scales, in the order in which the optimizers were first used"
-        return {"scalers": [one.state_dict() for one in self.scalers.values()]}
+        return {"scalers": [*(one.state_dict() for one in self.scalers.values()), *self.loaded]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on with saved scales, as the optimizers are used again"
