@@ -279,11 +279,11 @@ class Data:
         num_workers: int = 0,
         workers: str = "processes",
         on_error: str = "raise",     # or "skip": leave out what cannot be read; `ids` tell what is there
-        skip_limit: float = 0.05,    # how much may be left out, as a fraction
+        skip_limit: float | None = None,  # how much may be left out, as a fraction; None: as of this data
     ) -> Loader:
         "A loader of other items, in order, encoded and transformed as the validation items are"
         names = [*names_in(self.inputs), *(names_in(self.targets) if with_targets else [])]
-        items = checked_items(items)
+        items, skip_limit = checked_items(items), self.source.skip_limit if skip_limit is None else skip_limit
         check_skipping(on_error, skip_limit)
         check_workers(replace(self.source, train_transforms=(), cache=None), num_workers, workers, False)
         steps = steps_for(self.source.transforms, names)
