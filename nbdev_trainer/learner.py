@@ -258,8 +258,10 @@ class Learner:
         "Train a part of the model again, from the optimizer state that it had. Prints what changed"
         every = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
         names = [name for one in what for name in chosen(self.model, one)] or list(every)
+        frozen = [name for name in names if not self.model.get_parameter(name).requires_grad]
         optimizers = {name: slot.optimizer for name, slot in self.trainer.engine.slots.items()}
-        add_missing(optimizers, self.model, names)
+        new = add_missing(optimizers, self.model, frozen)
+        if new: tell(f"added to the optimizer: {counted(len(new), 'parameter', 'parameters')}", self.verbose > 0)
         return self.changed("training again", set_trainable(self.model, names, train=True))
 
     def changed(self, how: str, what: Changed) -> Changed:

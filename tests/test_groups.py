@@ -88,6 +88,13 @@ def test_what_was_frozen_before_the_learner_was_made_trains_once_it_is_unfrozen(
     assert not torch.equal(weight, model[0][0].weight)
 
 
+def test_an_unfreezing_that_changes_nothing_leaves_the_optimizer_alone():
+    model = network()
+    optimizer = torch.optim.Adam(model[2].parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="nothing changes"): learner_of(model, optimizer).unfreeze()
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
 def rates_of(learner): return [group["lr"] for slot in learner.trainer.engine.slots.values() for group in slot.optimizer.param_groups]
 
 

@@ -145,6 +145,33 @@ def test_each_of_several_optimizers_has_a_scale_of_its_own():
     assert first == 2.0**8 and second < first
 
 
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_the_scales_of_several_optimizers_go_on_by_their_names(stop):
+    class Alternating(ManualStep):
+        """The second is used in every other batch only, so after a stop the first comes first."""
+
+        def train(self, trainer, batch):
+            for name, part in trainer.model.items():
+                if name == "second" and trainer.state.batch % 2 == 0: continue
+                huge = 1e8 if name == "second" and trainer.state.batch < 2 else 1.0
+                trainer.optimize(part(batch.inputs).square().mean() * huge, name)
+            return StepOutput()
+
+    def made(precision):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"second": nn.Linear(6, 1), "first": nn.Linear(6, 1)})
+        optimizers = {name: torch.optim.SGD(part.parameters(), lr=1e-3) for name, part in model.items()}
+        loaders = Loaders.from_arrays(INPUTS, TARGETS, batch_size=8, valid=None, seed=0)
+        return Learner(model, loaders, step=Alternating(), optimizer=optimizers, precision=precision, device="cpu", verbose=0)
+    scales = [Scaled(torch.device("cpu"), start=2.0**8) for _ in range(3)]
+    whole, first, again = map(made, scales)
+    whole.fit("6ba")
+    first.fit(f"{stop}ba")
+    again.trainer.load_state_dict(first.trainer.state_dict())
+    if stop < 6: again.fit(f"{6 - stop}ba")
+    assert equal(again.model, whole.model) and str(scales[2].state_dict()) == str(scales[0].state_dict())
+
+
 def test_what_the_device_cannot_do_is_told_before_anything_else():
     with pytest.raises(ValueError, match="the device 'cpu' cannot compute in tf32"): learner_of(network(), "tf32")
     with pytest.raises(ValueError, match="Did you mean 'bf16'"): learner_of(network(), "bff16")

@@ -357,6 +357,14 @@ def sample_loader():
     return Data(list(range(8)), {"x": Number()}, inputs="x").loaders(3, seed=0).train
 
 
+def scaled():
+    """A scale for one optimizer."""
+    made, weight = Scaled(torch.device("cpu")), torch.ones(1, requires_grad=True)
+    made.of_test = torch.optim.SGD([weight], lr=0.1)
+    made.prepare(nn.Identity(), {"main": made.of_test})
+    return made
+
+
 MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
     "AUROC": lambda: AUROC("multiclass", 3),
     "Accuracy": Accuracy,
@@ -368,7 +376,7 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Combined": lambda: Combined({"one": own_loader(), "other": sample_loader()}),
     "EpochLoader": sample_loader,
     "SeededLoader": own_loader,
-    "Scaled": lambda: Scaled(torch.device("cpu")),
+    "Scaled": lambda: scaled(),
     "Positioned": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "SampleLoader": sample_loader,
     "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
@@ -444,8 +452,7 @@ def use(thing, turn):
             p.grad = torch.randn(p.shape, generator=generator)
         thing.step()
     elif isinstance(thing, Scaled):
-        weight = torch.ones(1, requires_grad=True)
-        optimizer = vars(thing).setdefault("of_test", torch.optim.SGD([weight], lr=0.1))
+        optimizer = thing.of_test
         thing.scale(optimizer.param_groups[0]["params"][0].sum() * (torch.inf if turn % 3 == 1 else 1), optimizer).backward()
         thing.unscale(optimizer)
         thing.step(optimizer)

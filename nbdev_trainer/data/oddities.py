@@ -101,7 +101,7 @@ def equal_inputs(
     split: Split,
 ) -> Iterator[str]:
     "Items held out that have the inputs of a training item, and equal inputs with different targets"
-    seen: dict[str, tuple[int, str | None]] = {}
+    seen: dict[str, tuple[int, str, str | None]] = {}  # position, part and target of the first
     across: list[str] = []
     unlike: list[str] = []
     of_classes = any(isinstance(source.kinds[name], Category) for name in names_in(source.targets))
@@ -110,10 +110,10 @@ def equal_inputs(
             try: key, answer = (raw_key(source, position, which) for which in (source.inputs, source.targets))
             except Exception: continue  # a look at every item tells
             if key is None: continue
-            first, other = seen.setdefault(key, (position, answer))
+            first, of_part, other = seen.setdefault(key, (position, part, answer))
             if first == position: continue
             pair = f"{name_of_item(source.items, first)} and {name_of_item(source.items, position)}"
-            if part != "train" and first in split.train: across.append(pair)
+            if of_part == "train" != part: across.append(pair)
             if answer != other and of_classes: unlike.append(pair)
     held_out = len(split.valid) + len(split.test)
     if across:

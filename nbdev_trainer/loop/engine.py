@@ -69,8 +69,8 @@ class Precision:
     context: Callable[[], AbstractContextManager[Any]] | None = None  # entered around each step, if any
     dtype: torch.dtype | None = None  # what floating-point inputs and targets become; None: they stay
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        "The model in the types it trains in"
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+        "The model in the types it trains in; `optimizers` by name, for what is kept for each"
         return model
 
     def during(self) -> AbstractContextManager[Any]:
@@ -193,7 +193,7 @@ class EngineParts:
             raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
         self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
-        self.model = self.strategy.prepare(self.precision.prepare(model))
+        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers))
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def move(self, batch: Batch) -> Batch:

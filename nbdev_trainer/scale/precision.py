@@ -11,8 +11,9 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/precision.html.md"
 # %% ../../nbs/api/scale/00_precision.ipynb #6135b7a6
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,7 @@ __all__ = ['PRECISIONS', 'Autocast', 'Scaled', 'Converted', 'TF32', 'can_autocas
 class Autocast(Precision):
     "Matrix products in fewer bits, weights and losses in 32"
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.autocast = torch.autocast(device.type, dtype)
-        self.context = self.enter
-
-    def enter(self) -> torch.autocast:
-        "The context of a step; one for all of them, because they come one after the other"
-        return self.autocast
+        self.context = partial(torch.autocast, device.type, dtype)  # a new one each time: they may be nested
 
 # %% ../../nbs/api/scale/00_precision.ipynb #67874c7a
 class Scaled(Autocast):
@@ -41,16 +37,18 @@ class Scaled(Autocast):
     def __init__(self, device: torch.device, start: float = 2.0**16) -> None:
         super().__init__(device, torch.float16)
         self.device, self.start = device, start
-        self.scalers: dict[int, Any] = {}   # by the identity of the optimizer
-        self.loaded: list[dict[str, Any]] = []
+        self.scalers: dict[str, Any] = {}  # by the name of the optimizer
+        self.names: dict[int, str] = {}    # the names, by the identity of the optimizer
+
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+        self.names = {id(one): name for name, one in optimizers.items()}
+        kind, start = self.device.type, self.start
+        self.scalers = {name: torch.amp.GradScaler(kind, init_scale=start) for name in optimizers}
+        return model
 
     def scaler_of(self, optimizer: torch.optim.Optimizer) -> Any:
-        "The scaler of an optimizer; they are numbered in the order in which they are first used"
-        if id(optimizer) not in self.scalers:
-            made = torch.amp.GradScaler(self.device.type, init_scale=self.start)
-            if self.loaded: made.load_state_dict(self.loaded.pop(0))
-            self.scalers[id(optimizer)] = made
-        return self.scalers[id(optimizer)]
+        "The scaler of an optimizer"
+        return self.scalers[self.names[id(optimizer)]]
 
     def scale(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         return self.scaler_of(optimizer).scale(loss)
@@ -65,19 +63,20 @@ class Scaled(Autocast):
         return bool(scaler.get_scale() >= before)  # halved: the step was left out
 
     def state_dict(self) -> dict[str, Any]:
-        "The scales, in the order in which the optimizers were first used"
-        return {"scalers": [*(one.state_dict() for one in self.scalers.values()), *self.loaded]}
+        "The scales, by the names of the optimizers"
+        return {name: one.state_dict() for name, one in self.scalers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on with saved scales, as the optimizers are used again"
-        self.scalers, self.loaded = {}, list(state["scalers"])
+        "Go on with saved scales"
+        for name, one in self.scalers.items(): one.load_state_dict(state[name])
 
 # %% ../../nbs/api/scale/00_precision.ipynb #8c300ab4
 class Converted(Precision):
     "Model and inputs in one type"
     def __init__(self, dtype: torch.dtype) -> None: self.dtype = dtype
 
-    def prepare(self, model: nn.Module) -> nn.Module: return model.to(self.dtype)
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+        return model.to(self.dtype)
 
 # %% ../../nbs/api/scale/00_precision.ipynb #90527dc0
 class TF32(Precision):
