@@ -290,3 +290,18 @@ def test_a_rank_whose_samples_are_all_left_out_yields_an_empty_batch():
     ranks = [[batch.ids.tolist() for batch in loader.shard(rank, 2).batches(0)] for rank in range(2)]
     assert ranks == [[[0, 1], [4]], [[], []]]
     assert [batch.ids.tolist() for batch in loader.batches(0)] == [[0, 1], [4]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{}, {"num_workers": 2}, {"num_workers": 2, "workers": "threads"}], ids=str)
+def test_batches_copied_ahead_to_a_gpu_are_those_of_the_cpu(how):
+    rows = [{"x": [float(number), number + 0.5]} for number in range(50)]
+    x = Array(lambda row: np.array(row["x"], np.float32))
+    loaders = Data(rows, {"x": x}, inputs="x").loaders(8, seed=0, **how)
+    expected = [batch.inputs for batch in loaders.train.batches(0)]
+    found = []
+    for batch in loaders.train.batches(0, device="cuda"):
+        assert batch.inputs.is_cuda
+        torch.cuda._sleep(10_000_000)  # the model is busy while the next batch is copied
+        found.append(batch.inputs * 1)
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(expected, found, strict=True))
