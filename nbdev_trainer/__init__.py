@@ -58,6 +58,7 @@ Modules:
 - `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root
 - `nbdev_trainer.loop.advice`: Where an error happened, and what to do about the mistakes that torch's own messages explain least
 - `nbdev_trainer.loop.callback`: Code of one's own at the events of the loop: classes with a method per event, checked when they are defined
+- `nbdev_trainer.loop.clipping`: Limits for gradients, between the backward pass and the step: by norm, by value, or by the size of the weights
 - `nbdev_trainer.loop.control`: Calling handlers, asking the loop for something, attaching functions: what callbacks and steps do with a trainer
 - `nbdev_trainer.loop.engine`: Where and how a step runs: the device, the weight of each gradient, and the order in which gradients become a step
 - `nbdev_trainer.loop.evaluation`: Passes over data that change nothing: validation, test and prediction
@@ -65,6 +66,7 @@ Modules:
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
+- `nbdev_trainer.loop.scheduled`: What a schedule changes in an optimizer: learning rates, momentum, weight decay
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
 - `nbdev_trainer.loop.snapshot`: All state of a run as plain data and tensors, and back
 - `nbdev_trainer.loop.state`: Where a run is: the counters, the batch in hand, and what was last measured

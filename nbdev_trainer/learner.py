@@ -36,7 +36,7 @@ from .loop.engine import Precision, find_device, move_model
 from .loop.evaluation import Predictions
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
-from .loop.plan import set_lr
+from .loop.scheduled import Factors, set_values
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
@@ -153,6 +153,7 @@ class Learner:
         forward: Callable[[nn.Module, Any], Any] | None = None,  # how to call the model; None: model(inputs)
         optimizer: Any = None,                                # instance, function of (params, lr=), or dict
         lr: float | None = None,                              # None: 1e-3, unless `fit` is given one
+        weight_decay: float | None = None,                    # of the default optimizer; None: 0.01
         metrics: Iterable[Any] = (),                          # besides the loss
         callbacks: Iterable[Callback] = (),                   # besides the default ones
         default_callbacks: bool = True,                       # record the history, show progress, end at NaN
@@ -161,6 +162,8 @@ class Learner:
         precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
         accumulate: int = 1,                                  # batches per optimizer step
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
+        clip_value: float | None = None,                      # largest value of each number of them
+        clip_adaptive: float | None = None,                   # largest share of the length of each unit
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
         run_dir: str | Path | None = None,                    # a new directory to keep the run in
@@ -179,12 +182,13 @@ class Learner:
         step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown, usual)
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
             step.loss.loss_fn.to(where)  # class weights, for example
-        optimizers = make_optimizers(optimizer, model, lr, shown)
+        optimizers = make_optimizers(optimizer, model, lr, shown, weight_decay)
         callbacks = with_defaults(callbacks, default_callbacks, shown)
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
                                device=where, accumulate=accumulate, clip_norm=clip_norm,
+                               clip_value=clip_value, clip_adaptive=clip_adaptive,
                                precision=make_precision(precision, where))
         self.trainer.shown = shown
 
@@ -193,7 +197,7 @@ class Learner:
         n: int | str | Duration,                           # how much more: epochs, or such as "500ba"
         *,
         lr: Rates | None = None,  # for this fit: one; a pair from first to last part; a list; a dict by name
-        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the rates
+        schedule: Factors | None = None,                   # progress to a factor of the rates; or a dict of such
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
         callbacks: Iterable[Callback] = (),                # for this fit only
@@ -235,11 +239,12 @@ class Learner:
                   for name, found in groups.items()}  # numbers: a rate in a tensor is changed in place
         try:
             if lr is not None:
-                set_lr(slots, {name: rates_for(slot.optimizer, self.model, lr) for name, slot in slots.items()})
+                rates = {name: rates_for(slot.optimizer, self.model, lr) for name, slot in slots.items()}
+                set_values(slots, rates)
             yield
         finally:
             for name, slot in slots.items(): replace_groups(slot.optimizer, groups[name])
-            set_lr(slots, before)
+            set_values(slots, before)
 
     def freeze(self,
         *what: str | type[nn.Module],     # names, patterns or classes of what no longer trains
@@ -338,7 +343,7 @@ class Learner:
         lines = [f"{slot.name} optimizer: {describe_optimizer(slot.optimizer)}" for slot in engine.slots.values()]
         metrics = ", ".join(metric.name for metric in trainer.metrics) or "none besides the loss"
         return "\n".join([*lines, f"step: {trainer.step}", f"device: {trainer.device}", f"metrics: {metrics}",
-                          f"accumulate: {engine.accumulate}, clip_norm: {engine.clip_norm}",
+                          f"accumulate: {engine.accumulate}, clip: {engine.clip or 'none'}",
                           trainer.describe_callbacks()])
 
     def check(self) -> CheckReport:

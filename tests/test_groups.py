@@ -95,7 +95,10 @@ def test_an_unfreezing_that_changes_nothing_leaves_the_optimizer_alone():
     assert len(optimizer.param_groups[0]["params"]) == 2
 
 
-def rates_of(learner): return [group["lr"] for slot in learner.trainer.engine.slots.values() for group in slot.optimizer.param_groups]
+def rates_of(learner):
+    """Each rate once: the default optimizer has two groups, with and without weight decay."""
+    slots = learner.trainer.engine.slots.values()
+    return list(dict.fromkeys(group["lr"] for slot in slots for group in slot.optimizer.param_groups))
 
 
 @pytest.mark.parametrize("lr, rates", [
@@ -109,10 +112,12 @@ def test_rates_for_parts_train_what_an_optimizer_with_these_groups_would(lr, rat
     learner.fit(2, lr=lr, schedule=one_cycle())
     assert rates_of(learner) == [1e-3 if default else 1.0]  # as before
 
-    groups = [{"params": list(by_hand.get_submodule(name).parameters()), "lr": rate} for name, rate in rates.items()]
-    optimizer, cycle = torch.optim.AdamW(groups), one_cycle()
+    groups = [{"params": [p for p in by_hand.get_submodule(name).parameters() if (p.ndim > 1) == decayed], "rate": rate,
+               "weight_decay": 0.01 if decayed or not default else 0.0}
+              for name, rate in rates.items() for decayed in (True, False)]
+    optimizer, cycle = torch.optim.AdamW([group for group in groups if group["params"]]), one_cycle()
     for step, (inputs, targets) in enumerate(batches(learner, 0) + batches(learner, 1)):
-        for group, rate in zip(optimizer.param_groups, rates.values()): group["lr"] = rate * cycle(step / 9)
+        for group in optimizer.param_groups: group["lr"] = group["rate"] * cycle(step / 9)
         optimizer.zero_grad()
         nn.functional.mse_loss(by_hand(inputs), targets).backward()
         optimizer.step()

@@ -101,8 +101,9 @@ def test_optimizers_go_by_name():
 
 def test_the_default_is_adamw_at_a_printed_rate(capsys):
     one = learner(optimizer=None, lr=None)
-    assert isinstance(one.trainer.engine.slots["main"].optimizer, torch.optim.AdamW) and rates(one) == [1e-3]
-    assert capsys.readouterr().out == "optimizer: FusedAdamW, lr 0.001 unless fit is given one\n"
+    assert isinstance(one.trainer.engine.slots["main"].optimizer, torch.optim.AdamW) and rates(one) == [1e-3, 1e-3]
+    assert capsys.readouterr().out == ("optimizer: FusedAdamW, lr 0.001 unless fit is given one; "
+                                       "weight decay 0.01, not of biases, norms, embeddings\n")
 
 
 def test_each_inferred_thing_is_printed_in_one_line_and_given_ones_are_not(capsys):

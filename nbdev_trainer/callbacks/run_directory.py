@@ -71,7 +71,7 @@ def describe_training(
             **optimizer_facts(trainer), "metrics": [metric.name for metric in metrics],
             "higher_is_better": {metric.name: metric.higher_is_better for metric in metrics},
             "n_train": n_samples(train), "batch_size": getattr(train, "batch_size", None),
-            "accumulate": engine.accumulate, "clip_norm": engine.clip_norm,
+            "accumulate": engine.accumulate, "clip": engine.clip and str(engine.clip),
             "device": str(trainer.device), "versions": versions()}
 
 def loss_text(loss_fn: Any) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.nested import map_tensors, to_device
 from ..data.batch import Batch
+from .clipping import GradientClip
 from .optimizers import step_lightly
 
 # %% auto #0
@@ -151,7 +152,7 @@ class Window:
 # %% ../../nbs/api/loop/06_engine.ipynb #e0301968
 class OptimizerSlot:
     "An optimizer with its name, its parameters and its open window"
-    __slots__ = ("name", "optimizer", "window", "pending", "batch")
+    __slots__ = ("name", "optimizer", "window", "pending", "batch", "norm")
 
     def __init__(self,
         name: str,                         # what a step and the callbacks call it
@@ -161,6 +162,7 @@ class OptimizerSlot:
         self.name, self.optimizer, self.window = name, optimizer, Window(accumulate)
         self.pending = False  # whether there are gradients that no step has used yet
         self.batch = -1       # the count of batches when gradients were last added
+        self.norm: Tensor | None = None  # () of its gradients before they were clipped, where that is known
 
     @property
     def params(self) -> list[Tensor]:
@@ -183,15 +185,13 @@ class EngineParts:
         device: torch.device,                             # where batches are moved to
         *,
         accumulate: int = 1,                 # batches per optimizer step
-        clip_norm: float | None = None,      # largest norm of an optimizer's gradients; None: not clipped
+        clip: GradientClip | None = None,    # a limit for the gradients of each optimizer
         precision: Precision | None = None,  # None: dtypes as the user made them
         strategy: Strategy | None = None,    # None: one process
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; expected the batches of a step, at least 1")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm is {clip_norm!r}; expected a number above 0")
-        self.device, self.accumulate, self.clip_norm = device, accumulate, clip_norm
+        self.device, self.accumulate, self.clip = device, accumulate, clip
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers))
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
@@ -209,6 +209,8 @@ class EngineParts:
         if self.precision.context is None: return method(trainer, batch)
         with self.precision.context(): return method(trainer, batch)
 
+    train = run  # of a training batch; an engine may do more around it
+
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 class Engine(EngineParts):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
@@ -221,19 +223,19 @@ class Engine(EngineParts):
     ) -> None:
         "Add the gradient of one batch, weighted by its share of the window"
         inputs = [p for p in slot.params if p.requires_grad] if only_its_parameters else None
-        weight = slot.window.weight(count, loss) if self.accumulate > 1 else None
-        if weight is None and self.accumulate > 1: return
+        weight = slot.window.weight(count, loss) if slot.window.size > 1 else None
+        if weight is None and slot.window.size > 1: return
         slot.pending = True
         self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> None:
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"
-        if self.accumulate > 1:
+        if slot.window.size > 1:
             correction = slot.window.correction()
             gradients = [p.grad for p in slot.params if p.grad is not None]
             if correction is not None and gradients: torch._foreach_mul_(gradients, correction)
         self.precision.unscale(slot.optimizer)
-        if self.clip_norm is not None: nn.utils.clip_grad_norm_(slot.params, self.clip_norm)
+        if self.clip is not None: slot.norm = self.clip(slot.params)
 
     def step(self, slot: OptimizerSlot) -> bool:
         "Step one optimizer; whether its weights changed"

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms', 'train_mode', 'regroup',
-           'replace_groups', 'add_missing', 'by_depth', 'by_selector']
+__all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms',
+           'train_mode', 'undecayed', 'weight_decay_groups', 'regroup', 'replace_groups', 'add_missing', 'by_depth',
+           'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
 def parts_of(
@@ -135,6 +137,32 @@ def train_mode(model: nn.Module) -> None:
     model.train()
     for norm in frozen_norms(model): norm.eval()
 
+# %% ../../nbs/api/loop/05b_groups.ipynb #c08e2930
+UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+DECAYED = ("decayed", "not decayed")  # the names of the two groups
+
+def undecayed(
+    model: nn.Module,
+) -> set[str]:  # names of parameters
+    "Parameters that weight decay would only harm: of norms and embeddings, biases, single rows of numbers"
+    harmed = {id(p) for module in model.modules() for name, p in module.named_parameters(recurse=False)
+              if isinstance(module, UNDECAYED) or "bias" in name or not is_lazy(p) and p.ndim <= 1}
+    return {name for name, p in model.named_parameters() if id(p) in harmed}
+
+def weight_decay_groups(
+    model: nn.Module,
+    weight_decay: float = 1e-2,  # of all others, at least 0; AdamW's is multiplied with the learning rate
+) -> list[dict[str, Any]]:  # for an optimizer; frozen parameters are left out
+    "Groups of the trainable parameters, with and without weight decay; `ValueError` for a wrong number"
+    if isinstance(weight_decay, bool) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay is {weight_decay!r}; expected a number of at least 0")
+    harmed, groups = undecayed(model), dict[str, list[nn.Parameter]]()
+    for name, p in model.named_parameters():
+        if p.requires_grad: groups.setdefault(DECAYED[name in harmed], []).append(p)
+    strengths = dict(zip(DECAYED, (float(weight_decay), 0.0)))
+    return [{"params": groups[name], "weight_decay": strengths[name], "name": name}
+            for name in DECAYED if name in groups]
+
 # %% ../../nbs/api/loop/05b_groups.ipynb #52a2ea73
 Selection = Mapping[str, Sequence[str]]  # name of a group to the names of its parameters
 
@@ -187,10 +215,12 @@ def add_missing(
         raise ValueError(f"{counted(len(missing), 'parameter is', 'parameters are')} in none of the "
                          f"optimizers {list(optimizers)}, such as {missing[0]!r}; give them to one when it "
                          "is made")
-    for one in optimizers.values():
-        if missing:
-            one.param_groups[0]["params"] += [every[name] for name in missing]
-            replace_groups(one, one.param_groups)
+    plain = undecayed(model)
+    for one in optimizers.values() if missing else ():
+        for name in missing:
+            fitting = [group for group in one.param_groups if group.get("name") == DECAYED[name in plain]]
+            (fitting or one.param_groups)[0]["params"].append(every[name])
+        replace_groups(one, one.param_groups)
     return missing
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #903f42d3

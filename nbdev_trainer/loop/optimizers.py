@@ -226,13 +226,14 @@ def step_lightly(optimizer: torch.optim.Optimizer) -> None:
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #74ee42a3
 def default_optimizer(
-    params: Iterable[nn.Parameter],  # on their device already
-    lr: float,                       # learning rate
+    params: Iterable[Any],  # on their device already; or groups of them
+    lr: float,              # learning rate
 ) -> torch.optim.Optimizer:
     "AdamW: fused on CPU and CUDA for floating-point parameters, else torch's"
-    params = list(params)
-    fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-    return FusedAdamW(params, lr=lr) if fusable else torch.optim.AdamW(params, lr=lr)
+    given = list(params)
+    every = [p for one in given for p in (one["params"] if isinstance(one, dict) else [one])]
+    fusable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in every)
+    return FusedAdamW(given, lr=lr) if fusable else torch.optim.AdamW(given, lr=lr)
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #0c7bd3ed
 def check_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.Module) -> None:

@@ -10,7 +10,6 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/plan.html.md"""
 # %% ../../nbs/api/loop/07_plan.ipynb #7511ad00
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,20 +18,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core.duration import Duration
 from ..core.errors import describe
-from ..core.nested import map_tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.loaders import EpochLoader, own_generators
 from .engine import OptimizerSlot
+from .scheduled import Factors, as_schedules, current_values, set_values
 from .schedules import progress_of
 from .state import State
 
 # %% auto #0
-__all__ = ['count_steps', 'length_of', 'FitPlan', 'current_lrs', 'begin_plan', 'set_lr', 'validation_due', 'make_plan',
-           'check_schedule', 'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
+__all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
+           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
            'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
@@ -67,12 +65,13 @@ class FitPlan:
     train: Iterable[Any]                                      # yields training batches
     valid_sets: Mapping[str, Iterable[Any]]                   # evaluation sets by name
     duration: Duration                                        # how much to train
-    schedule: Callable[[float], float] | None = None          # progress to a factor of the learning rates
+    schedules: Mapping[str, Callable[[float], float]] = field(default_factory=dict)  # by what they change
     validate_every: Duration | None = None                    # None: never
     limit_batches: int | None = None                          # per epoch and per evaluation set, at most
     accumulate: int = 1                                       # batches per optimizer step
     began: dict[str, int] = field(default_factory=dict)       # the counters when it began, by name
-    lrs: dict[str, list[Any]] = field(default_factory=dict)   # learning rate of each group of each optimizer
+    values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what the groups had, by setting
+    factor: float = 1.0                                       # of the learning rates, set by callbacks
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation
     length: int | None = None                                 # batches in an epoch; None: not known
@@ -100,18 +99,11 @@ class FitPlan:
         return min(1.0, (time.monotonic() - self.clock) / self.duration.seconds)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #3ff65aca
-def current_lrs(
-    slots: Mapping[str, OptimizerSlot],  # by name
-) -> dict[str, list[Any]]:
-    "The learning rate of each group of each optimizer; tensors are copied"
-    return {name: map_tensors(Tensor.clone, [group["lr"] for group in slot.optimizer.param_groups])
-            for name, slot in slots.items()}
-
 def begin_plan(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> None:
     "Note where the run stands, and count what lies ahead"
     if not plan.began:
         plan.began = {name: getattr(state, name) for name in ("epoch", "batch", "step", "epoch_batch")}
-    if not plan.lrs: plan.lrs = current_lrs(slots)
+    if not plan.values: plan.values = {key: current_values(slots, key) for key in ("lr", *plan.schedules)}
     plan.length = length_of(plan.train, plan.limit_batches)
     done, unit, value = plan.began["epoch_batch"], plan.duration.unit, int(plan.duration.value)
     if unit == "ep": value = value * (plan.length or 0) - done
@@ -119,16 +111,18 @@ def begin_plan(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) 
     elif unit == "st": plan.total_steps = value
 
 # %% ../../nbs/api/loop/07_plan.ipynb #10d8a086
-def set_lr(
-    slots: Mapping[str, OptimizerSlot],
-    lrs: Mapping[str, list[Any]],  # learning rate of each group of each optimizer
-    factor: float = 1.0,           # what the schedule says
-) -> None:
-    "Give every group its learning rate times a factor"
-    for name, slot in slots.items():
-        for group, lr in zip(slot.optimizer.param_groups, lrs[name]):
-            if isinstance(group["lr"], Tensor): group["lr"].fill_(lr * factor)
-            else: group["lr"] = lr * factor
+def follow(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> None:
+    "Give every group what the schedules say at this point of the fit"
+    progress = plan.progress(state)
+    for key, schedule in plan.schedules.items():
+        factor = schedule(progress) * plan.factor if key == "lr" else schedule(progress)
+        set_values(slots, plan.values[key], factor, key)
+    if plan.factor != 1 and "lr" not in plan.schedules: set_values(slots, plan.values["lr"], plan.factor)
+
+def unfollow(plan: FitPlan, slots: Mapping[str, OptimizerSlot]) -> None:
+    "Put back what the schedules have changed"
+    for key in plan.schedules: set_values(slots, plan.values[key], 1.0, key)
+    if plan.factor != 1: set_values(slots, plan.values["lr"])
 
 # %% ../../nbs/api/loop/07_plan.ipynb #47a39db5
 def validation_due(
@@ -148,7 +142,7 @@ def make_plan(
     train: Iterable[Any],                               # yields training batches
     valid_sets: Mapping[str, Iterable[Any]],            # evaluation sets by name
     n: int | str | Duration,                            # epochs, or a duration such as "500ba"
-    schedule: Callable[[float], float] | None = None,   # progress to a factor of the learning rate
+    schedule: Factors | None = None,                    # progress to a factor of the rates, or a dict of such
     validate_every: int | str | Duration | None = "1ep",  # None: never
     limit_batches: int | None = None,                   # batches per epoch and per evaluation set, at most
     accumulate: int = 1,                                # batches per optimizer step
@@ -157,21 +151,9 @@ def make_plan(
     duration = Duration.parse(n)
     every = None if validate_every is None else Duration.parse(validate_every)
     check_limit(limit_batches)
-    if schedule is not None: check_schedule(schedule)
+    schedules = as_schedules(schedule)
     check_data(train, valid_sets, limit_batches, by_epoch=duration.unit == "ep")
-    return FitPlan(train, valid_sets, duration, schedule, every, limit_batches, accumulate)
-
-# %% ../../nbs/api/loop/07_plan.ipynb #4539fb2e
-def check_schedule(schedule: Any) -> None:
-    "Raise `TypeError` for what is no function, `ValueError` for one whose values cannot be factors"
-    if not callable(schedule):
-        raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as "
-                        "cosine() or one_cycle()")
-    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        factor = schedule(progress)
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ValueError(f"the schedule gave {factor!r} at progress {progress}; expected a factor of the "
-                             "learning rate, a number of at least 0, where progress runs from 0 to 1")
+    return FitPlan(train, valid_sets, duration, schedules, every, limit_batches, accumulate)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
 def check_limit(limit_batches: Any) -> None:
@@ -208,11 +190,13 @@ def check_data(
 def plan_state(plan: FitPlan) -> dict[str, Any]:
     "What was asked and where it began, as plain data"
     now, every = time.monotonic(), plan.validate_every
-    asked = {"n": str(plan.duration), "schedule": re.sub(" at 0x[0-9a-fA-F]+", "", repr(plan.schedule)),
+    texts = {key: re.sub(" at 0x[0-9a-fA-F]+", "", repr(one)) for key, one in plan.schedules.items()}
+    asked = {"n": str(plan.duration), "schedule": "; ".join(f"{key}: {text}" for key, text in texts.items()),
              "limit_batches": plan.limit_batches, "validate_every": every and str(every),
              "accumulate": plan.accumulate}
     return {"asked": asked, "began": dict(plan.began),
-            "lrs": {name: list(lrs) for name, lrs in plan.lrs.items()},
+            "values": {key: {name: list(one) for name, one in of.items()} for key, of in plan.values.items()},
+            "factor": plan.factor,
             "elapsed": now - plan.clock, "since_validation": now - plan.validated}
 
 def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
@@ -223,7 +207,8 @@ def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
     if changed:
         raise ValueError(f"this fit cannot go on where the saved one stopped: {changed}. Call fit with the "
                          "same arguments, or without resume=True to train on from here.")
-    plan.began, plan.lrs = dict(saved["began"]), {name: list(lrs) for name, lrs in saved["lrs"].items()}
+    plan.began, plan.factor = dict(saved["began"]), saved["factor"]
+    plan.values = {key: {name: list(one) for name, one in of.items()} for key, of in saved["values"].items()}
     plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6e4648eb

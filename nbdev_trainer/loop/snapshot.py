@@ -22,7 +22,8 @@ from ..core.seeding import rng_state, set_rng_state
 from .callback import Callback
 from .engine import OptimizerSlot
 from .optimizers import load_optimizer_state, optimizer_state
-from .plan import loader_state, plan_state, set_lr
+from .plan import loader_state, plan_state
+from .scheduled import set_values
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -143,8 +144,9 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
     present = {name: state for name, state in saved["callbacks"].items() if name in here}
     load_callbacks(trainer.callbacks, present)
-    lrs = {} if saved["plan"] is None else saved["plan"]["lrs"]  # not where its schedule had got to
-    same_groups = all(len(slots[name].optimizer.param_groups) == len(rates) for name, rates in lrs.items())
-    if lrs and same_groups: set_lr(slots, lrs)
+    noted = {} if saved["plan"] is None else saved["plan"]["values"]  # not where its schedules had got to
+    for key, values in noted.items():
+        n_groups = {name: len(slots[name].optimizer.param_groups) for name in values}
+        if all(len(one) == n_groups[name] for name, one in values.items()): set_values(slots, values, 1.0, key)
     set_rng_state(saved["rng"])
     trainer.loaded = saved

@@ -27,13 +27,15 @@ from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, named_sets
 from .advice import add_notes
 from .callback import Callback, check_callbacks, handler_table, in_order
+from .clipping import make_clip
 from .control import call_each, check_events
 from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device, move_model
 from .evaluation import Evaluation, module_modes
 from .events import EVALUATION_EVENTS, Event
 from .optimizers import check_optimizers
-from .plan import (FitPlan, begin_plan, continue_plan, generators, load_loader_state, make_plan,
-                                     open_epoch, plan_state, set_lr, validation_due)
+from .plan import (FitPlan, begin_plan, continue_plan, follow, generators, load_loader_state,
+                                     make_plan, open_epoch, plan_state, unfollow, validation_due)
+from .scheduled import Factors
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
@@ -150,12 +152,11 @@ class Loop(Results):
         if on.before_batch:
             self.call("before_batch")
             if state.current_batch is not batch: batch = state.current_batch = to_batch(state.current_batch)
-        if plan.schedule and not self.window_batches:
-            set_lr(engine.slots, plan.lrs, plan.schedule(plan.progress(state)))
+        if plan.schedules and not self.window_batches: follow(plan, state, engine.slots)
         self.window_batches += 1
         self.closing = plan.closes_window(state, self.window_batches)
         if state.skip_batch is None:
-            output = state.output = engine.run(self.step.train, self, batch)
+            output = state.output = engine.train(self.step.train, self, batch)
             if type(output) is not StepOutput: raise no_output(self.step, "train", output)
         if state.skip_batch is None:
             if self.step.automatic: self.optimize(output.loss, count=output.count)
@@ -222,8 +223,8 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     trainer.whole = True
     for slot in slots.values(): slot.batch = -1
     begin_plan(plan, state, slots)
-    if goes_on and plan.schedule and trainer.window_batches:  # the rate that the open window began with
-        set_lr(slots, plan.lrs, plan.schedule(plan.progress(state)))
+    if plan.factor != 1 or goes_on and trainer.window_batches:  # the rate that the open window began with
+        follow(plan, state, slots)
     trainer.last_train, trainer.open_plan = plan.train, plan
     trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
     state.phase, state.ending = "train", None
@@ -252,7 +253,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         ordered = trainer.all_callbacks()
         check_events(ordered, trainer.step)
         enter_plan(trainer, plan, resume)
-        if plan.schedule: undo.callback(set_lr, slots, plan.lrs)
+        undo.callback(unfollow, plan, slots)
         trainer.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
         trainer.evaluation_handlers = handler_table(ordered, EVALUATION_EVENTS)
         try:
@@ -292,7 +293,9 @@ class Trainer(Loop):
         as_batch: Callable[[Any], Batch] | None = None,              # what the loaders yield, to a `Batch`
         device: str | torch.device | None = None,                    # None: where the model is
         accumulate: int = 1,                                         # batches per optimizer step
-        clip_norm: float | None = None,                              # largest norm of gradients
+        clip_norm: float | None = None,                              # largest norm of an optimizer's gradients
+        clip_value: float | None = None,                             # largest value of each number of them
+        clip_adaptive: float | None = None,                          # largest share of the length of each unit
         precision: Precision | None = None,                          # None: dtypes as the user made them
         strategy: Strategy | None = None,                            # None: one process
     ) -> None:
@@ -308,8 +311,9 @@ class Trainer(Loop):
         if device is None: device = "cpu" if parameter is None else parameter.device
         where = find_device(device)
         move_model(model, where)
-        self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip_norm=clip_norm,
-                             precision=precision, strategy=strategy)
+        clip = make_clip(clip_norm, clip_value, clip_adaptive)
+        self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip=clip, precision=precision,
+                             strategy=strategy)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
         self.state, self.plan = State(), None
@@ -322,7 +326,7 @@ class Trainer(Loop):
         valid: Any = None,                                 # yields validation batches; a dict of several by name
         n: int | str | Duration = 1,                       # how much more: epochs, or a duration such as "500ba"
         *,
-        schedule: Callable[[float], float] | None = None,  # progress in [0, 1] to a factor of the learning rates
+        schedule: Factors | None = None,                   # progress in [0, 1] to a factor of the rates; or a dict
         validate_every: int | str | Duration | None = "1ep",  # None: never
         limit_batches: int | None = None,                  # batches per epoch and per validation set, at most
         callbacks: Iterable[Callback] = (),                # for this fit only

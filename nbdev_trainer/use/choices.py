@@ -22,13 +22,13 @@ from ..core.messages import tell
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, to_batch
 from ..data.loaders import EpochLoader, looking_at
-from ..loop.groups import by_depth, by_selector, regroup
+from ..loop.groups import DECAYED, by_depth, by_selector, regroup, weight_decay_groups
 from ..loop.optimizers import default_optimizer
 from ..loop.steps import Step, SupervisedStep
 
 # %% auto #0
-__all__ = ['DEFAULT_LR', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule', 'trainable',
-           'make_optimizers', 'describe_choice', 'rates_for']
+__all__ = ['DEFAULT_LR', 'DEFAULT_WEIGHT_DECAY', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule',
+           'trainable', 'make_optimizer', 'has_rate', 'describe_choice', 'make_optimizers', 'rates_for']
 
 # %% ../../nbs/api/use/03_choices.ipynb #e1679cde
 def first_batch(
@@ -84,6 +84,7 @@ def make_step(
 
 # %% ../../nbs/api/use/03_choices.ipynb #c42a8ac8
 DEFAULT_LR = 1e-3
+DEFAULT_WEIGHT_DECAY = 1e-2  # AdamW's, as torch has it
 
 def check_lr(
     lr: Any,  # what the user gave
@@ -116,15 +117,56 @@ def trainable(
                      "unfreeze some, with requires_grad_(True)")
 
 # %% ../../nbs/api/use/03_choices.ipynb #6013f44c
+def make_optimizer(
+    make: Any,                   # None: the default one; or a function of (params, lr=...)
+    part: nn.Module,             # whose parameters it gets
+    lr: float | None,            # None: 1e-3, unless the function has its own
+    weight_decay: float | None,  # of the default optimizer; None: 0.01
+) -> optim.Optimizer:
+    "An optimizer for a model or a part of it; raises `TypeError` for what makes none"
+    if make is not None and not callable(make):
+        raise TypeError(f"optimizer is {make!r}; expected an optimizer, or a function that makes one, "
+                        "such as torch.optim.Adam")
+    params, rate = trainable(part), check_lr(DEFAULT_LR if lr is None else lr)
+    if make is None:
+        strength = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
+        return default_optimizer(weight_decay_groups(part, strength), rate)
+    if lr is None and has_rate(make): return make(params)
+    return make(params, lr=rate)
+
+def has_rate(make: Any) -> bool:
+    "Whether it brings a learning rate of its own, as `functools.partial(SGD, lr=0.1)` does"
+    return "lr" in getattr(make, "keywords", {})
+
+def describe_choice(
+    name: str,             # of the optimizer
+    made: optim.Optimizer,
+    lr_is_chosen: bool,    # by us
+) -> str:
+    "What was chosen, in one line"
+    label = "optimizer" if name == "main" else f"optimizer {name}"
+    line = f"{label}: {type(made).__name__}, lr {made.param_groups[0]['lr']:g}"
+    if lr_is_chosen: line += " unless fit is given one"
+    strength = {group.get("name"): group.get("weight_decay") for group in made.param_groups}
+    if not strength.get(DECAYED[0]): return line
+    line += f"; weight decay {strength[DECAYED[0]]:g}"
+    return line + (", not of biases, norms, embeddings" if DECAYED[1] in strength else "")
+
+# %% ../../nbs/api/use/03_choices.ipynb #4dd4c57b
 def make_optimizers(
     given: Any,        # None, an optimizer, a function of (params, lr=...), or a dict of these by name
     model: nn.Module,  # on its device
     lr: float | None,  # for what is made here
     shown: bool = True,  # print what was chosen
+    weight_decay: float | None = None,  # of the default optimizer; None: 0.01
 ) -> dict[str, optim.Optimizer]:  # by name; a single one is called "main"
-    "The optimizers of a run; raises `ValueError` when a rate is given beside an instance"
+    "The optimizers of a run; `ValueError` for a rate or a weight decay beside an optimizer with its own"
     named = given if isinstance(given, Mapping) else {"main": given}
     if not named: raise ValueError("optimizer is an empty dict; expected at least one optimizer by name")
+    if weight_decay is not None and all(one is not None for one in named.values()):
+        raise ValueError(f"weight_decay={weight_decay} was given beside optimizer=; it is that of the "
+                         "default optimizer. Pass yours with its own, such as "
+                         "torch.optim.SGD(weight_decay_groups(model, 5e-4), lr=0.1)")
     made: dict[str, optim.Optimizer] = {}
     for name, one in named.items():
         if isinstance(one, optim.Optimizer):
@@ -133,27 +175,11 @@ def make_optimizers(
                                  "its own; set it there")
             made[name] = one
             continue
-        make: Any = default_optimizer if one is None else one
-        if not callable(make):
-            raise TypeError(f"optimizer is {one!r}; expected an optimizer, or a function that makes one, "
-                            "such as torch.optim.Adam")
-        if lr is None and "lr" in getattr(make, "keywords", {}):  # functools.partial(SGD, lr=...): theirs
-            made[name] = make(trainable(model if name == "main" else submodule(model, name)))
-            continue
-        rate = check_lr(DEFAULT_LR if lr is None else lr)
-        made[name] = make(trainable(model if name == "main" else submodule(model, name)), lr=rate)
-        if one is None or lr is None: tell(describe_choice(name, made[name], rate, lr is None), shown)
+        part = model if name == "main" else submodule(model, name)
+        made[name] = make_optimizer(one, part, lr, weight_decay)
+        if one is None or lr is None and not has_rate(one):
+            tell(describe_choice(name, made[name], lr is None), shown)
     return made
-
-def describe_choice(
-    name: str,             # of the optimizer
-    made: optim.Optimizer,
-    lr: float,
-    lr_is_chosen: bool,    # by us
-) -> str:
-    "What was chosen, in one line"
-    label = "optimizer" if name == "main" else f"optimizer {name}"
-    return f"{label}: {type(made).__name__}, lr {lr:g}" + (" unless fit is given one" if lr_is_chosen else "")
 
 # %% ../../nbs/api/use/03_choices.ipynb #8890f364
 Rates = float | tuple[float, float] | Sequence[float] | Mapping[Any, float]
@@ -172,13 +198,14 @@ def rates_for(
     if isinstance(lr, tuple) and len(lr) != 2:
         raise ValueError(f"lr is {lr!r}; expected one rate, a pair for the first and the last group, or a "
                          "list with a rate for each")
-    if len(optimizer.param_groups) == 1:
+    labels: list[Any] = list(range(len(optimizer.param_groups)))
+    if len(labels) == 1 or all(group.get("name") in DECAYED for group in optimizer.param_groups):
         regroup(optimizer, model, by_depth(model))
         labels = [group["name"] for group in optimizer.param_groups]
-    else: labels = list(range(len(optimizer.param_groups)))
-    n, rates = len(labels), [check_lr(rate) for rate in lr]
+    names = list(dict.fromkeys(labels))  # a part may have two groups, with and without weight decay
+    n, rates = len(names), [check_lr(rate) for rate in lr]
     if n == 1: raise ValueError(f"lr is {lr!r}, but there is a single group of parameters; expected one rate")
     if isinstance(lr, tuple): rates = [rates[0] * (rates[1] / rates[0]) ** (i / (n - 1)) for i in range(n)]
     if len(rates) != n:
-        raise ValueError(f"lr has {len(rates)} rates for {n} groups: {labels}; expected one for each")
-    return rates
+        raise ValueError(f"lr has {len(rates)} rates for {n} groups: {names}; expected one for each")
+    return [rates[names.index(label)] for label in labels]

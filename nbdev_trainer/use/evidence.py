@@ -28,7 +28,7 @@ from ..data.batch import Batch, StepOutput
 from ..data.loaders import EpochLoader, Loader
 from ..loop.callback import Callback, handler_table
 from ..loop.evaluation import module_modes
-from ..loop.plan import set_lr, current_lrs
+from ..loop.scheduled import current_values, set_values
 from ..loop.steps import ELEMENTWISE, SupervisedStep
 from ..loop.trainer import Trainer
 from ..metrics.base import targets_of
@@ -202,7 +202,7 @@ def one_step(trainer: Trainer, batch: Batch) -> StepOutput:
     "One training step on a batch, without its counters"
     state = trainer.state
     state.current_batch, trainer.closing = batch, True
-    output = trainer.engine.run(trainer.step.train, trainer, batch)
+    output = trainer.engine.train(trainer.step.train, trainer, batch)
     if trainer.step.automatic: trainer.optimize(output.loss, count=output.count)
     trainer.close_window()
     state.batch += 1
@@ -222,10 +222,10 @@ def try_steps(
     factor: float = 1.0,  # of the learning rates
 ) -> Trial:
     "Train on one batch; what fails is kept"
-    trial, start, lrs = Trial(), rng_state(), current_lrs(trainer.engine.slots)
+    trial, start, lrs = Trial(), rng_state(), current_values(trainer.engine.slots)
     end = time.monotonic() + MOST_TRIAL_SECONDS
     trainer.measuring, trainer.state.phase = MetricSet([]), "train"
-    set_lr(trainer.engine.slots, lrs, factor)
+    set_values(trainer.engine.slots, lrs, factor)
     try:
         for k in range(3 * n + 1):
             if k > n and not did_not_fall(trial.losses) or k > 2 and time.monotonic() > end: break
@@ -240,7 +240,7 @@ def try_steps(
     except Exception as error: trial.failure = error
     finally:
         trainer.handlers = handler_table([])
-        set_lr(trainer.engine.slots, lrs)
+        set_values(trainer.engine.slots, lrs)
     return trial
 
 # %% ../../nbs/api/use/03c_evidence.ipynb #24e56ead
