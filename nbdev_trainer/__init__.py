@@ -64,8 +64,10 @@ Modules:
 - `nbdev_trainer.loop.evaluation`: Passes over data that change nothing: validation, test and prediction
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
+- `nbdev_trainer.loop.micro_batches`: A batch that does not fit into memory, trained in parts: the same gradient, less memory, also after it has run out
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
+- `nbdev_trainer.loop.repeated`: Optimizers that ask for the loss again within a step: LBFGS, SAM, and any other that needs a closure
 - `nbdev_trainer.loop.scheduled`: What a schedule changes in an optimizer: learning rates, momentum, weight decay
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
 - `nbdev_trainer.loop.snapshot`: All state of a run as plain data and tensors, and back

@@ -161,6 +161,7 @@ class Learner:
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
         precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
         accumulate: int = 1,                                  # batches per optimizer step
+        micro_batch_size: int | str | None = None,            # samples at a time; "auto": as memory allows
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
         clip_value: float | None = None,                      # largest value of each number of them
         clip_adaptive: float | None = None,                   # largest share of the length of each unit
@@ -187,7 +188,7 @@ class Learner:
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
-                               device=where, accumulate=accumulate, clip_norm=clip_norm,
+                               device=where, accumulate=accumulate, micro_batch_size=micro_batch_size, clip_norm=clip_norm,
                                clip_value=clip_value, clip_adaptive=clip_adaptive,
                                precision=make_precision(precision, where))
         self.trainer.shown = shown

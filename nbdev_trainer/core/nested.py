@@ -108,12 +108,14 @@ def size_of(
 # %% ../../nbs/api/core/01_nested.ipynb #d54aaa21
 def index(
     value: Any,  # a tensor, a list of samples, or a dict or tuple of such parts
-    ids: Tensor,  # (n,) int64, positions of the samples, each in [0, size)
-) -> Any:  # the same nesting with n samples
+    ids: Tensor | slice,  # (n,) int64, positions of the samples, each in [0, size); or a slice of them
+) -> Any:  # the same nesting with n samples; for a slice tensors are views
     "The samples at positions `ids`, in that order."
-    if isinstance(value, Tensor): return value.index_select(0, ids.to(value.device))
-    if isinstance(value, list): return [value[i] for i in ids.tolist()]
-    if isinstance(value, np.ndarray): return value[ids.numpy(force=True)]
+    if isinstance(ids, slice) and isinstance(value, (Tensor, list, np.ndarray)): return value[ids]
+    if isinstance(ids, Tensor):
+        if isinstance(value, Tensor): return value.index_select(0, ids.to(value.device))
+        if isinstance(value, list): return [value[i] for i in ids.tolist()]
+        if isinstance(value, np.ndarray): return value[ids.numpy(force=True)]
     if isinstance(value, tuple): return _like(value, [index(part, ids) for part in value])
     if isinstance(value, Mapping): return {key: index(part, ids) for key, part in value.items()}
     if value is None: return None

@@ -11,7 +11,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/groups.html.md"""
 # %% ../../nbs/api/loop/05b_groups.ipynb #06fc4462
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,8 +26,8 @@ from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms',
-           'train_mode', 'undecayed', 'weight_decay_groups', 'regroup', 'replace_groups', 'add_missing', 'by_depth',
-           'by_selector']
+           'train_mode', 'norms_at_rest', 'undecayed', 'weight_decay_groups', 'regroup', 'replace_groups',
+           'add_missing', 'by_depth', 'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
 def parts_of(
@@ -136,6 +137,18 @@ def train_mode(model: nn.Module) -> None:
     "Training mode, but for frozen batch norms"
     model.train()
     for norm in frozen_norms(model): norm.eval()
+
+# %% ../../nbs/api/loop/05b_groups.ipynb #041f61ef
+@contextmanager
+def norms_at_rest(
+    model: nn.Module,
+) -> Iterator[None]:
+    "Batch norms use the batch in training mode, and leave their running statistics alone"
+    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.track_running_stats]
+    for norm in norms: norm.track_running_stats = False
+    try: yield
+    finally:
+        for norm in norms: norm.track_running_stats = True
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #c08e2930
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)

@@ -248,9 +248,6 @@ def check_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], model: nn.
             raise ValueError(f"optimizer {name!r} has {len(params)} parameters and none of them belongs to "
                              "the model, so training would change nothing. Build it from model.parameters() "
                              "of this very model.")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("LBFGS calls the loss again within a step, which this loop does not do; use "
-                            "another optimizer, such as torch.optim.Adam")
         if not any(p.requires_grad for p in params):
             raise ValueError(f"all {len(params)} parameters of optimizer {name!r} are frozen "
                              "(requires_grad=False), so training would change nothing. Unfreeze some with "

@@ -29,9 +29,10 @@ from .advice import add_notes
 from .callback import Callback, check_callbacks, handler_table, in_order
 from .clipping import make_clip
 from .control import call_each, check_events
-from .engine import Engine, OptimizerSlot, Precision, Strategy, find_device, move_model
+from .engine import OptimizerSlot, Precision, Strategy, find_device, move_model
 from .evaluation import Evaluation, module_modes
 from .events import EVALUATION_EVENTS, Event
+from .micro_batches import make_engine
 from .optimizers import check_optimizers
 from .plan import (FitPlan, begin_plan, continue_plan, follow, generators, load_loader_state,
                                      make_plan, open_epoch, plan_state, unfollow, validation_due)
@@ -293,6 +294,7 @@ class Trainer(Loop):
         as_batch: Callable[[Any], Batch] | None = None,              # what the loaders yield, to a `Batch`
         device: str | torch.device | None = None,                    # None: where the model is
         accumulate: int = 1,                                         # batches per optimizer step
+        micro_batch_size: int | str | None = None,                   # samples at a time; "auto": as memory allows
         clip_norm: float | None = None,                              # largest norm of an optimizer's gradients
         clip_value: float | None = None,                             # largest value of each number of them
         clip_adaptive: float | None = None,                          # largest share of the length of each unit
@@ -312,8 +314,8 @@ class Trainer(Loop):
         where = find_device(device)
         move_model(model, where)
         clip = make_clip(clip_norm, clip_value, clip_adaptive)
-        self.engine = Engine(model, optimizers, where, accumulate=accumulate, clip=clip, precision=precision,
-                             strategy=strategy)
+        self.engine = make_engine(model, optimizers, where, step=step, micro_batch_size=micro_batch_size,
+                                  accumulate=accumulate, clip=clip, precision=precision, strategy=strategy)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
         self.state, self.plan = State(), None
