@@ -11,18 +11,24 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/stopping.html.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .recorder import Recorder, current_lr
 from ..core.errors import checked_keywords, did_you_mean
+from ..core.messages import tell
+from ..core.nested import map_tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
+from ..loop.snapshot import keyed, load_model_state, model_state
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'EarlyStopping', 'not_measured', 'FiniteLoss']
+__all__ = ['is_better', 'Patience', 'Watching', 'EarlyStopping', 'averages_of', 'not_measured', 'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
@@ -57,17 +63,14 @@ class Patience:
         return self.waited >= self.looks
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e32175f4
-class EarlyStopping(Callback):
-    "Stops the fit when a result has not improved for `patience` looks at it"
-    @checked_keywords
+class Watching(Callback):
+    "Looks at a result whenever it is new; a base for callbacks that act when it has not improved"
     def __init__(self,
-        monitor: str = "valid_loss",           # the name of a result
-        *,
-        patience: int = 3,                     # looks without improvement before the fit ends, at least 1
-        min_delta: float = 0.0,                # what counts as better must be better by more than this
+        monitor: str,                          # the name of a result
+        patience: Patience,                    # what counts as better, and how long to wait
         higher_is_better: bool | None = None,  # None: as the metric says
     ) -> None:
-        self.monitor, self.patience, self.given = monitor, Patience(patience, min_delta), higher_is_better
+        self.monitor, self.patience, self.given = monitor, patience, higher_is_better
         self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
 
     def before_fit(self, trainer: Trainer) -> None:
@@ -87,18 +90,75 @@ class EarlyStopping(Callback):
         if self.watched == "train": self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
-        "Look at the new result, and stop the fit when patience is at its end"
-        patience, metrics = self.patience, trainer.state.metrics
+        "Look at the new result"
+        metrics = trainer.state.metrics
         if self.monitor not in metrics: raise not_measured(self.monitor, metrics)
-        if patience.look(metrics[self.monitor], self.higher_is_better):
-            best = "never a number" if patience.best is None else f"best {patience.best:.4g}"
-            trainer.stop(f"{self.monitor} has not improved for {patience.waited} looks ({best})")
+        impatient = self.patience.look(metrics[self.monitor], self.higher_is_better)
+        if self.patience.waited == 0: self.has_improved(trainer)
+        if impatient: self.is_impatient(trainer)
+
+    def has_improved(self, trainer: Trainer) -> None: "The result is better than ever"
+
+    def is_impatient(self, trainer: Trainer) -> None: "Patience is at its end"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.patience.best, "waited": self.patience.waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.patience.best, self.patience.waited = state["best"], state["waited"]
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #08960843
+class EarlyStopping(Watching):
+    "Stops the fit when a result has not improved for `patience` looks at it"
+    @checked_keywords
+    def __init__(self,
+        monitor: str = "valid_loss",           # the name of a result
+        *,
+        patience: int | None = 3,              # looks without improvement before the fit ends; None: it never does
+        min_delta: float = 0.0,                # what counts as better must be better by more than this
+        higher_is_better: bool | None = None,  # None: as the metric says
+        restore_best: bool = False,            # go back to the weights of the best result after the fit
+    ) -> None:
+        if patience is None and not restore_best:
+            raise ValueError("EarlyStopping(patience=None) never stops; expected restore_best=True beside it")
+        looks = Patience(sys.maxsize if patience is None else patience, min_delta)
+        super().__init__(monitor, looks, higher_is_better)
+        self.restore_best = restore_best
+        self.kept: dict[str, Any] | None = None  # the weights of the best result of this fit, and where it was
+
+    def before_fit(self, trainer: Trainer) -> None:
+        super().before_fit(trainer)
+        if trainer.plan is not None and trainer.plan.began["batch"] == trainer.state.batch and self.restore_best:
+            self.kept = self.patience.best = None
+
+    def has_improved(self, trainer: Trainer) -> None:
+        if self.restore_best:
+            self.kept = {"model": map_tensors(Tensor.clone, model_state(trainer.model)), "batch": trainer.state.batch,
+                         "averages": map_tensors(Tensor.clone, averages_of(trainer))}
+
+    def is_impatient(self, trainer: Trainer) -> None:
+        best = "never a number" if self.patience.best is None else f"best {self.patience.best:.4g}"
+        trainer.stop(f"{self.monitor} has not improved for {self.patience.waited} looks ({best})")
+
+    def after_fit(self, trainer: Trainer) -> None:
+        kept, self.kept = self.kept, None if trainer.state.ending in ("finished", "stopped") else self.kept
+        if kept is None or self.kept is not None or kept["batch"] == trainer.state.batch: return
+        load_model_state(trainer.model, kept["model"])
+        for name, one in keyed(trainer.callbacks).items():
+            if name in kept["averages"]: one.load_state_dict(kept["averages"][name])
+        tell(f"back to the weights after batch {kept['batch']}, of the best {self.monitor} "
+             f"({self.patience.best:.4g})", trainer.shown)
+
+    def state_dict(self) -> dict[str, Any]: return {**super().state_dict(), "kept": self.kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.kept = state["kept"]
+
+def averages_of(trainer: Trainer) -> dict[str, Any]:
+    "The state of the callbacks that average the weights"
+    found = [one for one in trainer.callbacks if one.evaluation_weights(trainer) is not None]
+    return {name: one.state_dict() for name, one in keyed(trainer.callbacks).items() if one in found}
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #56c44d61
 def not_measured(

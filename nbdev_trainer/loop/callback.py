@@ -22,7 +22,9 @@ from ..core.duration import Duration
 from ..core.errors import did_you_mean
 from .events import Event
 
-if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
+if TYPE_CHECKING:
+    from torch import Tensor
+    from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['EMPTY_BODIES', 'IN_HAND', 'Callback', 'has_empty_body', 'check_method', 'in_order', 'check_callbacks',
@@ -57,6 +59,10 @@ class Callback:
                 for name, member in vars(base).items(): check_method(base.__name__, name, member)
 
     def __str__(self) -> str: return type(self).__name__
+
+    def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:  # by name
+        "What evaluation and `predict` use instead of parameters and buffers of the model; None: these"
+        return None
 
     def handles(self) -> dict[Event, Callable[[Trainer], None]]:
         "The events this callback acts at, and what to call"

@@ -11,8 +11,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/evaluation.html.md"
 # %% ../../nbs/api/loop/09_evaluation.ipynb #cef3d1a2
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'evaluating', 'outputs', 'Predictions', 'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'Evaluation',
+           'is_mean', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -49,6 +50,30 @@ def module_modes(
     finally:
         for module, mode in before: module.training = mode
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #976b1850
+@contextmanager
+def weights_in_place(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],  # parameters and buffers by name; those that are not named stay
+) -> Iterator[None]:
+    "Other numbers in a model; afterwards its own are back, bit by bit, also when the block raises"
+    every: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places = [every[name].detach() for name in weights]
+    own = [place.clone() for place in places]
+    try:
+        with torch.no_grad(): torch._foreach_copy_(places, list(weights.values()))
+        yield
+    finally:
+        with torch.no_grad(): torch._foreach_copy_(places, own)
+
+def averaged_weights(trainer: Evaluation) -> dict[str, Tensor]:
+    "What the callbacks want evaluated; raises `ValueError` when several do"
+    found = [(one, weights) for one in trainer.callbacks if (weights := one.evaluation_weights(trainer))]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(str(one) for one, _ in found)} each average the weights; which of them "
+                         "should be evaluated? Keep one")
+    return found[0][1] if found else {}
+
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71
 @contextmanager
 def evaluating(
@@ -58,15 +83,16 @@ def evaluating(
     quiet: bool = False,  # True: no event fires
 ) -> Iterator[None]:
     "The frame of a pass: everything it changes for itself, and its undoing"
-    state, handlers = trainer.state, trainer.handlers
+    state, handlers, weights = trainer.state, trainer.handlers, averaged_weights(trainer)
     kept = {field: getattr(state, field) for field in ("phase", "loader", "current_batch", "output")}
     trainer.handlers = handler_table([]) if quiet else trainer.evaluation_handlers
     state.phase, state.loader = phase, name
     try:
         precise = trainer.engine.precision.during()
         with isolated_rng(), torch.no_grad(), module_modes(trainer.model, training=False), precise:
-            trainer.call("before_evaluate")
-            yield
+            with weights_in_place(trainer.model, weights) if weights else nullcontext():
+                trainer.call("before_evaluate")
+                yield
             trainer.call("after_evaluate")
     except BaseException as error:
         add_notes(trainer, error)
