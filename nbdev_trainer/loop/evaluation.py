@@ -12,7 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/evaluation.html.md"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def weights_in_place(
     every: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     places = [every[name].detach() for name in weights]
     own = [place.clone() for place in places]
+    if not places: return (yield)
     try:
         with torch.no_grad(): torch._foreach_copy_(places, list(weights.values()))
         yield
@@ -90,7 +91,7 @@ def evaluating(
     try:
         precise = trainer.engine.precision.during()
         with isolated_rng(), torch.no_grad(), module_modes(trainer.model, training=False), precise:
-            with weights_in_place(trainer.model, weights) if weights else nullcontext():
+            with weights_in_place(trainer.model, weights):
                 trainer.call("before_evaluate")
                 yield
             trainer.call("after_evaluate")

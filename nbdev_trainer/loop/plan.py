@@ -93,6 +93,11 @@ class FitPlan:
         if in_window == self.accumulate or state.epoch_batch + 1 == self.length: return True
         return self.duration.unit == "ba" and state.batch + 1 == self.began["batch"] + self.duration.value
 
+    def share_done(self, state: State) -> float:  # in [0, 1]
+        "The part of the fit that is behind"
+        if self.total_steps is None: return self.progress(state)
+        return (state.step - self.began["step"]) / self.total_steps
+
     def progress(self, state: State) -> float:  # in [0, 1]
         "How far the fit is, for the schedule"
         if self.total_steps is not None: return progress_of(state.step - self.began["step"], self.total_steps)
