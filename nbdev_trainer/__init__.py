@@ -6,9 +6,11 @@ Modules:
 - `nbdev_trainer.apps.networks`: Networks for photos: a small one that needs nothing, and those of timm and torchvision by name
 - `nbdev_trainer.apps.predict`: What the model of a kept run says about new pictures or rows
 - `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
+- `nbdev_trainer.callbacks.activation_checkpointing`: Less memory for more time: what a layer computed is thrown away, and computed again for its gradient
 - `nbdev_trainer.callbacks.averaging`: Weights averaged over the last steps or epochs, for evaluation and prediction: EMA and SWA
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
+- `nbdev_trainer.callbacks.rates`: Learning rates that depend on results, and the schedulers of torch
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more

@@ -143,12 +143,12 @@ def train_mode(model: nn.Module) -> None:
 def norms_at_rest(
     model: nn.Module,
 ) -> Iterator[None]:
-    "Batch norms use the batch in training mode, and leave their running statistics alone"
-    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.track_running_stats]
-    for norm in norms: norm.track_running_stats = False
+    "The running statistics of batch norms are the same after the block as before it"
+    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.training]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try: yield
     finally:
-        for norm in norms: norm.track_running_stats = True
+        for buffer, before in kept: buffer.data.copy_(before)  # by `data`: a graph may hold on to the buffer
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #c08e2930
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
