@@ -108,8 +108,11 @@ Modules:
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
+from nbdev_trainer.callbacks.activation_checkpointing import ActivationCheckpointing
+from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.progress import Progress
+from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
 from nbdev_trainer.callbacks.stopping import EarlyStopping, FiniteLoss
@@ -126,7 +129,9 @@ from nbdev_trainer.loop.callback import Callback
 from nbdev_trainer.loop.engine import Precision, Strategy
 from nbdev_trainer.loop.evaluation import Predictions
 from nbdev_trainer.loop.events import Event
+from nbdev_trainer.loop.groups import weight_decay_groups
 from nbdev_trainer.loop.optimizers import FusedAdamW
+from nbdev_trainer.loop.repeated import SAM
 from nbdev_trainer.loop.schedules import (
     Schedule, chained, constant, cosine, cosine_restarts, flat_then_cosine, inverse_square_root, linear, one_cycle,
     polynomial, stairs, warm_up,
@@ -157,17 +162,18 @@ from nbdev_trainer.use.summary import ModelSummary, summarize
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
-    "ConfusionMatrix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
-    "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner",
-    "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
+    "AUROC", "Accuracy", "ActivationCheckpointing", "Additive", "AveragePrecision", "BLEU", "Batch",
+    "BinaryAccuracy", "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport",
+    "CohenKappa", "ConfusionMatrix", "Dice", "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance",
+    "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept",
+    "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
     "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary",
     "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
-    "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
-    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
-    "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained",
-    "check", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
-    "from_dict", "inverse_square_root", "linear", "one_cycle", "plot_histories", "polynomial", "random_split",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "warm_up",
+    "Progress", "R2", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run",
+    "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput",
+    "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "TorchScheduler", "Trainer",
+    "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained", "check", "confusion_matrix", "constant",
+    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "inverse_square_root", "linear",
+    "one_cycle", "plot_histories", "polynomial", "random_split", "read_mnist_folder", "read_numeric_csv",
+    "seed_everything", "stairs", "summarize", "warm_up", "weight_decay_groups",
 ]

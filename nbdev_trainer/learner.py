@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
+from .callbacks.averaging import AveragedWeights
 from .callbacks.progress import Progress
 from .callbacks.recorder import Recorder
 from .callbacks.run_directory import RunDirectory
@@ -33,7 +34,7 @@ from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
 from .loop.engine import Precision, find_device, move_model
-from .loop.evaluation import Predictions
+from .loop.evaluation import Predictions, averaged_weights
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
 from .loop.scheduled import Factors, set_values
@@ -50,8 +51,8 @@ from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
 
 # %% auto #0
-__all__ = ['as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'describe_optimizer', 'only_valid',
-           'Learner']
+__all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'split_averages',
+           'describe_optimizer', 'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def as_loaders(
@@ -119,6 +120,16 @@ def load_weights(
         if name not in expected: problems.add(f"{name} is not in the model")
     problems.raise_if_any(f"the weights in {source} do not fit the model; build it as it was when they were saved")
     model.load_state_dict(dict(tensors))
+
+# %% ../nbs/api/learner.ipynb #bed68c53
+AVERAGED = "averaged/"
+
+def split_averages(
+    tensors: Mapping[str, Tensor],  # of a file
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # weights and buffers; averages, by the names in the model
+    "What of a file is the model, and what are averages of its weights"
+    averages = {name.removeprefix(AVERAGED): one for name, one in tensors.items() if name.startswith(AVERAGED)}
+    return {name: one for name, one in tensors.items() if not name.startswith(AVERAGED)}, averages
 
 # %% ../nbs/api/learner.ipynb #8b8e0f02
 def describe_optimizer(
@@ -377,14 +388,23 @@ class Learner:
     def save(self,
         path: str | Path,  # such as "model.safetensors"
     ) -> None:
-        "Write weights and buffers to a safetensors file; raises `ValueError` for a name that promises another"
+        "Write weights, buffers and averages to a safetensors file; `ValueError` for a name that promises another"
         if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".h5"):
             raise ValueError(f"'{path}' is named as another kind of file; expected a name such as "
                              f"'{Path(path).with_suffix('.safetensors')}'")
-        write_tensors(path, self.model.state_dict())
+        averages = averaged_weights(self.trainer)
+        write_tensors(path, {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}})
 
     def load(self,
         path: str | Path,  # as `save` wrote it
+        *,
+        averaged: bool = False,  # make the averages in the file the weights of the model
     ) -> None:
-        "Read weights and buffers; raises `ValueError` naming all that does not fit"
-        load_weights(self.model, read_tensors(path), str(path))
+        "Read weights, buffers and averages; raises `ValueError` naming all that does not fit"
+        weights, averages = split_averages(read_tensors(path))
+        if averaged and not averages: raise ValueError(f"{path} holds no averaged weights; leave out averaged=True")
+        load_weights(self.model, {**weights, **averages} if averaged else weights, str(path))
+        keepers = [one for one in self.trainer.callbacks if isinstance(one, AveragedWeights)]
+        for one in keepers: one.begin_anew({} if averaged else averages)
+        if averages and not averaged and not keepers:
+            tell(f"{path} holds averaged weights too; load(path, averaged=True) takes these", self.verbose > 0)
