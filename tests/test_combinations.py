@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from nbdev_trainer import Batch, Learner, ManualStep, StepOutput, one_cycle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbdev_trainer import EMA, Batch, Learner, ManualStep, StepOutput, SupervisedStep, Trainer, linear, one_cycle
 
 torch.manual_seed(0)
 N, SIZE = 37, 5  # the last batch has two samples
@@ -51,7 +54,7 @@ def by_hand(accumulate, clip, scheduled, frozen, weighted, autocast):
     parts = [name for name in RATES if not (frozen and name == "body")]
     optimizer = torch.optim.AdamW([{"params": model[name].parameters(), "lr": RATES[name]} for name in parts])
     schedule, n_windows = one_cycle(), -(-len(Data(False)) // accumulate)
-    step, total = 0, EPOCHS * n_windows
+    step, total, averages = 0, EPOCHS * n_windows, {}
     for _ in range(EPOCHS):
         whole = list(batches(weighted))
         for first in range(0, len(whole), accumulate):
@@ -67,24 +70,38 @@ def by_hand(accumulate, clip, scheduled, frozen, weighted, autocast):
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    return model
+            average(averages, {name: one for part in RATES for name, one in tensors_of(model, part)}, step)
+    return model, averages
+
+
+def tensors_of(model, part):
+    return [(f"{part}.{name}", one) for name, one in model[part].state_dict().items() if one.is_floating_point()]
+
+
+def average(averages, tensors, n):
+    decay = min(0.9, (1 + n) / (10 + n))
+    for name, one in tensors.items(): averages[name] = decay * averages.get(name, one) + (1 - decay) * one
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("autocast", [False, True], ids=["64", "bf16"])
 def test_any_combination_trains_what_the_loop_written_out_does(accumulate, autocast):
     for clip, scheduled, frozen, weighted in itertools.product([False, True], repeat=4):
-        model = network()
+        model, ema = network(), EMA(0.9)
+        in_parts = 2 if frozen and not autocast else None  # where no batch norm looks at the batch
         learner = Learner(model, (Data(weighted), None), nn.CrossEntropyLoss(), forward=forward, device="cpu", verbose=0,
                           optimizer=torch.optim.AdamW(model.parameters(), lr=1.0), accumulate=accumulate,
-                          clip_norm=0.3 if clip else None, precision="bf16" if autocast else "32")
+                          clip_norm=0.3 if clip else None, precision="bf16" if autocast else "32", callbacks=[ema],
+                          micro_batch_size=in_parts)
         if frozen: learner.freeze("body")
         learner.fit(EPOCHS, lr=RATES, schedule=one_cycle() if scheduled else None)
-        expected = by_hand(accumulate, clip, scheduled, frozen, weighted, autocast)
+        expected, averages = by_hand(accumulate, clip, scheduled, frozen, weighted, autocast)
         which = f"clip {clip}, schedule {scheduled}, frozen {frozen}, weights {weighted}"
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if autocast else {"rtol": 1e-12, "atol": 1e-13}
         for one, other in zip(model.state_dict().values(), expected.state_dict().values(), strict=True):
-            tolerance = {"rtol": 1e-2, "atol": 1e-3} if autocast else {"rtol": 1e-12, "atol": 1e-13}
             torch.testing.assert_close(one, other, **tolerance, msg=lambda text: f"{which}: {text}")
+        assert ema.averages.keys() == averages.keys()
+        for name, one in averages.items(): torch.testing.assert_close(ema.averages[name], one, **tolerance, msg=name)
 
 
 def loss_of(model, batch): return nn.functional.cross_entropy(forward(model, batch.inputs), batch.targets)
@@ -101,13 +118,14 @@ class Alternating(ManualStep):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_several_optimizers_with_their_own_cadence(accumulate, clip):
+def test_several_optimizers_with_their_own_cadence_one_schedule_and_averages(accumulate, clip):
     def made(model): return {name: torch.optim.SGD(model[name].parameters(), lr=0.1, momentum=0.9) for name in ("middle", "head")}
-    model, expected = network(), network()
+    model, expected, ema = network(), network(), EMA(0.9)
     Learner(model, (Data(False), None), step=Alternating(), optimizer=made(model), device="cpu", verbose=0,
-            accumulate=accumulate, clip_norm=clip).fit(EPOCHS)
+            accumulate=accumulate, clip_norm=clip, callbacks=[ema]).fit(EPOCHS, schedule=linear())
 
-    optimizers = made(expected)
+    optimizers, averages, steps, n_steps = made(expected), {}, 0, {"middle": 0, "head": 0}
+    total = EPOCHS * -(-len(Data(False)) // accumulate)
     for _ in range(EPOCHS):
         whole = list(enumerate(batches(False)))
         for first in range(0, len(whole), accumulate):
@@ -115,9 +133,12 @@ def test_several_optimizers_with_their_own_cadence(accumulate, clip):
 
             def step(name):
                 params = list(expected[name].parameters())
-                for one, total in zip(params, sums.pop(name), strict=True): one.grad = total / counts[name]
+                optimizers[name].param_groups[0]["lr"] = 0.1 * (1 - steps / (total - 1))
+                for one, summed in zip(params, sums.pop(name), strict=True): one.grad = summed / counts[name]
                 if clip: nn.utils.clip_grad_norm_(params, clip)
                 optimizers[name].step()
+                n_steps[name] += 1
+                average(averages, dict(tensors_of(expected, name)), n_steps[name])
 
             for number, one in window:
                 for name, factor in ([("middle", 2)] if number % 2 == 0 else []) + [("head", 1)]:
@@ -127,5 +148,31 @@ def test_several_optimizers_with_their_own_cadence(accumulate, clip):
                     counts[name] += one.size
                     if number == window[-1][0]: step(name)
             for name in list(sums): step(name)  # had no part in the last batch
+            steps += 1
     for one, other in zip(model.state_dict().values(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    for name, one in averages.items(): torch.testing.assert_close(ema.averages[name], one, rtol=1e-12, atol=1e-13)
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 12), part=st.integers(1, 14), accumulate=st.integers(1, 3), kind=st.sampled_from(["mean", "classes", "rows"]),
+       seed=st.integers(0, 99))
+def test_any_split_of_a_batch_gives_the_same_gradient(size, part, accumulate, kind, seed):
+    draw = torch.Generator().manual_seed(seed)
+    def batch():
+        targets = torch.randint(3, (size,), generator=draw)
+        if kind == "classes": targets[torch.rand(size, generator=draw) < 0.4] = -100  # left out; perhaps all of a part
+        weights = torch.rand(size, generator=draw, dtype=torch.float64) if kind == "rows" else None
+        return torch.randn(size, 4, generator=draw, dtype=torch.float64), targets, weights
+    made = [batch() for _ in range(accumulate)]
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double() if kind == "classes" else None)
+    found = []
+    for micro_batch_size in (None, part):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        trainer = Trainer(model, SupervisedStep(loss_fn), torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate,
+                          micro_batch_size=micro_batch_size)
+        with torch.no_grad(): before = [p.clone() for p in model.parameters()]
+        trainer.fit([Batch(inputs, targets, size, weights=weights) for inputs, targets, weights in made])
+        found.append([p.detach() - one for p, one in zip(model.parameters(), before)])
+    for one, other in zip(*found): torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)

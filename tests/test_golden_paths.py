@@ -182,3 +182,41 @@ def test_photos_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["predict", "run", "flowers/poppy"]) == 0
     assert "nothing odd was found" in (said := capsys.readouterr().out)
     assert "few pictures: --model timm:resnet18" in said and said.splitlines()[-1].startswith("8.jpg,")
+
+
+LARGE_BATCHES = """
+learner = Learner(model, loaders, loss_fn=loss_fn, precision="bf16", accumulate=4, clip_norm=1.0, callbacks=[EMA(0.999), EarlyStopping("valid_loss", patience=3, restore_best=True)])
+"""
+
+TRANSFER = """
+learner.freeze(except_last=1); learner.fit(1, lr=1e-3); learner.unfreeze(); learner.fit_one_cycle(3, lr=(1e-5, 1e-3))
+learner.fine_tune(3, lr=1e-3)                    # the line above in one
+"""
+
+
+def small_learner(program, **names):
+    import nbdev_trainer
+
+    images, labels = nbdev_trainer.digits()
+    loaders = nbdev_trainer.Loaders.from_arrays(images[:600], labels[:600], valid=0.2, batch_size=64, seed=0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
+    names |= vars(nbdev_trainer) | dict(model=model, loaders=loaders, loss_fn=nn.CrossEntropyLoss())
+    exec(program, names)
+    return names["learner"]
+
+
+def test_large_batches_averages_and_the_best_weights():
+    learner = small_learner(LARGE_BATCHES)
+    learner.fit_one_cycle(4, lr=1e-2)
+    assert learner.validate()["loss"] == pytest.approx(min(learner.history["valid_loss"]), rel=1e-6)
+
+
+def test_transfer_learning():
+    from nbdev_trainer import Learner
+
+    learner = small_learner("learner = Learner(model, loaders, loss_fn=loss_fn)")
+    before = learner.model[0].weight.detach().clone()
+    exec(TRANSFER.splitlines()[1], dict(learner=learner))
+    assert not torch.equal(before, learner.model[0].weight) and learner.history["epoch"] == [1, 2, 3, 4]
+    exec(TRANSFER.splitlines()[2], dict(learner=learner))
+    assert learner.history["epoch"][-1] == 8 and isinstance(learner, Learner)
