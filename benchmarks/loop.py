@@ -23,7 +23,6 @@ from torch import nn
 
 import nbdev_trainer
 from nbdev_trainer import Accuracy, Callback, Learner, Progress
-from nbdev_trainer.loop.optimizers import default_optimizer
 
 loss_fn = nn.CrossEntropyLoss()
 
@@ -145,7 +144,7 @@ def ours(batches, optimizer: Callable | None = None) -> float:
     "With loss and accuracy tracked, history and progress on"
     model = make_model()
     learner = Learner(model, (batches, None), loss_fn, metrics=[Accuracy()], device="cpu", lr=1e-3,
-                      optimizer=optimizer or default_optimizer,
+                      optimizer=optimizer,
                       callbacks=[Progress(file=Screen())])
     start = time.perf_counter()
     learner.fit(1)

@@ -45,7 +45,8 @@ from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
 from .use.check import check
-from .use.choices import DEFAULT_LR, Rates, make_optimizers, make_step, rates_for
+from .use.choices import (
+    DEFAULT_LR, DEFAULT_PEAK, Rates, make_optimizers, make_step, rates_for)
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
@@ -195,6 +196,7 @@ class Learner:
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):
             step.loss.loss_fn.to(where)  # class weights, for example
         optimizers = make_optimizers(optimizer, model, lr, shown, weight_decay)
+        self.lr_is_chosen = lr is None and optimizer is None  # by us, and so it may be another for a cycle
         callbacks = with_defaults(callbacks, default_callbacks, shown)
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
@@ -232,13 +234,16 @@ class Learner:
     def fit_one_cycle(self,
         n: int | str | Duration,                            # as in `fit`
         *,
-        lr: Rates | None = None,                            # the highest, in the middle of the cycle
+        lr: Rates | None = None,                            # the highest; None: the learner's, or 3e-3 if it has none
         validate_every: int | str | Duration | None = "1ep",
         limit_batches: int | None = None,
         callbacks: Iterable[Callback] = (),
         resume: bool = False,                              # go on with the cycle that was interrupted
     ) -> None:
         "Train `n` more with one cycle of the learning rate: up for a quarter, then down to almost nothing"
+        if lr is None and self.lr_is_chosen:
+            lr = DEFAULT_PEAK
+            tell(f"highest learning rate: {lr:g} unless fit_one_cycle is given one", self.verbose > 0)
         self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches,
                  callbacks=callbacks, resume=resume)
 

@@ -27,8 +27,8 @@ from ..loop.optimizers import default_optimizer
 from ..loop.steps import Step, SupervisedStep
 
 # %% auto #0
-__all__ = ['DEFAULT_LR', 'DEFAULT_WEIGHT_DECAY', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr', 'submodule',
-           'trainable', 'make_optimizer', 'has_rate', 'describe_choice', 'make_optimizers', 'rates_for']
+__all__ = ['DEFAULT_LR', 'DEFAULT_PEAK', 'DEFAULT_WEIGHT_DECAY', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr',
+           'submodule', 'trainable', 'make_optimizer', 'has_rate', 'describe_choice', 'make_optimizers', 'rates_for']
 
 # %% ../../nbs/api/use/03_choices.ipynb #e1679cde
 def first_batch(
@@ -84,6 +84,7 @@ def make_step(
 
 # %% ../../nbs/api/use/03_choices.ipynb #c42a8ac8
 DEFAULT_LR = 1e-3
+DEFAULT_PEAK = 3e-3  # of a cycle, whose mean is half of its peak
 DEFAULT_WEIGHT_DECAY = 1e-2  # AdamW's, as torch has it
 
 def check_lr(
