@@ -33,7 +33,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['owned_by', 'started', 'AveragedWeights', 'EMA', 'measured_norms', 'measuring_norms', 'unheard', 'norm_statistics',
-           'check_data_for', 'enter_mean', 'SWA']
+           'check_data_for', 'enter_mean', 'MeanWeights', 'SWA']
 
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #cd861b17
 def owned_by(
@@ -42,7 +42,9 @@ def owned_by(
 ) -> dict[str, Tensor]:  # by name: what moves when it steps
     "The parameters of an optimizer, and the running statistics of norms that go with them"
     ids = {id(p) for p in params}
-    found = {name: p for name, p in model.named_parameters() if id(p) in ids}  # a tied one by its first name
+    found = dict[str, Tensor]()
+    for name, p in model.named_parameters():  # a tied one by its first name
+        if id(p) in ids: found[name] = p
     modules = dict(model.named_modules())
     for prefix, norm in modules.items():
         if not isinstance(norm, _NormBase): continue
@@ -217,44 +219,24 @@ def enter_mean(
 ) -> None:
     "Take weights into a plain mean"
     for name, one in weights.items():
-        mean = averages[name] = started(one) if n == 1 else averages[name].to(one.device)
+        is_new = n == 1 or name not in averages  # such as what was unfrozen since
+        mean = averages[name] = started(one) if is_new else averages[name].to(one.device)
         mean.lerp_(one.to(mean.dtype), 1 / n)
 
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #7aac33cb
-class SWA(AveragedWeights):
-    "The mean of the weights at the ends of the last epochs, for evaluation and prediction"
+class MeanWeights(AveragedWeights):
+    "A plain mean of weights, with the statistics of batch norms that belong to it; a base class"
     def __init__(self,
-        start: float = 0.75,              # later than this share of the fit they are averaged, in [0, 1)
-        *,
-        every: int | str = "1ep",         # how often the weights enter the mean: epochs, or such as "50st"
         norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
     ) -> None:
-        self.every = Duration.parse(every)
-        if not 0 <= start < 1:
-            raise ValueError(f"start is {start!r}; expected a share of the fit, from 0 to below 1")
-        if self.every.unit not in ("ep", "st"):
-            raise ValueError(f"every is {str(every)!r}; expected epochs such as 1, or steps such as '50st'")
         super().__init__()
-        self.start, self.norm_batches = start, norm_batches
+        self.norm_batches = norm_batches
         self.norms: dict[str, Tensor] | None = None  # statistics that belong to the averages, once measured
         self.taken_at = -1                           # the count of steps when weights last entered the mean
-
-    def before_fit(self, trainer: Trainer) -> None:
-        super().before_fit(trainer)
-        check_data_for(trainer, self.every, measures=self.norm_batches != 0)
-        plan: Any = trainer.plan
-        if plan.began["batch"] == trainer.state.batch: self.begin_anew()
 
     def begin_anew(self, averages: Mapping[str, Tensor] | None = None) -> None:
         super().begin_anew(averages)
         self.norms = None
-
-    def after_batch(self, trainer: Trainer) -> None:
-        state, plan, every = trainer.state, trainer.plan, self.every
-        if plan is None or not trainer.closing or not plan.share_done(state) > self.start + 1e-9: return
-        if every.unit == "st": due = state.step % int(every.value) == 0 and state.step != self.taken_at
-        else: due = plan.epoch_is_full(state) and (state.epoch + 1) % int(every.value) == 0
-        if due: self.take_in(trainer)
 
     def take_in(self, trainer: Trainer) -> None:
         "The weights of now enter the mean"
@@ -264,7 +246,7 @@ class SWA(AveragedWeights):
         self.counts, self.taken_at = {"all": n}, trainer.state.step
 
     def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
-        "The mean, with the statistics of batch norms that belong to it"
+        "The mean, and what was measured for it"
         if super().evaluation_weights(trainer) is None: return None
         if self.norms is None and "all" in self.counts:
             self.norms = norm_statistics(trainer, self.averages, self.norm_batches)
@@ -277,3 +259,32 @@ class SWA(AveragedWeights):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.norms, self.taken_at = {} if state["measured"] else None, state["taken_at"]
+
+# %% ../../nbs/api/callbacks/06_averaging.ipynb #e8fd51c2
+class SWA(MeanWeights):
+    "The mean of the weights at the ends of the last epochs, for evaluation and prediction"
+    def __init__(self,
+        start: float = 0.75,              # later than this share of the fit they are averaged, in [0, 1)
+        *,
+        every: int | str = "1ep",         # how often the weights enter the mean: epochs, or such as "50st"
+        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
+    ) -> None:
+        super().__init__(norm_batches)
+        self.start, self.every = start, Duration.parse(every)
+        if not 0 <= start < 1:
+            raise ValueError(f"start is {start!r}; expected a share of the fit, from 0 to below 1")
+        if self.every.unit not in ("ep", "st"):
+            raise ValueError(f"every is {str(every)!r}; expected epochs such as 1, or steps such as '50st'")
+
+    def before_fit(self, trainer: Trainer) -> None:
+        super().before_fit(trainer)
+        check_data_for(trainer, self.every, measures=self.norm_batches != 0)
+        plan: Any = trainer.plan
+        if plan.began["batch"] == trainer.state.batch: self.begin_anew()
+
+    def after_batch(self, trainer: Trainer) -> None:
+        state, plan, every = trainer.state, trainer.plan, self.every
+        if plan is None or not trainer.closing or not plan.share_done(state) > self.start + 1e-9: return
+        if every.unit == "st": due = state.step % int(every.value) == 0 and state.step != self.taken_at
+        else: due = plan.epoch_is_full(state) and (state.epoch + 1) % int(every.value) == 0
+        if due: self.take_in(trainer)

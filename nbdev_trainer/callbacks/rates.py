@@ -114,7 +114,7 @@ def check_scheduler(
     there, known = len(optimizer.param_groups), len(one.get_last_lr())
     if there != known:
         raise ValueError(f"the {kind} was made for {known} groups of parameters, and the optimizer has "
-                         f"{there} in this fit; leave out lr= of fit, or give the optimizer its groups beforehand")
+                         f"{there} in this fit; leave out lr= of fit, or give it its groups beforehand")
     if looks and monitor is None: raise ValueError(f"{kind} needs monitor=, such as 'valid_loss'")
     if monitor is not None and not looks: raise ValueError(f"{kind} looks at no result; leave out monitor=")
     if looks and every.unit == "st":

@@ -89,6 +89,8 @@ class Repeating(Engine):
 
     def step(self, slot: OptimizerSlot) -> bool:
         "Step the optimizer with the closure; the weights are as before if that raises"
+        if all(group["lr"] == 0 for group in slot.optimizer.param_groups):
+            return True  # the end of a schedule; a line search of no length would divide by it
         params: list[Tensor] = slot.params
         before = [p.detach().clone() for p in params]
         optimizer: Any = slot.optimizer  # torch says that a closure gives a float, and takes a tensor
