@@ -38,11 +38,12 @@ def chosen_modules(
     found: dict[str, nn.Module] = {}
     for one in what:
         if isinstance(one, type): mine = {name: part for name, part in every.items() if isinstance(part, one)}
-        elif isinstance(one, str): mine = {name: part for name, part in every.items() if fnmatchcase(name, one)}
+        elif isinstance(one, str): mine = {name: every[name] for name in every if fnmatchcase(name, one)}
         else: raise TypeError(f"{describe(one)} names no module; expected a name, a pattern or a class")
         known = [type(part).__name__ for part in every.values()] if isinstance(one, type) else list(every)
         text = one.__name__ if isinstance(one, type) else one
-        if not mine: raise ValueError(f"{text!r} matches no module. {did_you_mean(text, known, what='module')}")
+        hint = did_you_mean(text, known, what="module")
+        if not mine: raise ValueError(f"{text!r} matches no module. {hint}")
         found |= mine
     return {name: one for name, one in found.items()
             if not any(name.startswith(f"{other}.") for other in found)}
@@ -53,12 +54,13 @@ class ActivationCheckpointing(Callback):
     def __init__(self,
         *what: str | type[nn.Module],  # names, patterns or classes of modules, such as "blocks.*"
     ) -> None:
-        if not what: raise ValueError("ActivationCheckpointing() chooses nothing; expected names, patterns or classes")
+        if not what: raise ValueError("nothing is chosen; expected names, patterns or classes of modules")
         self.what = what
-        self.changed: list[tuple[nn.Module, Any]] = []  # modules, and a `forward` of their own if they had one
+        self.changed: list[tuple[nn.Module, Any]] = []  # and what forward each had of its own
 
     def before_fit(self, trainer: Trainer) -> None:
         for module in chosen_modules(trainer.model, *self.what).values():
+            if hasattr(module.forward, "checkpoints"): continue  # by another callback of this class
             self.changed.append((module, vars(module).get("forward")))
             object.__setattr__(module, "forward", checkpointed(module))
 
@@ -78,4 +80,5 @@ def checkpointed(
         if not torch.is_grad_enabled(): return forward(*inputs, **options)
         def contexts() -> tuple[Any, Any]: return nullcontext(), norms_at_rest(module)
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+    run.checkpoints = module  # type: ignore[attr-defined]  # so that none goes around it a second time
     return run

@@ -18,34 +18,41 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import isolated_rng
 from ..data.loaders import EpochLoader, looking_at
-from ..loop.callback import Callback
+from ..loop.callback import Callback, handler_table
 from ..loop.evaluation import module_modes, weights_in_place
 from ..loop.groups import frozen_norms
+from ..metrics.collection import MetricSet
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['owned_by', 'started', 'AveragedWeights', 'EMA', 'measuring_norms', 'norm_statistics', 'SWA']
+__all__ = ['owned_by', 'started', 'AveragedWeights', 'EMA', 'measured_norms', 'measuring_norms', 'unheard', 'norm_statistics',
+           'check_data_for', 'enter_mean', 'MeanWeights', 'SWA']
 
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #cd861b17
 def owned_by(
     model: nn.Module,
     params: Iterable[Tensor],  # of one optimizer
 ) -> dict[str, Tensor]:  # by name: what moves when it steps
-    "The parameters of an optimizer, and the floating-point buffers of the modules that hold them"
-    left, found = {id(p) for p in params}, dict[str, Tensor]()
-    for prefix, module in model.named_modules():
-        own = [(name, p) for name, p in module.named_parameters(recurse=False) if id(p) in left]
-        left -= {id(p) for _, p in own}  # a tied weight goes by its first name
-        for name, one in (*own, *(module.named_buffers(recurse=False) if own else ())):
-            if one.is_floating_point(): found[f"{prefix}.{name}" if prefix else name] = one.detach()
-    return found
+    "The parameters of an optimizer, and the running statistics of norms that go with them"
+    ids = {id(p) for p in params}
+    found = dict[str, Tensor]()
+    for name, p in model.named_parameters():  # a tied one by its first name
+        if id(p) in ids: found[name] = p
+    modules = dict(model.named_modules())
+    for prefix, norm in modules.items():
+        if not isinstance(norm, _NormBase): continue
+        around = [".".join(prefix.split(".")[:n]) for n in range(prefix.count(".") + 1, 0, -1)] + [""]
+        first = next((p for name in around for p in modules[name].parameters()), None)
+        if id(first) not in ids: continue
+        for name, one in norm.named_buffers(): found[f"{prefix}.{name}".strip(".")] = one
+    return {name: one.detach() for name, one in found.items() if one.is_floating_point()}
 
 def started(one: Tensor) -> Tensor:
     "A copy to average into, in 32 bits at least"
@@ -60,9 +67,13 @@ class AveragedWeights(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         name = type(self).__name__
-        if self not in trainer.fit_callbacks: return
-        raise ValueError(f"{name} was given to a single fit, and its averages are for afterwards too: pass "
-                         f"Learner(callbacks=[{name}(...)])")
+        if self in trainer.fit_callbacks:
+            raise ValueError(f"{name} was given to a single fit, and its averages are for afterwards too: "
+                             f"pass Learner(callbacks=[{name}(...)])")
+        others = [str(one) for one in trainer.callbacks if isinstance(one, AveragedWeights)]
+        if len(others) > 1:
+            raise ValueError(f"{' and '.join(others)} each average the weights, and one of them can be "
+                             "evaluated; keep one")
 
     def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
         "The averages, once there are some"
@@ -77,7 +88,8 @@ class AveragedWeights(Callback):
         "Make the averages the weights of a model, for good; raises `ValueError` when there are none"
         if not any(self.counts.values()):
             raise ValueError(f"{type(self).__name__} has averaged nothing yet; train first")
-        places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        places = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+        places.update(model.named_buffers(remove_duplicate=False))
         with torch.no_grad():
             for name, average in self.averages.items(): places[name].copy_(average)
 
@@ -111,13 +123,15 @@ class EMA(AveragedWeights):
         n = self.counts[name] = self.counts.get(name, 0) + 1
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warm_up else self.decay
         averages, weights = self.pairs[name]
-        torch._foreach_lerp_(averages, [one.to(average.dtype) for one, average in zip(weights, averages)], 1 - decay)
+        alike = [one.to(average.dtype) for one, average in zip(weights, averages)]  # mostly the same tensors
+        torch._foreach_lerp_(averages, alike, 1 - decay)
 
     def match(self, trainer: Trainer, name: str) -> tuple[list[Tensor], list[Tensor]]:
         "The averages and the weights of an optimizer, side by side; what is new begins at the weight"
         own = owned_by(trainer.model, trainer.engine.slots[name].params)
         for key, one in own.items():
-            if key not in self.averages: self.averages[key] = started(one)
+            if key in self.averages: self.averages[key] = self.averages[key].to(one.device)  # from a file
+            else: self.averages[key] = started(one)
         return [self.averages[key] for key in own], list(own.values())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,14 +142,19 @@ class EMA(AveragedWeights):
         super().begin_anew(averages)
         self.pairs = {}
 
-# %% ../../nbs/api/callbacks/06_averaging.ipynb #7e1ed71f
-@contextmanager
-def measuring_norms(model: nn.Module) -> Iterator[dict[str, _NormBase]]:
-    "Batch norms begin their statistics anew and take the mean over batches; afterwards they are as before"
+# %% ../../nbs/api/callbacks/06_averaging.ipynb #fcd2ef1f
+def measured_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    "The batch norms with running statistics that are not frozen, by name"
     frozen = {id(one) for one in frozen_norms(model)}
-    norms = {name: one for name, one in model.named_modules() if isinstance(one, _NormBase)
-             and one.running_mean is not None and id(one) not in frozen}
-    kept = [(one, one.momentum, {name: b.clone() for name, b in one.named_buffers()}) for one in norms.values()]
+    return {name: one for name, one in model.named_modules() if isinstance(one, _BatchNorm)
+            and one.running_mean is not None and id(one) not in frozen}
+
+@contextmanager
+def measuring_norms(model: nn.Module) -> Iterator[dict[str, _BatchNorm]]:
+    "Batch norms begin their statistics anew and take the mean over batches; afterwards they are as before"
+    norms = measured_norms(model)
+    kept = [(norm, norm.momentum) for norm in norms.values()]
+    buffers = [(one, one.clone()) for norm in norms.values() for one in norm.buffers()]
     try:
         with module_modes(model, training=False):
             for norm in norms.values():
@@ -144,92 +163,128 @@ def measuring_norms(model: nn.Module) -> Iterator[dict[str, _NormBase]]:
                 norm.train()
             yield norms
     finally:
-        for norm, momentum, buffers in kept:
-            norm.momentum = momentum
-            for name, buffer in norm.named_buffers(): buffer.copy_(buffers[name])
+        for norm, momentum in kept: norm.momentum = momentum
+        for one, before in buffers: one.copy_(before)
+
+# %% ../../nbs/api/callbacks/06_averaging.ipynb #8170ea1b
+@contextmanager
+def unheard(trainer: Trainer) -> Iterator[None]:
+    "No event fires in the block, and what is logged there is forgotten"
+    handlers, measuring, batch = trainer.handlers, trainer.measuring, trainer.state.current_batch
+    trainer.handlers, trainer.measuring = handler_table([]), MetricSet([])
+    try: yield
+    finally:
+        trainer.handlers, trainer.measuring, trainer.state.current_batch = handlers, measuring, batch
 
 def norm_statistics(
     trainer: Trainer,
     weights: Mapping[str, Tensor],  # by name, for the time of the pass
     n_batches: int | None = None,   # of the training data; None: all
 ) -> dict[str, Tensor]:  # the floating-point buffers of batch norms, by name
-    "Running statistics of batch norms at other weights; nothing is changed"
+    "Running statistics of batch norms at other weights; `RuntimeError` where there is no data for it"
     data: Any = trainer.last_train
-    if not any(isinstance(one, _NormBase) for one in trainer.model.modules()) or n_batches == 0: return {}
+    if not measured_norms(trainer.model) or n_batches == 0: return {}
     if data is None:
-        raise RuntimeError("the averaged weights were loaded without statistics of batch norms, and there was no fit "
-                           "since whose data could be used to measure them; call fit(..., resume=True) first")
-    source = data.batches(0) if isinstance(data, EpochLoader) else data
-    handlers = trainer.handlers
-    trainer.handlers = type(handlers)(**{event: () for event in vars(handlers)})
-    try:
-        with (isolated_rng(), looking_at(data), torch.no_grad(), weights_in_place(trainer.model, weights),
-              measuring_norms(trainer.model) as norms):
-            for raw in islice(source, n_batches):
-                batch = trainer.engine.move(trainer.read(raw, needs_targets=False))
-                trainer.engine.run(trainer.step.predict, trainer, batch)
-            return {f"{name}.{key}": buffer.clone() for name, norm in norms.items()
-                    for key, buffer in norm.named_buffers() if buffer.is_floating_point()}
-    finally: trainer.handlers = handlers
+        raise RuntimeError("the averaged weights were loaded without statistics of batch norms, and there "
+                           "was no fit since whose data could be used to measure them; call fit(..., "
+                           "resume=True) first")
+    with (isolated_rng(), looking_at(data), torch.no_grad(), unheard(trainer),
+          weights_in_place(trainer.model, weights), measuring_norms(trainer.model) as norms):
+        source = data.batches(0) if isinstance(data, EpochLoader) else data
+        for raw in islice(source, n_batches):
+            batch = trainer.state.current_batch = trainer.engine.move(trainer.read(raw, needs_targets=False))
+            trainer.engine.run(trainer.step.predict, trainer, batch)
+        return {f"{name}.{key}".strip("."): buffer.clone() for name, norm in norms.items()
+                for key, buffer in norm.named_buffers() if buffer.is_floating_point()}
 
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #365420bd
-class SWA(AveragedWeights):
-    "The mean of the weights at the ends of the last epochs, for evaluation and prediction"
-    def __init__(self,
-        start: float = 0.75,           # weights of later than this share of the fit are averaged, in [0, 1)
-        *,
-        every: int | str = "1ep",      # how often the weights enter the mean: epochs, or such as "50st"
-        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: leave them
-    ) -> None:
-        self.every = Duration.parse(every)
-        if not 0 <= start < 1: raise ValueError(f"start is {start!r}; expected a share of the fit, from 0 to below 1")
-        if self.every.unit not in ("ep", "st"):
-            raise ValueError(f"every is {str(every)!r}; expected epochs such as 1, or steps such as '50st'")
-        super().__init__()
-        self.start, self.norm_batches = start, norm_batches
-        self.norms: dict[str, Tensor] | None = None  # statistics that belong to the averages, once measured
+def check_data_for(
+    trainer: Trainer,  # at the beginning of a fit
+    every: Duration,   # how often weights enter the mean
+    measures: bool,    # whether batch norms are to be measured
+) -> None:
+    "Raise `ValueError` for training data that SWA cannot work with"
+    plan: Any = trainer.plan
+    if measures and isinstance(plan.train, Iterator) and measured_norms(trainer.model):
+        raise ValueError(f"the training data is {describe(plan.train)}, which can be read only once, and SWA "
+                         "reads it again to measure batch norms. Pass a loader, or SWA(norm_batches=0)")
+    if every.unit == "ep" and plan.length is None:
+        raise ValueError("the training data has no length, so the end of an epoch is not known before it "
+                         "comes; pass SWA(every='100st')")
 
-    def before_fit(self, trainer: Trainer) -> None:
-        super().before_fit(trainer)
-        plan: Any = trainer.plan
-        if self.norm_batches != 0 and isinstance(plan.train, Iterator):
-            raise ValueError(f"the training data is {describe(plan.train)}, which can be read only once, and SWA reads "
-                             "it again to measure batch norms. Pass a loader, or SWA(norm_batches=0)")
-        if self.every.unit == "ep" and plan.length is None:
-            raise ValueError("the training data has no length, so the end of an epoch is not known before it comes; "
-                             "pass SWA(every='100st')")
-        if plan.began["batch"] == trainer.state.batch: self.begin_anew()
+def enter_mean(
+    averages: dict[str, Tensor],   # by name; changed in place
+    weights: Mapping[str, Tensor], # by name
+    n: int,                        # how many weights are in the mean with these, from 1
+) -> None:
+    "Take weights into a plain mean"
+    for name, one in weights.items():
+        is_new = n == 1 or name not in averages  # such as what was unfrozen since
+        mean = averages[name] = started(one) if is_new else averages[name].to(one.device)
+        mean.lerp_(one.to(mean.dtype), 1 / n)
+
+# %% ../../nbs/api/callbacks/06_averaging.ipynb #7aac33cb
+class MeanWeights(AveragedWeights):
+    "A plain mean of weights, with the statistics of batch norms that belong to it; a base class"
+    def __init__(self,
+        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
+    ) -> None:
+        super().__init__()
+        self.norm_batches = norm_batches
+        self.norms: dict[str, Tensor] | None = None  # statistics that belong to the averages, once measured
+        self.taken_at = -1                           # the count of steps when weights last entered the mean
 
     def begin_anew(self, averages: Mapping[str, Tensor] | None = None) -> None:
         super().begin_anew(averages)
         self.norms = None
 
-    def after_batch(self, trainer: Trainer) -> None:
-        state, plan, every = trainer.state, trainer.plan, self.every
-        if plan is None or not trainer.closing or not plan.share_done(state) > self.start + 1e-9: return
-        if every.unit == "st": due = state.step % int(every.value) == 0
-        else: due = plan.epoch_is_full(state) and (state.epoch + 1) % int(every.value) == 0
-        if due: self.take_in(trainer)
-
     def take_in(self, trainer: Trainer) -> None:
         "The weights of now enter the mean"
         params = [p for slot in trainer.engine.slots.values() for p in slot.params]
         n, self.norms = self.counts.get("all", 0) + 1, None
-        for name, one in owned_by(trainer.model, params).items():
-            if n == 1: self.averages[name] = started(one)
-            else: self.averages[name].lerp_(one.to(self.averages[name].dtype), 1 / n)
-        self.counts = {"all": n}
+        enter_mean(self.averages, owned_by(trainer.model, params), n)
+        self.counts, self.taken_at = {"all": n}, trainer.state.step
 
     def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
-        "The mean, with the statistics of batch norms that belong to it"
+        "The mean, and what was measured for it"
         if super().evaluation_weights(trainer) is None: return None
         if self.norms is None and "all" in self.counts:
             self.norms = norm_statistics(trainer, self.averages, self.norm_batches)
             self.averages.update(self.norms)
         return self.averages
 
-    def state_dict(self) -> dict[str, Any]: return {**super().state_dict(), "measured": self.norms is not None}
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "measured": self.norms is not None, "taken_at": self.taken_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.norms = {} if state["measured"] else None
+        self.norms, self.taken_at = {} if state["measured"] else None, state["taken_at"]
+
+# %% ../../nbs/api/callbacks/06_averaging.ipynb #e8fd51c2
+class SWA(MeanWeights):
+    "The mean of the weights at the ends of the last epochs, for evaluation and prediction"
+    def __init__(self,
+        start: float = 0.75,              # later than this share of the fit they are averaged, in [0, 1)
+        *,
+        every: int | str = "1ep",         # how often the weights enter the mean: epochs, or such as "50st"
+        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
+    ) -> None:
+        super().__init__(norm_batches)
+        self.start, self.every = start, Duration.parse(every)
+        if not 0 <= start < 1:
+            raise ValueError(f"start is {start!r}; expected a share of the fit, from 0 to below 1")
+        if self.every.unit not in ("ep", "st"):
+            raise ValueError(f"every is {str(every)!r}; expected epochs such as 1, or steps such as '50st'")
+
+    def before_fit(self, trainer: Trainer) -> None:
+        super().before_fit(trainer)
+        check_data_for(trainer, self.every, measures=self.norm_batches != 0)
+        plan: Any = trainer.plan
+        if plan.began["batch"] == trainer.state.batch: self.begin_anew()
+
+    def after_batch(self, trainer: Trainer) -> None:
+        state, plan, every = trainer.state, trainer.plan, self.every
+        if plan is None or not trainer.closing or not plan.share_done(state) > self.start + 1e-9: return
+        if every.unit == "st": due = state.step % int(every.value) == 0 and state.step != self.taken_at
+        else: due = plan.epoch_is_full(state) and (state.epoch + 1) % int(every.value) == 0
+        if due: self.take_in(trainer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -20,6 +21,7 @@ from .stopping import Patience, Watching, not_measured
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, describe, did_you_mean
 from ..core.messages import tell
+from ..core.nested import map_tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
 from ..loop.plan import follow
@@ -27,7 +29,8 @@ from ..loop.plan import follow
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Settings', 'ReduceOnPlateau', 'plain_part', 'settings_of', 'put_settings', 'TorchScheduler']
+__all__ = ['Settings', 'ReduceOnPlateau', 'plain_part', 'settings_of', 'put_settings', 'check_given', 'check_scheduler',
+           'SchedulerSettings', 'TorchScheduler']
 
 # %% ../../nbs/api/callbacks/07_rates.ipynb #ea8c43ee
 class ReduceOnPlateau(Watching):
@@ -54,103 +57,96 @@ class ReduceOnPlateau(Watching):
 
     def is_impatient(self, trainer: Trainer) -> None:
         plan: Any = trainer.plan
-        before, plan.factor = plan.factor, max(self.least, plan.factor * self.factor)
         self.patience.waited = 0
-        if plan.factor == before: return
+        if plan.factor <= self.least: return  # another callback may have lowered them further
+        plan.factor = max(self.least, plan.factor * self.factor)
         follow(plan, trainer.state, trainer.engine.slots)
-        tell(f"{self.monitor} has not improved for {self.patience.looks} looks: learning rates times {plan.factor:g}",
-             trainer.shown)
+        tell(f"{self.monitor} has not improved for {self.patience.looks} looks: learning rates times "
+             f"{plan.factor:g}", trainer.shown)
 
 # %% ../../nbs/api/callbacks/07_rates.ipynb #960f7000
-def plain_part(value: Any) -> Any:
-    "What of a scheduler's state is plain data; the rest is left out, as something that the program builds again"
+def plain_part(value: Any) -> Any:  # or `...` for what is left out
+    "What of a scheduler's state is plain data; the rest is left out, as the program builds it again"
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value): return ...
-        return {key: one for key, one in ((key, plain_part(one)) for key, one in value.items()) if one is not ...}
+        parts = {key: plain_part(one) for key, one in value.items()}
+        return {key: one for key, one in parts.items() if one is not ...}
     if isinstance(value, (list, tuple)):
-        parts = [plain_part(one) for one in value]
-        return ... if any(one is ... for one in parts) else parts
-    return value if value is None or isinstance(value, (bool, int, float, str)) else ...
+        listed = [plain_part(one) for one in value]
+        return ... if any(one is ... for one in listed) else listed
+    return value if value is None or isinstance(value, (bool, int, float, str, Tensor)) else ...
 
 Settings = list[dict[str, Any]]  # rate and momentum of each group
 
 def settings_of(optimizer: Optimizer) -> Settings:
-    "What schedulers of torch change, for each group"
-    return [{key: list(group[key]) if isinstance(group[key], tuple) else group[key]
-             for key in ("lr", "momentum", "betas") if key in group} for group in optimizer.param_groups]
+    "What schedulers of torch change, for each group, as copies"
+    def copied(one: Any) -> Any: return list(one) if isinstance(one, tuple) else one
+    return [{key: map_tensors(Tensor.clone, copied(group[key])) for key in ("lr", "momentum", "betas")
+             if key in group} for group in optimizer.param_groups]
 
 def put_settings(optimizer: Optimizer, settings: Settings) -> None:
     "Give the groups what `settings_of` noted"
     for group, values in zip(optimizer.param_groups, settings):
-        group.update({key: tuple(one) if isinstance(one, list) else one for key, one in values.items()})
+        for key, one in values.items():
+            if isinstance(group[key], Tensor): group[key].fill_(one)
+            else: group[key] = tuple(one) if isinstance(one, list) else one
 
-# %% ../../nbs/api/callbacks/07_rates.ipynb #be8e0f10
-class TorchScheduler(Callback):
-    "Steps a learning-rate scheduler of torch"
-    @checked_keywords
+# %% ../../nbs/api/callbacks/07_rates.ipynb #4a54ebd9
+def check_given(given: Any) -> None:
+    "Raise `TypeError` for what is neither a scheduler nor a function that makes one"
+    if isinstance(given, LRScheduler) or callable(given) and not isinstance(given, type): return
+    raise TypeError(f"scheduler is {describe(given)}; expected one, such as StepLR(optimizer, 10), or a "
+                    "function that makes it: lambda optimizer: StepLR(optimizer, 10)")
+
+def check_scheduler(
+    one: Any,                # what should be a scheduler
+    optimizer: Optimizer,    # that it is to be for
+    monitor: str | None,     # the result to look at
+    every: Duration,         # how often it is stepped
+) -> None:
+    "Raise `TypeError` or `ValueError` for a scheduler that cannot do its work here"
+    if not isinstance(one, LRScheduler):
+        raise TypeError(f"the function gave {describe(one)}; expected a scheduler of torch")
+    kind, looks = type(one).__name__, isinstance(one, ReduceLROnPlateau)
+    if one.optimizer is not optimizer:
+        raise ValueError(f"the {kind} was made for another optimizer than the learner's; make it for that "
+                         "one, or pass a function: lambda optimizer: StepLR(optimizer, 10)")
+    there, known = len(optimizer.param_groups), len(one.get_last_lr())
+    if there != known:
+        raise ValueError(f"the {kind} was made for {known} groups of parameters, and the optimizer has "
+                         f"{there} in this fit; leave out lr= of fit, or give it its groups beforehand")
+    if looks and monitor is None: raise ValueError(f"{kind} needs monitor=, such as 'valid_loss'")
+    if monitor is not None and not looks: raise ValueError(f"{kind} looks at no result; leave out monitor=")
+    if looks and every.unit == "st":
+        raise ValueError(f"{kind} looks at results, which come by epoch; pass every='1ep'")
+
+# %% ../../nbs/api/callbacks/07_rates.ipynb #80f0d873
+class SchedulerSettings(Callback):
+    "A scheduler of torch whose settings are those of its optimizer during fits, and only then"
     def __init__(self,
-        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],  # or a function that makes it for the optimizer
-        *,
-        every: int | str,             # "1ep" or "1st": how often to step it, as its author meant it
-        optimizer: str = "main",      # the name of the optimizer
-        monitor: str | None = None,   # the result that ReduceLROnPlateau looks at, such as "valid_loss"
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],  # or a function that makes it
+        optimizer: str = "main",                                      # the name of the optimizer
     ) -> None:
+        check_given(scheduler)
         made = isinstance(scheduler, LRScheduler)
-        if isinstance(scheduler, type) or not (made or callable(scheduler)):
-            raise TypeError(f"scheduler is {describe(scheduler)}; expected one, such as StepLR(optimizer, 10), or a "
-                            "function that makes it: lambda optimizer: StepLR(optimizer, 10)")
-        self.make, self.scheduler = None if made else scheduler, scheduler if made else None
-        self.every, self.optimizer, self.monitor = Duration.parse(every), optimizer, monitor
-        if self.every.unit not in ("ep", "st"):
-            raise ValueError(f"every is {str(self.every)!r}; expected '1ep' or '1st'")
+        self.make: Any = None if made else scheduler
+        self.scheduler: Any = scheduler if made else None
+        self.optimizer = optimizer
         self.loaded: Any = None               # state that the next fit begins with
         self.inside: Settings | None = None   # what the scheduler has set, between fits
         self.outside: Settings | None = None  # what the optimizer has between fits, during one
 
-    def before_fit(self, trainer: Trainer) -> None:
-        plan, slots = trainer.plan, trainer.engine.slots
-        if plan is not None and "lr" in plan.schedules:
-            raise ValueError("this fit has a schedule for the learning rate, and TorchScheduler changes it too; keep "
-                             "one of them")
-        if self.optimizer not in slots:
-            hint = did_you_mean(self.optimizer, slots, what="optimizer")
-            raise ValueError(f"there is no optimizer {self.optimizer!r}. {hint}")
-        optimizer = slots[self.optimizer].optimizer
+    def enter(self, optimizer: Optimizer) -> None:
+        "Make the scheduler where there is none"
         if self.outside is None: self.outside = settings_of(optimizer)
-        if self.make is not None and self.scheduler is None: self.scheduler = self.make(optimizer)
-        self.check(trainer)
+        if self.scheduler is None: self.scheduler = self.make(optimizer)
+
+    def go_on(self, optimizer: Optimizer) -> None:
+        "Put it where it was, and its settings into the optimizer"
         if self.loaded is not None: self.scheduler.load_state_dict(self.loaded)
-        if self.inside is not None: put_settings(optimizer, self.inside)
-        else: put_settings(optimizer, [{"lr": lr} for lr in self.scheduler.get_last_lr()])
+        rates = [{"lr": lr} for lr in self.scheduler.get_last_lr()]
+        put_settings(optimizer, rates if self.inside is None else self.inside)
         self.loaded = self.inside = None
-
-    def check(self, trainer: Trainer) -> None:
-        "Raise `TypeError` or `ValueError` for a scheduler that cannot do its work here"
-        one: Any = self.scheduler
-        own = trainer.engine.slots[self.optimizer].optimizer
-        if not isinstance(one, LRScheduler):
-            raise TypeError(f"the function gave {describe(one)}; expected a scheduler of torch")
-        if one.optimizer is not own:
-            raise ValueError(f"the {type(one).__name__} was made for another optimizer than the learner's; make it for "
-                             "that one, or pass a function: lambda optimizer: StepLR(optimizer, 10)")
-        looks = isinstance(one, ReduceLROnPlateau)
-        if looks != (self.monitor is not None):
-            what = "needs monitor=, such as 'valid_loss'" if looks else "looks at no result; leave out monitor="
-            raise ValueError(f"{type(one).__name__} {what}")
-        if looks and self.every.unit == "st":
-            raise ValueError("ReduceLROnPlateau looks at results, which come by epoch; pass every='1ep'")
-        if self.monitor: check_monitor(trainer, self.monitor, may_be_logged=True)
-
-    def after_step(self, trainer: Trainer) -> None:
-        if self.every.unit != "st" or trainer.state.optimizer != self.optimizer: return
-        if trainer.state.step % int(self.every.value) == 0: self.scheduler.step()
-
-    def after_epoch(self, trainer: Trainer) -> None:
-        if self.every.unit != "ep" or trainer.state.epoch % int(self.every.value): return
-        if self.monitor is None: return self.scheduler.step()
-        metrics = trainer.state.metrics
-        if self.monitor not in metrics: raise not_measured(self.monitor, metrics)
-        self.scheduler.step(metrics[self.monitor])
 
     def after_fit(self, trainer: Trainer) -> None:
         if self.outside is None or self.optimizer not in trainer.engine.slots: return
@@ -160,11 +156,53 @@ class TorchScheduler(Callback):
         self.outside = None
 
     def state_dict(self) -> dict[str, Any]:
-        scheduler: Any = self.scheduler
-        if scheduler is None or self.loaded is not None:
+        if self.scheduler is None or self.loaded is not None:
             return {"scheduler": self.loaded, "inside": self.inside, "outside": self.outside}
-        inside = settings_of(scheduler.optimizer) if self.outside is not None else self.inside
-        return {"scheduler": plain_part(scheduler.state_dict()), "inside": inside, "outside": self.outside}
+        running = self.outside is not None
+        inside = settings_of(self.scheduler.optimizer) if running else self.inside
+        counted = plain_part(self.scheduler.state_dict())
+        return {"scheduler": counted, "inside": inside, "outside": self.outside}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loaded, self.inside, self.outside = (state[key] for key in ("scheduler", "inside", "outside"))
+
+# %% ../../nbs/api/callbacks/07_rates.ipynb #fcc3f22b
+class TorchScheduler(SchedulerSettings):
+    "Steps a learning-rate scheduler of torch"
+    @checked_keywords
+    def __init__(self,
+        scheduler: LRScheduler | Callable[[Optimizer], LRScheduler],  # or a function that makes it
+        *,
+        every: int | str,             # "1ep" or "1st": how often to step it, as its author meant it
+        optimizer: str = "main",      # the name of the optimizer
+        monitor: str | None = None,   # the result that ReduceLROnPlateau looks at, such as "valid_loss"
+    ) -> None:
+        super().__init__(scheduler, optimizer)
+        self.every, self.monitor = Duration.parse(every), monitor
+        if self.every.unit not in ("ep", "st"):
+            raise ValueError(f"every is {str(self.every)!r}; expected '1ep' or '1st'")
+
+    def before_fit(self, trainer: Trainer) -> None:
+        slots, others = trainer.engine.slots, [type(one) for one in trainer.all_callbacks()]
+        if trainer.plan is not None and "lr" in trainer.plan.schedules or ReduceOnPlateau in others:
+            raise ValueError("this fit has a schedule for the learning rate, or ReduceOnPlateau, and "
+                             "TorchScheduler changes it too; keep one of them")
+        if self.optimizer not in slots:
+            hint = did_you_mean(self.optimizer, slots, what="optimizer")
+            raise ValueError(f"there is no optimizer {self.optimizer!r}. {hint}")
+        optimizer = slots[self.optimizer].optimizer
+        self.enter(optimizer)
+        check_scheduler(self.scheduler, optimizer, self.monitor, self.every)
+        if self.monitor: check_monitor(trainer, self.monitor, may_be_logged=True)
+        self.go_on(optimizer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self.every.unit != "st" or trainer.state.optimizer != self.optimizer: return
+        if trainer.state.step % int(self.every.value) == 0: self.scheduler.step()
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        if self.every.unit != "ep" or trainer.state.epoch % int(self.every.value): return
+        metrics = trainer.state.metrics
+        if self.monitor is None: self.scheduler.step()
+        elif self.monitor not in metrics: raise not_measured(self.monitor, metrics)
+        else: self.scheduler.step(metrics[self.monitor])

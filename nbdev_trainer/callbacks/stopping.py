@@ -28,7 +28,8 @@ from ..loop.snapshot import keyed, load_model_state, model_state
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'Watching', 'EarlyStopping', 'averages_of', 'not_measured', 'FiniteLoss']
+__all__ = ['is_better', 'Patience', 'Watching', 'averaging', 'weights_of', 'put_weights', 'EarlyStopping', 'not_measured',
+           'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
@@ -107,6 +108,29 @@ class Watching(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.patience.best, self.patience.waited = state["best"], state["waited"]
 
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #a682760d
+def averaging(trainer: Trainer) -> dict[str, Any]:
+    "The callbacks that average the weights, those that have not begun to do so included"
+    plain = Callback.evaluation_weights
+    return {name: one for name, one in keyed(trainer.callbacks).items()
+            if type(one).evaluation_weights is not plain}
+
+def weights_of(trainer: Trainer) -> dict[str, Any]:
+    "A copy of all that decides what a model answers, and where in the run that was"
+    averages = {name: one.state_dict() for name, one in averaging(trainer).items()}
+    return map_tensors(Tensor.clone, {
+        "model": model_state(trainer.model), "averages": averages,
+        "batch": trainer.state.batch, "step": trainer.state.step})
+
+def put_weights(
+    trainer: Trainer,
+    kept: Mapping[str, Any],  # what `weights_of` gave
+) -> None:
+    "Put the weights of a model back, and the averages of them"
+    load_model_state(trainer.model, kept["model"])
+    for name, one in averaging(trainer).items():
+        if name in kept["averages"]: one.load_state_dict(kept["averages"][name])
+
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #08960843
 class EarlyStopping(Watching):
     "Stops the fit when a result has not improved for `patience` looks at it"
@@ -114,7 +138,7 @@ class EarlyStopping(Watching):
     def __init__(self,
         monitor: str = "valid_loss",           # the name of a result
         *,
-        patience: int | None = 3,              # looks without improvement before the fit ends; None: it never does
+        patience: int | None = 3,              # looks without improvement until the fit ends; None: never
         min_delta: float = 0.0,                # what counts as better must be better by more than this
         higher_is_better: bool | None = None,  # None: as the metric says
         restore_best: bool = False,            # go back to the weights of the best result after the fit
@@ -124,28 +148,26 @@ class EarlyStopping(Watching):
         looks = Patience(sys.maxsize if patience is None else patience, min_delta)
         super().__init__(monitor, looks, higher_is_better)
         self.restore_best = restore_best
-        self.kept: dict[str, Any] | None = None  # the weights of the best result of this fit, and where it was
+        self.kept: dict[str, Any] | None = None  # of the best result of this fit, where it is to be restored
 
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
-        if trainer.plan is not None and trainer.plan.began["batch"] == trainer.state.batch and self.restore_best:
-            self.kept = self.patience.best = None
+        is_new = trainer.plan is not None and trainer.plan.began["batch"] == trainer.state.batch
+        if is_new and self.restore_best: self.kept = self.patience.best = None
 
     def has_improved(self, trainer: Trainer) -> None:
-        if self.restore_best:
-            self.kept = {"model": map_tensors(Tensor.clone, model_state(trainer.model)), "batch": trainer.state.batch,
-                         "averages": map_tensors(Tensor.clone, averages_of(trainer))}
+        if self.restore_best: self.kept = weights_of(trainer)
 
     def is_impatient(self, trainer: Trainer) -> None:
         best = "never a number" if self.patience.best is None else f"best {self.patience.best:.4g}"
         trainer.stop(f"{self.monitor} has not improved for {self.patience.waited} looks ({best})")
 
     def after_fit(self, trainer: Trainer) -> None:
-        kept, self.kept = self.kept, None if trainer.state.ending in ("finished", "stopped") else self.kept
-        if kept is None or self.kept is not None or kept["batch"] == trainer.state.batch: return
-        load_model_state(trainer.model, kept["model"])
-        for name, one in keyed(trainer.callbacks).items():
-            if name in kept["averages"]: one.load_state_dict(kept["averages"][name])
+        kept, state = self.kept, trainer.state
+        if kept is None or state.ending not in ("finished", "stopped"): return
+        self.kept = None
+        if (kept["batch"], kept["step"]) == (state.batch, state.step): return  # the last is the best
+        put_weights(trainer, kept)
         tell(f"back to the weights after batch {kept['batch']}, of the best {self.monitor} "
              f"({self.patience.best:.4g})", trainer.shown)
 
@@ -154,11 +176,6 @@ class EarlyStopping(Watching):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.kept = state["kept"]
-
-def averages_of(trainer: Trainer) -> dict[str, Any]:
-    "The state of the callbacks that average the weights"
-    found = [one for one in trainer.callbacks if one.evaluation_weights(trainer) is not None]
-    return {name: one.state_dict() for name, one in keyed(trainer.callbacks).items() if one in found}
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #56c44d61
 def not_measured(

@@ -69,9 +69,10 @@ def make_clip(
     clip_adaptive: float | None,  # largest share of the length of each unit
 ) -> GradientClip | None:  # None: nothing is limited
     "The limit that was asked for; raises `ValueError` for more than one, or a number that is none"
-    asked = {kind: limit for kind, limit in zip(LIMITS, (clip_norm, clip_value, clip_adaptive)) if limit is not None}
+    given = zip(LIMITS, (clip_norm, clip_value, clip_adaptive))
+    asked = {kind: limit for kind, limit in given if limit is not None}
     if len(asked) > 1:
-        given = " and ".join(f"{kind}={limit}" for kind, limit in asked.items())
-        raise ValueError(f"{given} were given together; expected one limit for the gradients")
+        text = " and ".join(f"{kind}={limit}" for kind, limit in asked.items())
+        raise ValueError(f"{text} were given together; expected one limit for the gradients")
     for kind, limit in asked.items(): return GradientClip(kind, limit)
     return None

@@ -57,22 +57,22 @@ def weights_in_place(
     weights: Mapping[str, Tensor],  # parameters and buffers by name; those that are not named stay
 ) -> Iterator[None]:
     "Other numbers in a model; afterwards its own are back, bit by bit, also when the block raises"
-    every: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    places = [every[name].detach() for name in weights]
+    every = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    every.update(model.named_buffers(remove_duplicate=False))
+    places = [every[name].data for name in weights]  # by `data`: a graph may hold on to them
     own = [place.clone() for place in places]
     if not places: return (yield)
     try:
-        with torch.no_grad(): torch._foreach_copy_(places, list(weights.values()))
+        torch._foreach_copy_(places, list(weights.values()))
         yield
-    finally:
-        with torch.no_grad(): torch._foreach_copy_(places, own)
+    finally: torch._foreach_copy_(places, own)
 
-def averaged_weights(trainer: Evaluation) -> dict[str, Tensor]:
+def averaged_weights(trainer: Any) -> dict[str, Tensor]:
     "What the callbacks want evaluated; raises `ValueError` when several do"
     found = [(one, weights) for one in trainer.callbacks if (weights := one.evaluation_weights(trainer))]
     if len(found) > 1:
-        raise ValueError(f"{' and '.join(str(one) for one, _ in found)} each average the weights; which of them "
-                         "should be evaluated? Keep one")
+        names = " and ".join(str(one) for one, _ in found)
+        raise ValueError(f"{names} each average the weights; which of them should be evaluated? Keep one")
     return found[0][1] if found else {}
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #8585fb71

@@ -13,13 +13,16 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/micro_batches.html.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.messages import tell
-from ..core.nested import concatenate, detach, index
+from ..core.nested import concatenate, detach, index, map_tensors
+from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot
 from .repeated import Repeating, asks_again
@@ -27,7 +30,8 @@ from .steps import Step
 from ..metrics.base import targets_of
 
 # %% auto #0
-__all__ = ['piece', 'joined', 'is_out_of_memory', 'check_size', 'MicroBatching', 'make_engine']
+__all__ = ['piece', 'weighted_mean', 'joined', 'is_out_of_memory', 'check_size', 'window_before', 'traces_before', 'put_back',
+           'InParts', 'MicroBatching', 'make_engine']
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #4f796d21
 def piece(
@@ -36,21 +40,37 @@ def piece(
 ) -> Batch:
     "Some samples of a batch, as a batch"
     size = len(range(*rows.indices(batch.size)))
-    return Batch(*(index(part, rows) for part in (batch.inputs, batch.targets)), size,
-                 index(batch.ids, rows), index(batch.weights, rows))
+    return Batch(index(batch.inputs, rows), index(batch.targets, rows), size, index(batch.ids, rows),
+                 index(batch.weights, rows))
+
+def weighted_mean(
+    values: list[Any],  # of the parts: scalars, on one device
+    counts: list[Any],  # what each is a mean over; one that is a mean over nothing may be NaN
+) -> Tensor:  # ()
+    "The mean over all parts"
+    kept = [(torch.as_tensor(value), count) for value, count in zip(values, counts)
+            if isinstance(count, Tensor) or count != 0]
+    if not kept: return torch.as_tensor(values[0])
+    total = sum(count for _, count in kept)
+    if isinstance(total, Tensor): total = torch.where(total > 0, total, 1)
+    parts = [torch.where(count > 0, value, 0) * (count / total) if isinstance(count, Tensor)
+             else value * (count / total) for value, count in kept]
+    return torch.stack(parts).sum()
 
 def joined(
     outputs: list[StepOutput],  # of the parts, in order, without graphs
     counts: list[Any],          # what each loss is a mean over
 ) -> StepOutput:
     "The outputs of all parts as that of one batch"
-    total, device = sum(counts), outputs[0].loss.device  # type: ignore[union-attr]  # each has a loss
-    shares = [count / (total if isinstance(total, Tensor) else max(total, 1)) for count in counts]
-    def mean(values: list[Any]) -> Tensor:
-        return torch.stack([torch.as_tensor(value, device=device) * share for value, share in zip(values, shares)]).sum()
-    logs = {name: mean([one.logs[name] for one in outputs if one.logs]) for name in outputs[0].logs or ()}
-    return StepOutput(mean([one.loss for one in outputs]), concatenate([one.predictions for one in outputs]),
-                      concatenate([one.targets for one in outputs]), total, logs or None)
+    if len(outputs) == 1: return replace(outputs[0], count=counts[0])
+    names = dict.fromkeys(name for one in outputs for name in one.logs or ())
+    logs = dict[str, Tensor]()
+    for name in names:
+        there = [(one.logs[name], n) for one, n in zip(outputs, counts) if one.logs and name in one.logs]
+        logs[name] = weighted_mean([value for value, _ in there], [n for _, n in there])
+    return StepOutput(weighted_mean([one.loss for one in outputs], counts),
+                      concatenate([one.predictions for one in outputs]),
+                      concatenate([one.targets for one in outputs]), sum(counts), logs or None)
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #8c345a45
 def is_out_of_memory(
@@ -69,67 +89,106 @@ def check_size(
     raise ValueError(f'micro_batch_size is {size!r}; expected a number of samples, at least 1, or "auto"')
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #19b0c404
-class MicroBatching(Engine):
-    "An engine that trains each batch in parts"
-    largest: int | None = None   # samples in a part, at most; None: as many as the batch has
-    tries = False                # whether smaller parts are tried when memory has run out
-    done: Tensor | None = None   # the loss whose gradient is there already
+def window_before(slot: OptimizerSlot) -> Callable[[], None]:  # goes back to it
+    "Note where a window stands; its gradients are another matter"
+    window, pending = slot.window, slot.pending
+    counts, divisor = list(window.counts), window.divisor
 
-    def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
-        "Loss and gradient of a batch, part by part; raises what the step raises, the gradient then being as before"
-        while True:
-            size = min(self.largest or batch.size, batch.size)
-            slot = self.slots["main"]
-            held, counts, divisor = [p.grad for p in slot.params], list(slot.window.counts), slot.window.divisor
-            pending = slot.pending
-            if pending:
-                for p in slot.params: p.grad = None
-            output: Any = None
-            try: return self.in_parts(method, trainer, batch, max(size, 1))
-            except BaseException as error:
-                slot.window.counts, slot.window.divisor, slot.pending = counts, divisor, pending
-                for p in slot.params: p.grad = None
-                if not (self.tries and size > 1 and is_out_of_memory(error)): raise
-            finally:
-                trainer.state.current_batch = batch
-                if pending: self.put_back(slot, held)
-            self.get_smaller(size, getattr(trainer, "shown", False))
+    def take_back() -> None:
+        window.counts, window.divisor, slot.pending = list(counts), divisor, pending
+        for p in slot.params: p.grad = None
+    return take_back
+
+def traces_before(trainer: Any) -> Callable[[], None]:  # goes back to them
+    "Note what a try at a batch changes beside gradients: generators, batch norms, what is logged"
+    start, logged = rng_state(), map_tensors(Tensor.clone, trainer.logged.state_dict())
+    norms = [one for one in trainer.model.modules() if isinstance(one, _NormBase) and one.training]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+    def take_back() -> None:
+        set_rng_state(start)
+        trainer.logged.load_state_dict(logged)
+        for buffer, before in buffers: buffer.data.copy_(before)
+    return take_back
+
+def put_back(
+    slot: OptimizerSlot,
+    held: list[Tensor | None],  # gradients that were laid aside, of each parameter
+) -> None:
+    "Add the gradients that were laid aside to those that are there"
+    for p, gradient in zip(slot.params, held):
+        if gradient is not None: p.grad = gradient if p.grad is None else gradient.add_(p.grad)
+
+# %% ../../nbs/api/loop/06d_micro_batches.ipynb #ba646e48
+class InParts(Engine):
+    "An engine that computes the gradient of a batch part by part"
+    done: Tensor | None = None   # the loss whose gradient is there already
 
     def in_parts(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch, size: int) -> Any:
         "The outputs of parts of this size, joined; their gradients are added"
         slot, outputs, counts = self.slots["main"], list[StepOutput](), list[Any]()
+        self.done = None
         if size < batch.size: slot.window.size = max(slot.window.size, 2)  # the parts have weights
         for first in range(0, max(batch.size, 1), size):
             part = trainer.state.current_batch = piece(batch, slice(first, first + size))
             output = self.run(method, trainer, part)
-            whole = type(output) is not StepOutput or output.loss is None or trainer.state.skip_batch is not None
-            if whole: return output  # for the loop to refuse, or to pass over
+            if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
+            if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
             super().backward(output.loss, counts[-1], slot)
             targets = targets_of(output, part) if output.targets is not None else None
-            logs = detach(output.logs)
-            outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), detach(targets), logs=logs))
+            outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), detach(targets),
+                                      logs=detach(output.logs)))
             del output
         joint = joined(outputs, counts)
         self.done = joint.loss
         return joint
-
-    def put_back(self, slot: OptimizerSlot, held: list[Tensor | None]) -> None:
-        "Add what was laid aside"
-        for p, gradient in zip(slot.params, held):
-            p.grad = gradient if p.grad is None or gradient is None else gradient.add_(p.grad)
-
-    def get_smaller(self, size: int, shown: bool) -> None:
-        "Remember that parts of this size do not fit"
-        self.largest = -(-size // 2)
-        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
-        tell(f"out of memory with {size} samples at a time; going on with {self.largest}, and the same gradients", shown)
 
     def backward(self, loss: Tensor, count: Any, slot: OptimizerSlot, only_its_parameters: bool = False,
                  retain_graph: bool = False) -> None:
         "Nothing, for the loss of a batch whose gradient is there already"
         if loss is not self.done: super().backward(loss, count, slot, only_its_parameters, retain_graph)
         self.done = None
+
+# %% ../../nbs/api/loop/06d_micro_batches.ipynb #fb5e6403
+class MicroBatching(InParts):
+    "An engine that trains each batch in parts, smaller ones when memory has run out"
+    largest: int | None = None   # samples in a part, at most; None: as many as the batch has
+    tries = False                # whether smaller parts are tried when memory has run out
+
+    def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
+        "Loss and gradient of a batch; raises what the step raises, the gradient then being as before"
+        slot = self.slots["main"]
+        while True:
+            size = max(min(self.largest or batch.size, batch.size), 1)
+            again = self.tries and size > 1
+            forget, erase = window_before(slot), traces_before(trainer) if again else None
+            held = [p.grad for p in slot.params] if slot.pending else []
+            if held: slot.optimizer.zero_grad(set_to_none=True)
+            try:
+                output = self.in_parts(method, trainer, batch, size)
+                if self.done is None: forget()
+                return output
+            except BaseException as error:
+                forget()
+                if erase is None or not is_out_of_memory(error): raise
+            finally:
+                trainer.state.current_batch = batch
+                put_back(slot, held)
+            erase()
+            self.get_smaller(size, getattr(trainer, "shown", False))
+
+    def get_smaller(self, size: int, shown: bool) -> None:
+        "Remember that parts of this size do not fit"
+        self.largest = -(-size // 2)
+        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+        tell(f"out of memory with {size} samples at a time; going on with {self.largest}, and the same "
+             "gradients", shown)
+
+    def state_dict(self) -> dict[str, Any]: return {"largest": self.largest if self.tries else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.tries: self.largest = state["largest"]
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #2b3c22ac
 def make_engine(
@@ -146,8 +205,8 @@ def make_engine(
     if micro_batch_size is None and again is None: return Engine(model, optimizers, device, **options)
     asked = f"micro_batch_size={micro_batch_size!r}" if micro_batch_size is not None else again
     if not step.automatic:
-        raise ValueError(f"{asked} was given with {type(step).__name__}, which calls optimize itself and so cannot "
-                         "be called twice for a batch; derive from Step")
+        raise ValueError(f"{asked} was given with {type(step).__name__}, which calls optimize itself and so "
+                         "cannot be called twice for a batch; derive from Step")
     if micro_batch_size is None: return Repeating(model, optimizers, device, **options)
     largest = check_size(micro_batch_size)
     if again is not None: raise ValueError(f"{asked} was given with {again}, which needs batches as a whole")

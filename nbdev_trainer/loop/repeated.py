@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/repeated.html.md"""
 # %% ../../nbs/api/loop/06c_repeated.ipynb #7196aa27
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,8 +76,9 @@ class Repeating(Engine):
         elif self.accumulate > 1: wrong = f"was given with accumulate={self.accumulate}"
         elif type(self.precision).step is not Precision.step: wrong = "was given with scaled losses (fp16)"
         if wrong is not None:
-            raise ValueError(f"{name} {wrong}, and it computes the loss of a batch again within a step. Expected "
-                             "one optimizer, one batch a step (a larger batch_size), and precision '32' or 'bf16'")
+            raise ValueError(f"{name} {wrong}, and it computes the loss of a batch again within a step. "
+                             "Expected one optimizer, one batch a step (a larger batch_size), and "
+                             "precision '32' or 'bf16'")
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step, and remember how to call it again"
@@ -88,9 +89,12 @@ class Repeating(Engine):
 
     def step(self, slot: OptimizerSlot) -> bool:
         "Step the optimizer with the closure; the weights are as before if that raises"
+        if all(group["lr"] == 0 for group in slot.optimizer.param_groups):
+            return True  # the end of a schedule; a line search of no length would divide by it
         params: list[Tensor] = slot.params
         before = [p.detach().clone() for p in params]
-        try: slot.optimizer.step(self.again)
+        optimizer: Any = slot.optimizer  # torch says that a closure gives a float, and takes a tensor
+        try: optimizer.step(self.again)
         except BaseException:
             with torch.no_grad(): torch._foreach_copy_(params, before)
             raise
@@ -102,10 +106,10 @@ class SAM(torch.optim.Optimizer):
     asks_again = True
 
     def __init__(self,
-        base: torch.optim.Optimizer,  # steps with the gradient of the climbed point, such as SGD with momentum
+        base: torch.optim.Optimizer,  # steps with the gradient of the climbed point, such as SGD
         rho: float = 0.05,            # the length of the climb, above 0
         *,
-        adaptive: bool = False,       # climb in proportion to the weights (ASAM, arXiv:2102.11600); rho 0.5 to 2
+        adaptive: bool = False,       # in proportion to the weights (ASAM, arXiv:2102.11600); rho 0.5 to 2
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base is {describe(base)}; expected an optimizer, such as "
@@ -125,14 +129,19 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # the loss at the climbed point
         "Climb, ask for the gradient there, come back, step; raises `TypeError` without a closure"
-        if closure is None: raise TypeError("SAM needs a closure: step(closure), which computes loss and gradient")
+        if closure is None: raise TypeError("SAM needs a closure, which computes the loss: step(closure)")
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [p.clone() for p in params]
         try:
             self.climb(params)
             with torch.enable_grad(): loss = closure()
         finally: torch._foreach_copy_(params, before)
-        if self.base.param_groups is not self.param_groups and hasattr(self.base, "cache"): self.base.cache = None
-        self.base.param_groups, self.base.state = self.param_groups, self.state
+        self.meet_base()
         self.base.step()
         return loss
+
+    def meet_base(self) -> None:
+        "See that the other optimizer has our groups and our state, which may have been loaded or divided"
+        is_new = self.base.param_groups is not self.param_groups
+        if is_new and hasattr(self.base, "cache"): self.base.cache = None
+        self.base.param_groups, self.base.state = self.param_groups, self.state

@@ -27,7 +27,7 @@ __all__ = ['SCHEDULED', 'Factors', 'current_values', 'set_values', 'check_schedu
 
 # %% ../../nbs/api/loop/06b_scheduled.ipynb #3563cfd5
 SCHEDULED = ("lr", "momentum", "weight_decay")
-Factors = Callable[[float], float] | Mapping[str, Callable[[float], float]]  # of the rates, or by what they change
+Factors = Callable[[float], float] | Mapping[str, Callable[[float], float]]  # or by what they change
 
 def current_values(
     slots: Mapping[str, OptimizerSlot],  # by name
@@ -37,13 +37,13 @@ def current_values(
     values: dict[str, list[Any]] = {}
     for name, slot in slots.items():
         groups, of = slot.optimizer.param_groups, type(slot.optimizer).__name__
-        by_betas = key == "momentum" and "betas" in groups[0]
+        by_betas = key == "momentum" and key not in groups[0] and "betas" in groups[0]
         if not by_betas and key not in groups[0]:
             raise ValueError(f"a schedule for the {key} was given, and {of} has none; leave it out")
         found = [group["betas"][0] if by_betas else group[key] for group in groups]
         if key != "lr" and not any(float(value) for value in found):
-            raise ValueError(f"a schedule for the {key} was given, and that of {of} is 0, so its factors would "
-                             f"change nothing; make the optimizer with another {key}")
+            raise ValueError(f"a schedule for the {key} was given, and that of {of} is 0, so its factors "
+                             f"would change nothing; make the optimizer with another {key}")
         values[name] = map_tensors(Tensor.clone, found)
     return values
 
@@ -65,8 +65,8 @@ def set_values(
 def check_schedule(schedule: Any, key: str = "lr") -> None:
     "Raise `TypeError` for what is no function, `ValueError` for one whose values cannot be factors"
     if isinstance(schedule, LRScheduler):
-        raise TypeError(f"schedule is torch's {type(schedule).__name__}, which changes the rates itself; pass "
-                        'fit(..., callbacks=[TorchScheduler(it, every="1ep")]), or "1st" for each step')
+        raise TypeError(f"schedule is torch's {type(schedule).__name__}, which changes the rates itself; "
+                        'pass fit(..., callbacks=[TorchScheduler(it, every="1ep")]), or "1st" for each step')
     if not callable(schedule):
         raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as "
                         "cosine() or one_cycle()")
@@ -84,6 +84,7 @@ def as_schedules(
     named = dict(given) if isinstance(given, Mapping) else {"lr": given}
     for key, schedule in named.items():
         if key not in SCHEDULED:
-            raise ValueError(f"a schedule for {key!r} was given. {did_you_mean(key, SCHEDULED, what='setting')}")
+            hint = did_you_mean(key, SCHEDULED, what="setting")
+            raise ValueError(f"a schedule for {key!r} was given. {hint}")
         check_schedule(schedule, key)
     return named

@@ -100,7 +100,8 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
                            "after_batch or after_epoch, or outside of a fit")
     loaded = trainer.loaded or {}  # loaded, and no fit since
     callbacks = {name: one.state_dict() for name, one in keyed(trainer.all_callbacks()).items()}
-    precision: Any = trainer.engine.precision
+    engine: Any = trainer.engine
+    precision: Any = engine.precision
     plan = loaded.get("plan") if trainer.open_plan is None else plan_state(trainer.open_plan)
     loader = loaded["loader"] if loaded else loader_state(trainer.last_train)
     return map_tensors(Tensor.clone, {
@@ -111,6 +112,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "callbacks": loaded.get("callbacks", {}) | callbacks,
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "precision": precision.state_dict() if hasattr(precision, "state_dict") else None,
+        "engine": engine.state_dict() if hasattr(engine, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done,
@@ -139,6 +141,8 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
             raise ValueError(f"the saved run scaled its losses, and {type(precision).__name__} here does "
                              "not; use the same precision")
         precision.load_state_dict(saved["precision"])
+    engine: Any = trainer.engine
+    if hasattr(engine, "load_state_dict") and saved["engine"]: engine.load_state_dict(saved["engine"])
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
     trainer.fits_answered, trainer.noted, trainer.whole, trainer.open_plan = 0, (-1, {}), True, None
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
@@ -146,7 +150,8 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     load_callbacks(trainer.callbacks, present)
     noted = {} if saved["plan"] is None else saved["plan"]["values"]  # not where its schedules had got to
     for key, values in noted.items():
-        n_groups = {name: len(slots[name].optimizer.param_groups) for name in values}
-        if all(len(one) == n_groups[name] for name, one in values.items()): set_values(slots, values, 1.0, key)
+        groups = {name: slots[name].optimizer.param_groups for name in values}
+        same = all(len(one) == len(groups[name]) for name, one in values.items())
+        if same: set_values(slots, values, 1.0, key)
     set_rng_state(saved["rng"])
     trainer.loaded = saved

@@ -191,6 +191,8 @@ def rates_for(
     lr: Rates,
 ) -> list[float]:  # of each group
     "The learning rate of each group of an optimizer; raises `ValueError` where the rates do not fit"
+    if isinstance(optimizer, optim.LBFGS) and isinstance(lr, (Mapping, tuple, list)):
+        raise ValueError(f"lr is {lr!r}, and LBFGS has the same rate for all parameters; expected one number")
     if isinstance(lr, Mapping):
         given = {key.__name__ if isinstance(key, type) else key: check_lr(rate) for key, rate in lr.items()}
         regroup(optimizer, model, by_selector(model, lr))
