@@ -21,6 +21,10 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 import nbdev_trainer
+from nbdev_trainer.callbacks.averaging import EMA, SWA
+from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
+from nbdev_trainer.loop.micro_batches import MicroBatching
+from nbdev_trainer.loop.repeated import SAM
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.data.batch import Batch, StepOutput
@@ -365,6 +369,14 @@ def scaled():
     return made
 
 
+def in_smaller_parts():
+    model = two_networks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = MicroBatching(model, {"main": optimizer}, torch.device("cpu"))
+    engine.tries = True
+    return engine
+
+
 MAKERS = {  # by class name, how to make a fresh one with the same settings; a callback needs no more
     "AUROC": lambda: AUROC("multiclass", 3),
     "Accuracy": Accuracy,
@@ -380,6 +392,15 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Positioned": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "SampleLoader": sample_loader,
     "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
+    "AveragedWeights": lambda: EMA(0.9),
+    "EMA": lambda: EMA(0.9),
+    "MeanWeights": lambda: SWA(start=0.0, every="1st"),
+    "SWA": lambda: SWA(start=0.0, every="1st"),
+    "ReduceOnPlateau": lambda: ReduceOnPlateau("valid_loss", patience=1, min_delta=10.0),
+    "SchedulerSettings": lambda: TorchScheduler(lambda one: torch.optim.lr_scheduler.StepLR(one, 1, 0.5), every="1st"),
+    "TorchScheduler": lambda: TorchScheduler(lambda one: torch.optim.lr_scheduler.StepLR(one, 1, 0.5), every="1st"),
+    "SAM": lambda: SAM(torch.optim.SGD(two_networks().parameters(), lr=0.1, momentum=0.9)),
+    "MicroBatching": lambda: in_smaller_parts(),
     "AveragePrecision": lambda: AveragePrecision("multiclass", 3, n_bins=20),
     "BLEU": lambda: shown(BLEU(), as_texts, as_texts),
     "BinaryAccuracy": lambda: shown(BinaryAccuracy(), first_scores, is_one),
@@ -450,13 +471,15 @@ def use(thing, turn):
     elif isinstance(thing, torch.optim.Optimizer):
         for p in thing.param_groups[0]["params"]:
             p.grad = torch.randn(p.shape, generator=generator)
-        thing.step()
+        thing.step(*[lambda: 0.0] * isinstance(thing, SAM))  # it asks for the loss again
     elif isinstance(thing, Scaled):
         optimizer = thing.of_test
         thing.scale(optimizer.param_groups[0]["params"][0].sum() * (torch.inf if turn % 3 == 1 else 1), optimizer).backward()
         thing.unscale(optimizer)
         thing.step(optimizer)
         optimizer.zero_grad()
+    elif isinstance(thing, MicroBatching):
+        thing.get_smaller(4096 >> min(turn, 3) if turn < 4 else 2 * turn, shown=False)
     elif isinstance(thing, State):
         thing.batch, thing.metrics = thing.batch + 1, {"train_loss": float(scores.mean())}
     elif isinstance(thing, Trainer):
