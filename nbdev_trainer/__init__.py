@@ -11,6 +11,7 @@ Modules:
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
+- `nbdev_trainer.callbacks.timing`: Where the time of a fit goes: waiting for data, copy, forward, backward, step, callbacks, validation
 - `nbdev_trainer.callbacks.trackers`: The same rows for TensorBoard, Weights & Biases and MLflow
 - `nbdev_trainer.cli`: Train a model from the command line
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
@@ -18,6 +19,7 @@ Modules:
 - `nbdev_trainer.core.messages`: What the library says while it works: a line for a person, and the same line for Python's `logging`
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
 - `nbdev_trainer.core.seeding`: Same seed, same numbers: global generators that can be kept and put back, and orders that need no generator
+- `nbdev_trainer.core.wrapping`: Something around a method of one object, for a while
 - `nbdev_trainer.data.adapters`: Transforms of Albumentations and of torchvision, with boxes, labels, masks and points in step
 - `nbdev_trainer.data.annotations`: Images with boxes, from the files of Pascal VOC and of COCO
 - `nbdev_trainer.data.archives`: Unpack zip, tar and gz files: whole or not at all, and never outside of their folder
