@@ -7,6 +7,7 @@ Modules:
 - `nbdev_trainer.apps.predict`: What the model of a kept run says about new pictures or rows
 - `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
+- `nbdev_trainer.callbacks.profiling`: The operators that a few batches spend their time in, as a table and as a trace file
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
