@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['NEAR', 'COLUMNS', 'chosen_modules', 'by_unit', 'measure', 'first_range', 'histogram', 'Looks', 'last_rows',
-           'check_batches', 'plot_histograms', 'plot_numbers', 'ActivationStatistics']
+__all__ = ['NEAR', 'COLUMNS', 'chosen_modules', 'by_unit', 'measure', 'value_range', 'histogram', 'Looks', 'last_rows',
+           'check_batches', 'on_one_scale', 'plot_histograms', 'plot_numbers', 'ActivationStatistics']
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #5cc81271
 def chosen_modules(
@@ -76,8 +76,8 @@ def measure(values: Tensor, module: nn.Module) -> Tensor:  # (4,) mean, std, sha
     return torch.stack([values.mean(), values.std(correction=0), near.mean(), dead.to(values.dtype).mean()])
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #1a93e83c
-def first_range(values: Tensor, numbers: Tensor) -> Tensor:  # (2,) from, to
-    "The range of a module's histograms, from its first outputs"
+def value_range(values: Tensor, numbers: Tensor) -> Tensor:  # (2,) from, to
+    "The range of a histogram: where almost all of the values are"
     mean, std = numbers[0], numbers[1].clamp(min=1e-6)
     low = torch.where(values.amin() >= 0, torch.zeros_like(mean), mean - 4 * std)
     return torch.stack([low, mean + 4 * std])
@@ -93,8 +93,11 @@ class Looks:
     "What was seen of the modules, still on the device"
     def __init__(self, bins: int) -> None:
         self.bins = bins
-        self.looks: list[dict[str, Any]] = []  # each with "batch", and by module "numbers" and "counts"
-        self.bounds: dict[str, Tensor] = {}    # (2,) the range of its histograms, by module
+        self.looks: list[dict[str, Any]] = []  # each: "batch", and by module "numbers", "bounds", "counts"
+
+    def begin(self, batch: int) -> None:
+        "A new look, at this batch"
+        self.looks.append({"batch": batch, "numbers": {}, "bounds": {}, "counts": {}})
 
     def see(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         "A forward hook, for a module of this name"
@@ -104,8 +107,8 @@ class Looks:
         with torch.no_grad():
             values = given.detach().float()
             numbers = look["numbers"][name] = measure(values, module)
-            if name not in self.bounds: self.bounds[name] = first_range(values, numbers)
-            look["counts"][name] = histogram(values, self.bounds[name], self.bins)
+            bounds = look["bounds"][name] = value_range(values, numbers)
+            look["counts"][name] = histogram(values, bounds, self.bins)
 
     def rows(self) -> list[dict[str, Any]]:
         "A row for each module of each look, read in one go"
@@ -129,23 +132,42 @@ def check_batches(every: str | int) -> int:
     raise ValueError(f"every is {every!r}; expected batches, such as '10ba'")
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #b948b0cd
+def on_one_scale(
+    seen: Looks,
+    name: str,        # of a module
+    rows: int = 120,  # of the picture
+) -> tuple[Tensor, float, float]:  # (rows, looks) relative to the fullest; the lowest and highest value
+    "The histograms of a module over one range, that of most of its looks"
+    looks = [look for look in seen.looks if name in look["counts"]]
+    bounds = torch.stack([look["bounds"][name] for look in looks]).cpu()
+    counts = torch.stack([look["counts"][name] for look in looks]).cpu()
+    finite = bounds[bounds.isfinite().all(1)]
+    if not len(finite): finite = torch.tensor([[-1.0, 1.0]])
+    low, high = finite[:, 0].quantile(0.05).item(), finite[:, 1].quantile(0.95).item()
+    centres = torch.linspace(low, high, rows)[:, None]
+    places = ((centres - bounds[:, 0]) / (bounds[:, 1] - bounds[:, 0]) * seen.bins).floor()
+    inside = (places >= 0) & (places < seen.bins)
+    shares = counts.T.gather(0, places.nan_to_num(0).clamp(0, seen.bins - 1).long()) * inside
+    return shares / shares.amax(0).clamp(min=1), low, high
+
+# %% ../../nbs/api/callbacks/12_activations.ipynb #152756fd
 def plot_histograms(
     seen: Looks,
     columns: int = 4,  # pictures in a row
 ) -> matplotlib.figure.Figure:
     "A picture for each module: batches to the right, values upwards, brighter where more of them are"
     pyplot = require("matplotlib.pyplot", extra="plot", why="plot()")
-    names, columns = list(seen.bounds), min(columns, max(len(seen.bounds), 1))
+    names = list(dict.fromkeys(name for look in seen.looks for name in look["counts"]))
     if not names: raise ValueError("nothing was seen yet, so there is nothing to draw; call fit first")
+    columns = min(columns, len(names))
     height = -(-len(names) // columns)
     figure, grid = pyplot.subplots(height, columns, figsize=(2.6 * columns, 2.0 * height), squeeze=False)
     for axes in grid.flat[len(names):]: axes.axis("off")
     for axes, name in zip(grid.flat, names):
-        looks = [look for look in seen.looks if name in look["counts"]]
-        counts = torch.stack([look["counts"][name] for look in looks], 1).cpu()
-        low, high = seen.bounds[name].tolist()
-        axes.imshow((counts / counts.sum(0).clamp(min=1)).add(1e-4).log(), origin="lower", aspect="auto",
-                    extent=(looks[0]["batch"], looks[-1]["batch"] or 1, low, high), interpolation="nearest")
+        shares, low, high = on_one_scale(seen, name)
+        batches = [look["batch"] for look in seen.looks if name in look["counts"]]
+        axes.imshow(shares.add(1e-4).log(), origin="lower", aspect="auto", interpolation="nearest",
+                    extent=(batches[0], max(batches[-1], batches[0] + 1), low, high))
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
     figure.tight_layout()
@@ -192,7 +214,7 @@ class ActivationStatistics(Callback):
 
     def before_batch(self, trainer: Trainer) -> None:
         if trainer.state.batch % self.every: return
-        self.seen.looks.append({"batch": trainer.state.batch, "numbers": {}, "counts": {}})
+        self.seen.begin(trainer.state.batch)
         self.undo.enter_context(uncompiled(trainer.model))
         for name, module in chosen_modules(trainer.model, self.modules).items():
             self.undo.callback(module.register_forward_hook(partial(self.hook, trainer, name)).remove)
@@ -214,6 +236,5 @@ class ActivationStatistics(Callback):
     def plot(self) -> matplotlib.figure.Figure: return plot_histograms(self.seen)
     def plot_numbers(self) -> matplotlib.figure.Figure: return plot_numbers(self.rows)
 
-    def state_dict(self) -> dict[str, Any]: return {"looks": self.seen.looks, "bounds": self.seen.bounds}
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seen.looks, self.seen.bounds = list(state["looks"]), dict(state["bounds"])
+    def state_dict(self) -> dict[str, Any]: return {"looks": list(self.seen.looks)}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: self.seen.looks = list(state["looks"])
