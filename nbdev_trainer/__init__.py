@@ -7,6 +7,7 @@ Modules:
 - `nbdev_trainer.apps.predict`: What the model of a kept run says about new pictures or rows
 - `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
 - `nbdev_trainer.callbacks.activations`: What the modules of a model give while it trains: spread, share of zeros, dead units, and a picture of all values
+- `nbdev_trainer.callbacks.anomaly`: The line of the model whose gradient is NaN
 - `nbdev_trainer.callbacks.gradients`: Norms of gradients by group, part or parameter, and how large each update is beside its weights
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.profiling`: The operators that a few batches spend their time in, as a table and as a trace file
