@@ -59,7 +59,7 @@ def with_line(backward: Callable[..., Any], *args: Any, **options: Any) -> Any:
             return backward(*args, **options)
     except RuntimeError as error:
         lines = [line for one in told if (line := forward_line(str(one.message)))]
-        if lines: error.add_note(f"this is the gradient of: {lines[-1]}")
+        if lines: error.add_note(f"It is the gradient of: {lines[-1]}")
         raise
     finally: pass_on([one for one in told if DETECTED not in str(one.message)])
 
