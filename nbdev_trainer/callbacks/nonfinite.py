@@ -55,8 +55,8 @@ def nonfinite_error(
                         "NonFinite(every=1) looks at each loss before anything is made of it.")
     ids = "" if batch.ids is None else f" with the samples {batch.ids[:8].tolist()}"
     more = ", ..." if batch.ids is not None and len(batch.ids) > 8 else ""
-    text = (f"the {what} of batch {number}{ids}{more} is not finite (epoch {trainer.state.epoch}, steps done: "
-            f"{trainer.state.step}). {found.text} {found.advice} The batch is kept as error.batch.")
+    text = (f"the {what} of batch {number}{ids}{more} is not finite (epoch {trainer.state.epoch}, steps "
+            f"done: {trainer.state.step}). {found.text} {found.advice} The batch is kept as error.batch.")
     return NonFiniteError(text, batch, found, number)
 
 # %% ../../nbs/api/callbacks/13b_nonfinite.ipynb #3dcf30a2
@@ -132,10 +132,11 @@ def looking(watching: Watching, trainer: Trainer) -> Callable[..., None]:
     "What is put around the backward pass: a look at the loss before it, and at the gradients after it"
     accumulate, unscaled = trainer.engine.accumulate, type(trainer.engine.precision).scale is Precision.scale
 
-    def around(backward: Any, loss: Tensor, count: Any, slot: OptimizerSlot, *rest: Any, **options: Any) -> Any:
+    def around(backward: Any, loss: Tensor, count: Any, slot: OptimizerSlot, *more: Any,
+               **options: Any) -> None:
         left_out = accumulate > 1 and not isinstance(count, Tensor) and count == 0  # by the engine
         if not left_out: watching.look_at(trainer, "loss", [loss])
-        backward(loss, count, slot, *rest, **options)
+        backward(loss, count, slot, *more, **options)
         if not (watching.gradients and unscaled): return
         gradients = [p.grad for p in slot.params if p.grad is not None]
         if gradients: watching.look_at(trainer, "gradient", gradients)
