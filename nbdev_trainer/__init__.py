@@ -88,6 +88,7 @@ Modules:
 - `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
+- `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
@@ -109,11 +110,17 @@ Modules:
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
+from nbdev_trainer.callbacks.activations import ActivationStatistics
+from nbdev_trainer.callbacks.anomaly import AnomalyDetection
+from nbdev_trainer.callbacks.gradients import GradientNorms
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
+from nbdev_trainer.callbacks.nonfinite import NonFinite, NonFiniteError
+from nbdev_trainer.callbacks.profiling import Profiler
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
 from nbdev_trainer.callbacks.stopping import EarlyStopping, FiniteLoss
+from nbdev_trainer.callbacks.timing import TimeSplit
 from nbdev_trainer.callbacks.trackers import MLflow, TensorBoard, WeightsAndBiases
 from nbdev_trainer.core.duration import Duration
 from nbdev_trainer.core.seeding import seed_everything
@@ -149,6 +156,7 @@ from nbdev_trainer.metrics.regression import (
     R2, RootMeanSquaredError, SpearmanCorrelation,
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
+from nbdev_trainer.scale.compilation import compile_model, uncompile_model
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
 from nbdev_trainer.use.check import check
@@ -158,17 +166,19 @@ from nbdev_trainer.use.summary import ModelSummary, summarize
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
-    "ConfusionMatrix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
-    "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner",
-    "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
-    "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary",
-    "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
-    "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
-    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
-    "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained",
-    "check", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
-    "from_dict", "inverse_square_root", "linear", "one_cycle", "plot_histories", "polynomial", "random_split",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "warm_up",
+    "AUROC", "Accuracy", "ActivationStatistics", "Additive", "AnomalyDetection", "AveragePrecision", "BLEU",
+    "Batch", "BinaryAccuracy", "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate",
+    "CheckReport", "CohenKappa", "ConfusionMatrix", "Dice", "Duration", "EarlyStopping", "Event",
+    "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "GradientNorms",
+    "History", "IoU", "JSONLines", "Kept", "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow",
+    "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError",
+    "MeanSquaredError", "Metric", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
+    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
+    "R2", "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "Schedule",
+    "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard",
+    "TimeSplit", "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained",
+    "check", "compile_model", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits",
+    "flat_then_cosine", "from_dict", "inverse_square_root", "linear", "one_cycle", "plot_histories",
+    "polynomial", "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs",
+    "summarize", "uncompile_model", "warm_up",
 ]

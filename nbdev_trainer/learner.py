@@ -29,6 +29,7 @@ from .core.duration import Duration
 from .core.errors import Problems, checked_keywords, counted, describe
 from .core.messages import tell
 from .core.seeding import check_seed, seed_everything
+from .core.wrapping import uncompiled
 from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
@@ -40,6 +41,7 @@ from .loop.plan import set_lr
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
+from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
@@ -161,6 +163,7 @@ class Learner:
         precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
         accumulate: int = 1,                                  # batches per optimizer step
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
+        compile: bool | Mapping[str, Any] = False,            # the model; a dict: for `torch.compile`
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
         run_dir: str | Path | None = None,                    # a new directory to keep the run in
@@ -173,6 +176,9 @@ class Learner:
         self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, find_device(device)
+        if (options := compile_options(compile)) is not None:
+            check_tools(options, where)
+            tell("compile: the first batches of training and of evaluation take longer", shown)
         move_model(model, where)
         if str(device) == "auto": tell(f"device: {where}", shown)
         usual = None if self.loaders.data is None else self.loaders.data.loss_fn()
@@ -187,6 +193,7 @@ class Learner:
                                device=where, accumulate=accumulate, clip_norm=clip_norm,
                                precision=make_precision(precision, where))
         self.trainer.shown = shown
+        compile_model(model, compile, where)
 
     @checked_keywords
     def fit(self,
@@ -343,7 +350,7 @@ class Learner:
 
     def check(self) -> CheckReport:
         "Send one batch through everything and say what is wrong, and how to mend it; nothing is changed"
-        return check(self.trainer, self.loaders.train, self.loaders.valid_sets)
+        with uncompiled(self.model): return check(self.trainer, self.loaders.train, self.loaders.valid_sets)
 
     def overfit(self,
         batches: int = 2,  # how many of the training batches to learn by heart
@@ -351,7 +358,7 @@ class Learner:
         steps: int = 300,  # at most
     ) -> CheckReport:
         "Whether the model can learn a few batches by heart, as any sound one can; nothing is changed"
-        return overfit(self.trainer, self.loaders.train, batches, steps=steps)
+        with uncompiled(self.model): return overfit(self.trainer, self.loaders.train, batches, steps=steps)
 
     def dry_run(self,
         batches: int = 2,  # of training, and of each validation set
@@ -359,14 +366,16 @@ class Learner:
         callbacks: Iterable[Callback] = (),  # those that a fit is going to get
     ) -> CheckReport:
         "Run a little of everything, validation, callbacks and saving included; then all is as before"
-        return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
+        with uncompiled(self.model):
+            return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
 
     def summary(self,
         loader: Iterable[Any] | None = None,  # its first batch is used; None: the training data
         depth: int = 3,                       # levels of layers that are shown
     ) -> ModelSummary:
         "Layers, shapes, parameters, work and memory, for a real batch"
-        return summarize(self.trainer, self.loaders.train if loader is None else loader, depth)
+        with uncompiled(self.model):
+            return summarize(self.trainer, self.loaders.train if loader is None else loader, depth)
 
     def save(self,
         path: str | Path,  # such as "model.safetensors"
