@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/activations.ht
 # %% ../../nbs/api/callbacks/12_activations.ipynb #3413cd45
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial

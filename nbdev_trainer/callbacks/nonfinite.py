@@ -120,6 +120,12 @@ class Watching(FiniteLoss):
                                 f"run again with weights that are up to {self.look_every} batches older")
         raise self.error
 
+    def look_at(self, trainer: Trainer, what: str, values: list[Tensor]) -> None:
+        "Raise for something broken, or note it for later"
+        broken, number = is_broken(values), trainer.state.batch
+        if self.first is not None: self.first.note(broken, number, what)
+        elif bool(broken): self.blame(trainer, number, what)
+
     def read(self, trainer: Trainer) -> None:
         "Read the flag, where it is read later"
         if self.first is None: return
@@ -168,12 +174,6 @@ class NonFinite(Watching):
         if trainer.state.phase == "train":
             self.recent.append((trainer.state.batch, batch, torch_rng(trainer.device)))
         return run(method, trainer, batch)
-
-    def look_at(self, trainer: Trainer, what: str, values: list[Tensor]) -> None:
-        "Raise for something broken, or note it for later"
-        broken, number = is_broken(values), trainer.state.batch
-        if self.first is not None: self.first.note(broken, number, what)
-        elif bool(broken): self.blame(trainer, number, what)
 
     def after_batch(self, trainer: Trainer) -> None:
         if trainer.state.batch % self.look_every == 0: self.read(trainer)

@@ -106,15 +106,17 @@ def named(name: str) -> Callable[..., Any]:
 
 def check_window(start: str | int, batches: int) -> int:
     "The batches before a window; raises `ValueError` for what is none"
-    whole = isinstance(start, int) and not isinstance(start, bool) and start >= 0
-    before = start if whole else Duration.parse(start) if isinstance(start, str) else None
-    if isinstance(before, Duration): before = before.value if before.unit == "ba" else None
+    before: int | None = None
+    if isinstance(start, str):
+        duration = Duration.parse(start)
+        if duration.unit == "ba": before = int(duration.value)
+    elif not isinstance(start, bool) and start >= 0: before = start
     if before is None:
         raise ValueError(f"start is {start!r}; expected the batches of the fit before the window, such as "
                          "'10ba'")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches is {batches!r}; expected how many to look at, at least 1")
-    return int(before)
+    return before
 
 # %% ../../nbs/api/callbacks/11_profiling.ipynb #eec8b6fe
 class Listening:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.wrapping import COMPILED, uncompiled
+from ..core.wrapping import COMPILED
 
 # %% auto #0
 __all__ = ['OPTIONS', 'compile_options', 'missing_tool', 'check_tools', 'compile_model', 'uncompile_model']
