@@ -116,15 +116,15 @@ def in_data(batch: Batch) -> Culprit | None:
                        "Look at these samples; mend them, or leave them out.")
     return None
 
-def in_model(model: nn.Module) -> Culprit | None:
-    "A parameter or buffer that is not finite"
-    for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in named:
-            if all_finite(tensor): continue
-            return Culprit("parameter", name,
-                           f"The {kind} {name!r} was broken before this batch: {span(tensor)}.",
-                           "It was made so before the fit, or by a step whose gradient was finite and too "
-                           "large: a smaller learning rate, or clip_norm=1.0.")
+def in_model(model: nn.Module, buffers: bool = False) -> Culprit | None:
+    "A parameter that is not finite, or a buffer"
+    kind, named = ("buffer", model.named_buffers()) if buffers else ("parameter", model.named_parameters())
+    for name, tensor in named:
+        if all_finite(tensor): continue
+        return Culprit("parameter", name,
+                       f"The {kind} {name!r} was broken before this batch: {span(tensor)}.",
+                       "It was made so before the fit, or by a step whose gradient was finite and too "
+                       "large: a smaller learning rate, or clip_norm=1.0.")
     return None
 
 # %% ../../nbs/api/callbacks/13_culprits.ipynb #ee01c712

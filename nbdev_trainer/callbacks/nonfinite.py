@@ -50,6 +50,7 @@ def nonfinite_error(
 ) -> NonFiniteError:
     "Look for what was first, and say it"
     found = in_data(batch) or in_model(trainer.model) or in_step(trainer, batch, rng)
+    found = found or in_model(trainer.model, buffers=True)
     if found is None:
         found = Culprit("unknown", "", "When the batch is run again, everything is finite.",
                         "NonFinite(every=1) looks at each loss before anything is made of it.")
