@@ -32,8 +32,8 @@ from ..loop.callback import handler_table
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['MODULE_ADVICE', 'is_broken', 'all_finite', 'span', 'Culprit', 'suspect', 'suspects', 'broken_samples', 'in_data',
-           'in_model', 'torch_rng', 'rehearsed']
+__all__ = ['MODULE_ADVICE', 'GRADIENT_ADVICE', 'is_broken', 'all_finite', 'span', 'Culprit', 'suspect', 'suspects',
+           'broken_samples', 'in_data', 'in_model', 'torch_rng', 'rehearsed', 'in_step', 'in_gradient']
 
 # %% ../../nbs/api/callbacks/13_culprits.ipynb #71819347
 def is_broken(values: list[Tensor]) -> Tensor:  # () bool, on the device
@@ -178,14 +178,14 @@ def in_gradient(model: nn.Module, loss: Tensor) -> Culprit | None:
     line, params = "", dict(model.named_parameters())
     try: with_line(loss.backward, retain_graph=True)
     except RuntimeError as error:
-        line = " ".join([f"{error}", *getattr(error, "__notes__", [])])
+        line = " ".join(["", f"{error}", *getattr(error, "__notes__", [])]) + "."
         for p in params.values(): p.grad = None
         with torch.autograd.set_detect_anomaly(False): loss.backward()  # on to the parameters
     broken = [name for name, p in params.items() if p.grad is not None and not all_finite(p.grad)]
     if not line and not broken: return None
     where = f" The first parameter whose gradient is not finite is {broken[0]!r}." if broken else ""
     return Culprit("gradient", broken[0] if broken else "",
-                   f"The loss is finite, and its gradient is not.{where}{line and f" {line}."}", GRADIENT_ADVICE)
+                   f"The loss is finite, and its gradient is not.{where}{line}", GRADIENT_ADVICE)
 
 GRADIENT_ADVICE = ("Usual reasons: a root or a norm at 0, a quotient, or torch.where, which passes NaN on "
                    "from the side not taken. Add a small number inside.")
