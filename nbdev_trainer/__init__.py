@@ -7,6 +7,7 @@ Modules:
 - `nbdev_trainer.apps.predict`: What the model of a kept run says about new pictures or rows
 - `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
+- `nbdev_trainer.callbacks.mixing`: Mixup and CutMix: train on mixtures of two samples, compared with the targets of both
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
@@ -102,6 +103,7 @@ Modules:
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
+from nbdev_trainer.callbacks.mixing import CutMix, Mixup, MixOneOf
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
@@ -152,15 +154,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
     "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
-    "ConfusionMatrix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
-    "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner",
-    "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
-    "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary",
-    "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
-    "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
-    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
-    "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained",
-    "check", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
-    "from_dict", "inverse_square_root", "linear", "one_cycle", "plot_histories", "polynomial", "random_split",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "warm_up",
+    "ConfusionMatrix", "CutMix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance",
+    "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept",
+    "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation",
+    "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf",
+    "Mixup", "ModelSummary", "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision",
+    "PrecisionScore", "Predictions", "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError",
+    "Run", "RunDirectory", "RunTable", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput",
+    "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases",
+    "WholeSet", "WordErrorRate", "chained", "check", "confusion_matrix", "constant", "cosine",
+    "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "inverse_square_root", "linear",
+    "one_cycle", "plot_histories", "polynomial", "random_split", "read_mnist_folder", "read_numeric_csv",
+    "seed_everything", "stairs", "summarize", "warm_up",
 ]
