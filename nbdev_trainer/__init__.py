@@ -64,6 +64,8 @@ Modules:
 - `nbdev_trainer.loop.evaluation`: Passes over data that change nothing: validation, test and prediction
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
+- `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
+- `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
@@ -121,6 +123,7 @@ from nbdev_trainer.loop.callback import Callback
 from nbdev_trainer.loop.engine import Precision, Strategy
 from nbdev_trainer.loop.evaluation import Predictions
 from nbdev_trainer.loop.events import Event
+from nbdev_trainer.loop.losses import BinaryFocalLoss, DiceLoss, FocalLoss, QuantileLoss
 from nbdev_trainer.loop.optimizers import FusedAdamW
 from nbdev_trainer.loop.schedules import (
     Schedule, chained, constant, cosine, cosine_restarts, flat_then_cosine, inverse_square_root, linear, one_cycle,
@@ -152,14 +155,15 @@ from nbdev_trainer.use.summary import ModelSummary, summarize
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
-    "ConfusionMatrix", "CutMix", "Dice", "Duration", "EarlyStopping", "Event", "ExplainedVariance",
-    "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept",
-    "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation",
-    "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf",
-    "Mixup", "ModelSummary", "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision",
-    "PrecisionScore", "Predictions", "Progress", "R2", "RecallScore", "Recorder", "RootMeanSquaredError",
+    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy",
+    "BinaryFocalLoss", "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate",
+    "CheckReport", "CohenKappa", "ConfusionMatrix", "CutMix", "Dice", "DiceLoss", "Duration",
+    "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss",
+    "FocalLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept", "Learner", "Loader", "Loaders",
+    "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
+    "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary",
+    "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore",
+    "Predictions", "Progress", "QuantileLoss", "R2", "RecallScore", "Recorder", "RootMeanSquaredError",
     "Run", "RunDirectory", "RunTable", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput",
     "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases",
     "WholeSet", "WordErrorRate", "chained", "check", "confusion_matrix", "constant", "cosine",
