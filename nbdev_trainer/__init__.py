@@ -65,7 +65,6 @@ Modules:
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 - `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
-- `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
@@ -91,6 +90,7 @@ Modules:
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
+- `nbdev_trainer.use.batch_sizes`: Find a batch size: double it until memory runs out or nothing gets faster, and put everything back
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was
 - `nbdev_trainer.use.choices`: What the learner chooses when it is not told: loss, optimizer, learning rates
 - `nbdev_trainer.use.data_checks`: Mistakes that can be seen in the data: values, scales, labels, order, overlap
@@ -102,6 +102,7 @@ Modules:
 - `nbdev_trainer.use.model_checks`: Mistakes in model and optimizer: what does not learn, and why
 - `nbdev_trainer.use.rehearsal`: Can the model learn two batches by heart, and does everything work that a fit will do? Both without a trace
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
+- `nbdev_trainer.use.tune`: Find a learning rate by a range test: let it rise, watch the loss, and put everything back
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
@@ -148,14 +149,16 @@ from nbdev_trainer.metrics.regression import (
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
+from nbdev_trainer.use.batch_sizes import BatchSizes, batch_size_find
 from nbdev_trainer.use.check import check
 from nbdev_trainer.use.findings import CheckReport, Finding
 from nbdev_trainer.use.summary import ModelSummary, summarize
+from nbdev_trainer.use.tune import RangeTest, lr_find
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BinaryAccuracy",
+    "AUROC", "Accuracy", "Additive", "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy",
     "BinaryFocalLoss", "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate",
     "CheckReport", "CohenKappa", "ConfusionMatrix", "CutMix", "Dice", "DiceLoss", "Duration",
     "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss",
@@ -163,11 +166,12 @@ __all__ = [
     "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
     "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary",
     "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore",
-    "Predictions", "Progress", "QuantileLoss", "R2", "RecallScore", "Recorder", "RootMeanSquaredError",
-    "Run", "RunDirectory", "RunTable", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput",
-    "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "Trainer", "WeightsAndBiases",
-    "WholeSet", "WordErrorRate", "chained", "check", "confusion_matrix", "constant", "cosine",
-    "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "inverse_square_root", "linear",
-    "one_cycle", "plot_histories", "polynomial", "random_split", "read_mnist_folder", "read_numeric_csv",
-    "seed_everything", "stairs", "summarize", "warm_up",
+    "Predictions", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder",
+    "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "Schedule", "SpearmanCorrelation", "State",
+    "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "Trainer",
+    "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check",
+    "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
+    "from_dict", "inverse_square_root", "linear", "lr_find", "one_cycle", "plot_histories", "polynomial",
+    "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize",
+    "warm_up",
 ]

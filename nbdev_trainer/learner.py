@@ -43,11 +43,13 @@ from .loop.trainer import Trainer
 from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
+from .use.batch_sizes import BatchSizes, batch_size_find
 from .use.check import check
 from .use.choices import DEFAULT_LR, Rates, make_optimizers, make_step, rates_for
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
+from .use.tune import RangeTest, lr_find
 
 # %% auto #0
 __all__ = ['as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'describe_optimizer', 'only_valid',
@@ -360,6 +362,23 @@ class Learner:
     ) -> CheckReport:
         "Run a little of everything, validation, callbacks and saving included; then all is as before"
         return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
+
+    def lr_find(self,
+        *,
+        start: float = 1e-6,  # the first rate, of the group with the highest one
+        end: float = 10.0,    # the last
+        steps: int = 200,     # optimizer steps between them, at least 20
+    ) -> RangeTest:
+        "Train while the learning rate rises, and say which one to train with; nothing is changed"
+        return lr_find(self.trainer, self.loaders.train, start=start, end=end, steps=steps)
+
+    def batch_size_find(self,
+        *,
+        start: int = 8,            # the first size, at least 2
+        limit: int | None = None,  # the largest; None: until memory runs out, on a device that has its own
+    ) -> BatchSizes:
+        "Train a little with larger and larger batches, and say how fast each is; nothing is changed"
+        return batch_size_find(self.trainer, self.loaders.train, start=start, limit=limit)
 
     def summary(self,
         loader: Iterable[Any] | None = None,  # its first batch is used; None: the training data
