@@ -7,13 +7,21 @@ Modules:
 - `nbdev_trainer.apps.predict`: What the model of a kept run says about new pictures or rows
 - `nbdev_trainer.apps.prepare`: From a path on the command line to data that is ready for training
 - `nbdev_trainer.callbacks.activation_checkpointing`: Less memory for more time: what a layer computed is thrown away, and computed again for its gradient
+- `nbdev_trainer.callbacks.activations`: What the modules of a model give while it trains: spread, share of zeros, dead units, and a picture of all values
+- `nbdev_trainer.callbacks.anomaly`: The line of the model whose gradient is NaN
 - `nbdev_trainer.callbacks.averaging`: Weights averaged over the last steps or epochs, for evaluation and prediction: EMA and SWA
+- `nbdev_trainer.callbacks.culprits`: Who made the first number that is none: a sample, a parameter, a module, the loss, or a gradient
+- `nbdev_trainer.callbacks.gradients`: Norms of gradients by group, part or parameter, and how large each update is beside its weights
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
+- `nbdev_trainer.callbacks.mixing`: Mixup and CutMix: train on mixtures of two samples, compared with the targets of both
+- `nbdev_trainer.callbacks.nonfinite`: Ends a fit at the first batch whose loss or gradient is no number, and names who made it
+- `nbdev_trainer.callbacks.profiling`: The operators that a few batches spend their time in, as a table and as a trace file
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.rates`: Learning rates that depend on results, and the schedulers of torch
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
+- `nbdev_trainer.callbacks.timing`: Where the time of a fit goes: waiting for data, copy, forward, backward, step, callbacks, validation
 - `nbdev_trainer.callbacks.trackers`: The same rows for TensorBoard, Weights & Biases and MLflow
 - `nbdev_trainer.cli`: Train a model from the command line
 - `nbdev_trainer.core.duration`: How long to train, how often to validate: a number and its unit
@@ -21,6 +29,7 @@ Modules:
 - `nbdev_trainer.core.messages`: What the library says while it works: a line for a person, and the same line for Python's `logging`
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
 - `nbdev_trainer.core.seeding`: Same seed, same numbers: global generators that can be kept and put back, and orders that need no generator
+- `nbdev_trainer.core.wrapping`: Something around a method of one object, for a while
 - `nbdev_trainer.data.adapters`: Transforms of Albumentations and of torchvision, with boxes, labels, masks and points in step
 - `nbdev_trainer.data.annotations`: Images with boxes, from the files of Pascal VOC and of COCO
 - `nbdev_trainer.data.archives`: Unpack zip, tar and gz files: whole or not at all, and never outside of their folder
@@ -67,6 +76,7 @@ Modules:
 - `nbdev_trainer.loop.evaluation`: Passes over data that change nothing: validation, test and prediction
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
+- `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
 - `nbdev_trainer.loop.micro_batches`: A batch that does not fit into memory, trained in parts: the same gradient, less memory, also after it has run out
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
@@ -87,6 +97,7 @@ Modules:
 - `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
+- `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
@@ -95,6 +106,7 @@ Modules:
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
+- `nbdev_trainer.use.batch_sizes`: Find a batch size: double it until memory runs out or nothing gets faster, and put everything back
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was
 - `nbdev_trainer.use.choices`: What the learner chooses when it is not told: loss, optimizer, learning rates
 - `nbdev_trainer.use.data_checks`: Mistakes that can be seen in the data: values, scales, labels, order, overlap
@@ -106,16 +118,24 @@ Modules:
 - `nbdev_trainer.use.model_checks`: Mistakes in model and optimizer: what does not learn, and why
 - `nbdev_trainer.use.rehearsal`: Can the model learn two batches by heart, and does everything work that a fit will do? Both without a trace
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
+- `nbdev_trainer.use.tune`: Find a learning rate by a range test: let it rise, watch the loss, and put everything back
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
 
 from nbdev_trainer.callbacks.activation_checkpointing import ActivationCheckpointing
+from nbdev_trainer.callbacks.activations import ActivationStatistics
+from nbdev_trainer.callbacks.anomaly import AnomalyDetection
 from nbdev_trainer.callbacks.averaging import EMA, SWA
+from nbdev_trainer.callbacks.gradients import GradientNorms
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
+from nbdev_trainer.callbacks.mixing import CutMix, Mixup, MixOneOf
+from nbdev_trainer.callbacks.nonfinite import NonFinite, NonFiniteError
+from nbdev_trainer.callbacks.profiling import Profiler
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
 from nbdev_trainer.callbacks.stopping import EarlyStopping, FiniteLoss
+from nbdev_trainer.callbacks.timing import TimeSplit
 from nbdev_trainer.callbacks.trackers import MLflow, TensorBoard, WeightsAndBiases
 from nbdev_trainer.core.duration import Duration
 from nbdev_trainer.core.seeding import seed_everything
@@ -130,6 +150,7 @@ from nbdev_trainer.loop.engine import Precision, Strategy
 from nbdev_trainer.loop.evaluation import Predictions
 from nbdev_trainer.loop.events import Event
 from nbdev_trainer.loop.groups import weight_decay_groups
+from nbdev_trainer.loop.losses import BinaryFocalLoss, DiceLoss, FocalLoss, QuantileLoss
 from nbdev_trainer.loop.optimizers import FusedAdamW
 from nbdev_trainer.loop.repeated import SAM
 from nbdev_trainer.loop.schedules import (
@@ -153,27 +174,33 @@ from nbdev_trainer.metrics.regression import (
     R2, RootMeanSquaredError, SpearmanCorrelation,
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
+from nbdev_trainer.scale.compilation import compile_model, uncompile_model
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
+from nbdev_trainer.use.batch_sizes import BatchSizes, batch_size_find
 from nbdev_trainer.use.check import check
 from nbdev_trainer.use.findings import CheckReport, Finding
 from nbdev_trainer.use.summary import ModelSummary, summarize
+from nbdev_trainer.use.tune import RangeTest, lr_find
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AUROC", "Accuracy", "ActivationCheckpointing", "Additive", "AveragePrecision", "BLEU", "Batch",
-    "BinaryAccuracy", "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport",
-    "CohenKappa", "ConfusionMatrix", "Dice", "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance",
-    "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FusedAdamW", "History", "IoU", "JSONLines", "Kept",
-    "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean",
-    "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "ModelSummary",
-    "MultilabelAccuracy", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
-    "Progress", "R2", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run",
-    "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput",
-    "Strategy", "SupervisedStep", "TensorBoard", "TopKAccuracy", "TorchScheduler", "Trainer",
-    "WeightsAndBiases", "WholeSet", "WordErrorRate", "chained", "check", "confusion_matrix", "constant",
-    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "inverse_square_root", "linear",
-    "one_cycle", "plot_histories", "polynomial", "random_split", "read_mnist_folder", "read_numeric_csv",
-    "seed_everything", "stairs", "summarize", "warm_up", "weight_decay_groups",
+    "AUROC", "Accuracy", "ActivationCheckpointing", "ActivationStatistics", "Additive", "AnomalyDetection",
+    "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss", "BrierScore",
+    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa", "ConfusionMatrix",
+    "CutMix", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
+    "FBetaScore", "Finding", "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "IoU",
+    "JSONLines", "Kept", "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
+    "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError",
+    "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
+    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
+    "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError",
+    "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step",
+    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler",
+    "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check",
+    "compile_model", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
+    "from_dict", "inverse_square_root", "linear", "lr_find", "one_cycle", "plot_histories", "polynomial",
+    "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize",
+    "uncompile_model", "warm_up", "weight_decay_groups",
 ]

@@ -30,6 +30,7 @@ from .core.duration import Duration
 from .core.errors import Problems, checked_keywords, counted, describe
 from .core.messages import tell
 from .core.seeding import check_seed, seed_everything
+from .core.wrapping import uncompiled
 from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
@@ -41,15 +42,18 @@ from .loop.scheduled import Factors, set_values
 from .loop.schedules import one_cycle
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
+from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
+from .use.batch_sizes import BatchSizes, batch_size_find
 from .use.check import check
 from .use.choices import (
     DEFAULT_LR, DEFAULT_PEAK, Rates, make_optimizers, make_step, rates_for)
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
+from .use.tune import RangeTest, lr_find
 
 # %% auto #0
 __all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'split_averages',
@@ -177,6 +181,7 @@ class Learner:
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
         clip_value: float | None = None,                      # largest value of each number of them
         clip_adaptive: float | None = None,                   # largest share of the length of each unit
+        compile: bool | Mapping[str, Any] = False,            # the model; a dict: for `torch.compile`
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
         run_dir: str | Path | None = None,                    # a new directory to keep the run in
@@ -189,6 +194,9 @@ class Learner:
         self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, find_device(device)
+        if (options := compile_options(compile)) is not None:
+            check_tools(options, where)
+            tell("compile: the first batches of training and of evaluation take longer", shown)
         move_model(model, where)
         if str(device) == "auto": tell(f"device: {where}", shown)
         usual = None if self.loaders.data is None else self.loaders.data.loss_fn()
@@ -205,6 +213,7 @@ class Learner:
                                clip_value=clip_value, clip_adaptive=clip_adaptive,
                                precision=make_precision(precision, where))
         self.trainer.shown = shown
+        compile_model(model, compile, where)
 
     @checked_keywords
     def fit(self,
@@ -365,7 +374,7 @@ class Learner:
 
     def check(self) -> CheckReport:
         "Send one batch through everything and say what is wrong, and how to mend it; nothing is changed"
-        return check(self.trainer, self.loaders.train, self.loaders.valid_sets)
+        with uncompiled(self.model): return check(self.trainer, self.loaders.train, self.loaders.valid_sets)
 
     def overfit(self,
         batches: int = 2,  # how many of the training batches to learn by heart
@@ -373,7 +382,7 @@ class Learner:
         steps: int = 300,  # at most
     ) -> CheckReport:
         "Whether the model can learn a few batches by heart, as any sound one can; nothing is changed"
-        return overfit(self.trainer, self.loaders.train, batches, steps=steps)
+        with uncompiled(self.model): return overfit(self.trainer, self.loaders.train, batches, steps=steps)
 
     def dry_run(self,
         batches: int = 2,  # of training, and of each validation set
@@ -381,14 +390,33 @@ class Learner:
         callbacks: Iterable[Callback] = (),  # those that a fit is going to get
     ) -> CheckReport:
         "Run a little of everything, validation, callbacks and saving included; then all is as before"
-        return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
+        with uncompiled(self.model):
+            return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
+
+    def lr_find(self,
+        *,
+        start: float = 1e-6,  # the first rate, of the group with the highest one
+        end: float = 10.0,    # the last
+        steps: int = 200,     # optimizer steps between them, at least 20
+    ) -> RangeTest:
+        "Train while the learning rate rises, and say which one to train with; nothing is changed"
+        return lr_find(self.trainer, self.loaders.train, start=start, end=end, steps=steps)
+
+    def batch_size_find(self,
+        *,
+        start: int = 8,            # the first size, at least 2
+        limit: int | None = None,  # the largest; None: until memory runs out, on a device that has its own
+    ) -> BatchSizes:
+        "Train a little with larger and larger batches, and say how fast each is; nothing is changed"
+        return batch_size_find(self.trainer, self.loaders.train, start=start, limit=limit)
 
     def summary(self,
         loader: Iterable[Any] | None = None,  # its first batch is used; None: the training data
         depth: int = 3,                       # levels of layers that are shown
     ) -> ModelSummary:
         "Layers, shapes, parameters, work and memory, for a real batch"
-        return summarize(self.trainer, self.loaders.train if loader is None else loader, depth)
+        with uncompiled(self.model):
+            return summarize(self.trainer, self.loaders.train if loader is None else loader, depth)
 
     def save(self,
         path: str | Path,  # such as "model.safetensors"

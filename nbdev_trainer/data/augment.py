@@ -158,7 +158,7 @@ def noise_like(
 # %% ../../nbs/api/data/09_augment.ipynb #426b582e
 @dataclass
 class RandomErase(BatchTransform):
-    "Cover a random rectangle of some images"
+    "Cover a random rectangle of some images: random erasing (arXiv:1708.04896), Cutout (arXiv:1708.04552)"
     random_draws: ClassVar[bool] = True
 
     p: float = 0.5                             # how often, in [0, 1]
