@@ -36,7 +36,6 @@ from .core.errors import MissingPackage, counted, did_you_mean
 from .core.seeding import check_seed, seed_everything
 from .learner import Learner
 from .loop.engine import find_device
-from .loop.optimizers import default_optimizer
 from .metrics.classification import Accuracy
 from .metrics.regression import MeanAbsoluteError
 from .store.curves import curves_svg
@@ -111,7 +110,7 @@ def make_learner(
     loss_fn = RelativeSquaredError(targets) if regression else nn.CrossEntropyLoss()
     metric = MeanAbsoluteError() if regression else Accuracy()
     return Learner(model, prepared.loaders(settings.batch_size, settings.seed), loss_fn,
-                   optimizer=default_optimizer, lr=settings.lr, metrics=[metric],
+                   lr=settings.lr, metrics=[metric],
                    device=settings.device, seed=settings.seed, run_dir=directory, config=config)
 
 # %% ../nbs/api/cli.ipynb #c8cc1136

@@ -12,41 +12,27 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/activation_che
 from __future__ import annotations
 
 from contextlib import nullcontext
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.errors import describe, did_you_mean
 from ..loop.callback import Callback
-from ..loop.groups import norms_at_rest
+from ..loop.groups import chosen_modules, norms_at_rest
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['chosen_modules', 'ActivationCheckpointing', 'checkpointed']
+__all__ = ['outermost', 'ActivationCheckpointing', 'checkpointed']
 
 # %% ../../nbs/api/callbacks/08_activation_checkpointing.ipynb #0e4ff490
-def chosen_modules(
-    model: nn.Module,
-    *what: str | type[nn.Module],  # names, patterns, classes
-) -> dict[str, nn.Module]:  # by name
-    "Modules by name, pattern or class, none inside of another; raises `ValueError` for what matches none"
-    every = {name: one for name, one in model.named_modules() if name}
-    found: dict[str, nn.Module] = {}
-    for one in what:
-        if isinstance(one, type): mine = {name: part for name, part in every.items() if isinstance(part, one)}
-        elif isinstance(one, str): mine = {name: every[name] for name in every if fnmatchcase(name, one)}
-        else: raise TypeError(f"{describe(one)} names no module; expected a name, a pattern or a class")
-        known = [type(part).__name__ for part in every.values()] if isinstance(one, type) else list(every)
-        text = one.__name__ if isinstance(one, type) else one
-        hint = did_you_mean(text, known, what="module")
-        if not mine: raise ValueError(f"{text!r} matches no module. {hint}")
-        found |= mine
-    return {name: one for name, one in found.items()
-            if not any(name.startswith(f"{other}.") for other in found)}
+def outermost(
+    modules: dict[str, nn.Module],  # by name
+) -> dict[str, nn.Module]:
+    "Those that are inside of none of the others"
+    return {name: one for name, one in modules.items()
+            if not any(not other or name.startswith(f"{other}.") for other in modules if other != name)}
 
 # %% ../../nbs/api/callbacks/08_activation_checkpointing.ipynb #6d7f1aa0
 class ActivationCheckpointing(Callback):
@@ -59,7 +45,7 @@ class ActivationCheckpointing(Callback):
         self.changed: list[tuple[nn.Module, Any]] = []  # and what forward each had of its own
 
     def before_fit(self, trainer: Trainer) -> None:
-        for module in chosen_modules(trainer.model, *self.what).values():
+        for module in outermost(chosen_modules(trainer.model, self.what)).values():
             if hasattr(module.forward, "checkpoints"): continue  # by another callback of this class
             self.changed.append((module, vars(module).get("forward")))
             object.__setattr__(module, "forward", checkpointed(module))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.duration import Duration
-from ..core.errors import checked_keywords, did_you_mean, require
+from ..core.errors import checked_keywords, require
 from ..core.nested import tensors
 from ..core.wrapping import uncompiled
 from ..loop.callback import Callback
+from ..loop.groups import chosen_modules
 from ..store.tables import table_html, table_text
 
 if TYPE_CHECKING:
@@ -32,31 +32,18 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['NEAR', 'COLUMNS', 'chosen_modules', 'by_unit', 'measure', 'value_range', 'histogram', 'Looks', 'last_rows',
+__all__ = ['NEAR', 'COLUMNS', 'watched_modules', 'by_unit', 'measure', 'value_range', 'histogram', 'Looks', 'last_rows',
            'check_batches', 'on_one_scale', 'plot_histograms', 'plot_numbers', 'ActivationStatistics']
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #5cc81271
-def chosen_modules(
+def watched_modules(
     model: nn.Module,
-    what: Iterable[str | type[nn.Module]] | None = None,  # None: those without parts
+    what: str | type[nn.Module] | Iterable[str | type[nn.Module]] | None = None,  # None: those without parts
 ) -> dict[str, nn.Module]:  # by name, in the order of the model
-    "Modules by name, pattern or class; raises `ValueError` for one that matches none"
-    every = {name: module for name, module in model.named_modules()
-             if not isinstance(module, torch.jit.ScriptModule)}  # which takes no hooks
-    if what is None: return {name: module for name, module in every.items() if not any(module.children())}
-    if isinstance(what, (str, type)): what = [what]
-    found: set[str] = set()
-    for one in what:
-        is_type = isinstance(one, type)
-        mine = {name for name, module in every.items()
-                if (isinstance(module, one) if isinstance(one, type) else fnmatchcase(name, one))}
-        if not mine:
-            known = sorted({type(module).__name__ for module in every.values()}) if is_type else [*every]
-            shown = one.__name__ if isinstance(one, type) else one
-            raise ValueError(f"{shown!r} matches no module of {type(model).__name__}. "
-                             f"{did_you_mean(shown, known, what='class' if is_type else 'module')}")
-        found |= mine
-    return {name: module for name, module in every.items() if name in found}
+    "Modules by name, pattern or class, or all without parts; raises `ValueError` for one that matches none"
+    if what is not None: return chosen_modules(model, what)
+    every = chosen_modules(model, nn.Module)
+    return {name: module for name, module in every.items() if not any(module.children())}
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #a8050c6f
 NEAR = 0.05  # magnitudes up to this are near zero, as in fastai's ActivationStats
@@ -210,13 +197,13 @@ class ActivationStatistics(Callback):
         self.seen, self.undo = Looks(bins), ExitStack()
 
     def before_fit(self, trainer: Trainer) -> None:
-        chosen_modules(trainer.model, self.modules)  # raises for a wrong name
+        watched_modules(trainer.model, self.modules)  # raises for a wrong name
 
     def before_batch(self, trainer: Trainer) -> None:
         if trainer.state.batch % self.every: return
         self.seen.begin(trainer.state.batch)
         self.undo.enter_context(uncompiled(trainer.model))
-        for name, module in chosen_modules(trainer.model, self.modules).items():
+        for name, module in watched_modules(trainer.model, self.modules).items():
             self.undo.callback(module.register_forward_hook(partial(self.hook, trainer, name)).remove)
 
     def hook(self, trainer: Trainer, name: str, *call: Any) -> None:

@@ -121,7 +121,8 @@ class EMA(AveragedWeights):
         name: Any = trainer.state.optimizer
         if name not in self.pairs: self.pairs[name] = self.match(trainer, name)
         n = self.counts[name] = self.counts.get(name, 0) + 1
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warm_up else self.decay
+        warm_up = self.warm_up and "loaded" not in self.counts  # averages from a file are no beginning
+        decay = min(self.decay, (1 + n) / (10 + n)) if warm_up else self.decay
         averages, weights = self.pairs[name]
         alike = [one.to(average.dtype) for one, average in zip(weights, averages)]  # mostly the same tensors
         torch._foreach_lerp_(averages, alike, 1 - decay)

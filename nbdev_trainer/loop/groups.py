@@ -25,9 +25,9 @@ from torch.nn.parameter import is_lazy
 from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'Changed', 'set_trainable', 'all_but_last', 'frozen_norms',
-           'train_mode', 'norms_at_rest', 'undecayed', 'weight_decay_groups', 'regroup', 'replace_groups',
-           'add_missing', 'by_depth', 'by_selector']
+__all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'chosen_modules', 'Changed', 'set_trainable',
+           'all_but_last', 'frozen_norms', 'train_mode', 'norms_at_rest', 'undecayed', 'weight_decay_groups', 'regroup',
+           'replace_groups', 'add_missing', 'by_depth', 'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
 def parts_of(
@@ -67,6 +67,27 @@ def chosen(
                         "pattern such as '*.bias', or a class such as nn.BatchNorm2d")
     if not found: raise ValueError(f"{what!r} matches no parameter of {type(model).__name__}. {hint}")
     return found
+
+# %% ../../nbs/api/loop/05b_groups.ipynb #ed7a9c19
+def chosen_modules(
+    model: nn.Module,
+    what: str | type[nn.Module] | Iterable[str | type[nn.Module]],  # names, patterns, classes
+) -> dict[str, nn.Module]:  # by name, in the order of the model
+    "Modules by name, pattern or class; raises `ValueError` for one that matches none, else `TypeError`"
+    every = {name: one for name, one in model.named_modules() if not isinstance(one, torch.jit.ScriptModule)}
+    found: set[str] = set()
+    for one in [what] if isinstance(what, (str, type)) else what:
+        if isinstance(one, type): mine = {name for name in every if isinstance(every[name], one)}
+        elif isinstance(one, str): mine = {name for name in every if fnmatchcase(name, one)}
+        else: raise TypeError(f"{describe(one)} names no module; expected a name, a pattern or a class")
+        known, text = [name for name in every if name], str(one)
+        if isinstance(one, type):
+            known, text = sorted({type(each).__name__ for each in every.values()}), one.__name__
+        if not mine:
+            hint = did_you_mean(text, known, what="class" if isinstance(one, type) else "module")
+            raise ValueError(f"{text!r} matches no module of {type(model).__name__}. {hint}")
+        found |= mine
+    return {name: module for name, module in every.items() if name in found}
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #8f1a4472
 @dataclass

@@ -30,8 +30,8 @@ from .steps import Step
 from ..metrics.base import targets_of
 
 # %% auto #0
-__all__ = ['piece', 'weighted_mean', 'joined', 'is_out_of_memory', 'check_size', 'window_before', 'traces_before', 'put_back',
-           'InParts', 'MicroBatching', 'make_engine']
+__all__ = ['NO_MEMORY', 'piece', 'weighted_mean', 'joined', 'is_out_of_memory', 'check_size', 'window_before', 'traces_before',
+           'put_back', 'InParts', 'MicroBatching', 'make_engine']
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #4f796d21
 def piece(
@@ -73,12 +73,14 @@ def joined(
                       concatenate([one.targets for one in outputs]), sum(counts), logs or None)
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #8c345a45
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of RuntimeError
+
 def is_out_of_memory(
     error: BaseException,
 ) -> bool:
     "Whether an error says that memory has run out"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 def check_size(
     size: Any,  # what a user gave

@@ -23,6 +23,7 @@ from ..core.errors import counted, describe
 from ..core.nested import concatenate, index
 from ..data.batch import Batch
 from ..data.loaders import EpochLoader, Loader
+from ..loop.micro_batches import is_out_of_memory
 from ..loop.evaluation import module_modes
 from ..loop.trainer import Trainer
 from ..metrics.collection import MetricSet
@@ -31,8 +32,7 @@ from .evidence import fresh, one_step
 from .undisturbed import undisturbed
 
 # %% auto #0
-__all__ = ['NO_MEMORY', 'batch_of', 'joined', 'BatchSizes', 'is_memory_error', 'free_memory', 'seconds_per_step',
-           'batch_size_find', 'try_size', 'check_search']
+__all__ = ['batch_of', 'joined', 'BatchSizes', 'free_memory', 'seconds_per_step', 'batch_size_find', 'try_size', 'check_search']
 
 # %% ../../nbs/api/use/04b_batch_sizes.ipynb #6c35d7ec
 def batch_of(
@@ -93,13 +93,6 @@ class BatchSizes:
         return f"{table_text(rows, list(rows[0]))}\nsuggested: {self.suggestion}; {self.ending}"
 
 # %% ../../nbs/api/use/04b_batch_sizes.ipynb #ba0bd067
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of RuntimeError
-
-def is_memory_error(error: BaseException) -> bool:
-    "Whether an error says that memory has run out"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
-
 def free_memory(trainer: Trainer) -> None:
     "Give back what a failed step has left behind"
     for slot in trainer.engine.slots.values(): slot.zero()
@@ -143,7 +136,7 @@ def try_size(trainer: Trainer, train: Any, size: int, repeats: int, found: Batch
     else:
         try: found.seconds[size] = seconds_per_step(trainer, batch, repeats)
         except Exception as error:
-            if not is_memory_error(error): raise
+            if not is_out_of_memory(error): raise
             found.ending = f"{size} samples do not fit into memory"
     if found.ending != BatchSizes.ending: free_memory(trainer)
     return found.ending == BatchSizes.ending

@@ -21,7 +21,7 @@ from typing import Any
 from ..core.errors import describe, require
 from ..data.loaders import EpochLoader
 from ..loop.evaluation import module_modes
-from ..loop.plan import current_lrs, set_lr
+from ..loop.scheduled import current_values, set_values
 from ..loop.trainer import Trainer
 from ..metrics.collection import MetricSet
 from .evidence import fresh
@@ -257,13 +257,13 @@ def lr_find(
 def rising(trainer: Trainer) -> Iterator[Callable[[float], None]]:  # sets the rate of the highest group
     "Training mode without callbacks, and the groups at rates in their proportions; afterwards as before"
     slots = trainer.engine.slots
-    before = current_lrs(slots)
+    before = current_values(slots)
     rates = [float(rate) for rate in before["main"]]
-    def set_rate(lr: float) -> None: set_lr(slots, {"main": [rate / max(rates) * lr for rate in rates]})
+    def set_rate(lr: float) -> None: set_values(slots, {"main": [rate / max(rates) * lr for rate in rates]})
     trainer.measuring, trainer.state.phase = MetricSet([]), "train"
     with module_modes(trainer.model, training=True), trainer.engine.precision.during():
         try: yield set_rate
-        finally: set_lr(slots, before)  # rates in tensors are changed in place
+        finally: set_values(slots, before)  # rates in tensors are changed in place
 
 def has_diverged(losses: list[float], decay: float) -> bool:
     "Whether the average is above its best by three times that, and by what it had fallen"

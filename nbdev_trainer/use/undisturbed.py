@@ -85,11 +85,13 @@ def keep_optimizer(slot: OptimizerSlot, model: nn.Module) -> Callable[[], None]:
     optimizer, window = slot.optimizer, (slot.window, slot.pending, slot.batch)
     state = map_tensors(Tensor.clone, optimizer_state(optimizer, model))
     groups = [dict(group) for group in optimizer.param_groups]
+    numbers = [(one, one.clone()) for group in groups for one in group.values() if isinstance(one, Tensor)]
     slot.window, slot.pending, slot.batch = Window(slot.window.size), False, -1
 
     def put_back() -> None:
         load_optimizer_state(optimizer, model, state)
         for group, values in zip(optimizer.param_groups, groups): group.update(values)
+        for one, before in numbers: one.copy_(before)  # a rate in a tensor is changed in place
         slot.window, slot.pending, slot.batch = window
     return put_back
 
