@@ -210,11 +210,11 @@ def test_a_falling_probability_is_followed_word_by_word():
     torch.where = where
     try:
         torch.manual_seed(0)
-        for _ in range(300):
+        for _ in range(100):
             model(batch.inputs, wanted, 0.3)
     finally:
         torch.where = real
-    assert abs(torch.stack(told).mean() - 0.3) < 0.02
+    assert abs(torch.stack(told).mean() - 0.3) < 0.03
 
 
 def test_the_gradient_of_a_policy_is_that_of_the_mean_return_over_all_paths():
