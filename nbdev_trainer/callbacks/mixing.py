@@ -110,8 +110,8 @@ class MixedLoss(CountedLoss):
         if pair is None: return
         if batch.size != pair.batch.size:
             raise RuntimeError(f"the loss was asked for {batch.size} samples of a mixed batch of "
-                               f"{pair.batch.size}, whose partners may be elsewhere; where a step divides "
-                               "batches, mix the parts there")
+                               f"{pair.batch.size}, whose partners may be elsewhere; leave out "
+                               "micro_batch_size, or mix the parts in the step that divides batches")
         def other(value: Any) -> Any: return None if value is None else index(value, pair.partners)
         second = StepOutput(predictions=output.predictions, targets=other(targets_of(output, batch)))
         self.plain(second, Batch(batch.inputs, second.targets, batch.size, None, other(batch.weights)))

@@ -112,7 +112,7 @@ class Watching(FiniteLoss):
 
     def blame(self, trainer: Trainer, number: int, what: str) -> None:
         "Raise the error for a batch that is still kept"
-        batch, rng = next((batch, rng) for one, batch, rng in self.recent if one == number)
+        batch, rng = next((batch, rng) for one, batch, rng in reversed(self.recent) if one == number)
         if self.weights is None: self.error = nonfinite_error(trainer, what, batch, number, rng)
         else:
             with with_weights(trainer.model, self.weights):

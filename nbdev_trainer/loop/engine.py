@@ -209,7 +209,9 @@ class EngineParts:
         if self.precision.context is None: return method(trainer, batch)
         with self.precision.context(): return method(trainer, batch)
 
-    train = run  # of a training batch; an engine may do more around it
+    def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
+        "Call the step for a training batch; an engine may do more around it"
+        return self.run(method, trainer, batch)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 class Engine(EngineParts):

@@ -137,7 +137,7 @@ class InParts(Engine):
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
-            super().backward(output.loss, counts[-1], slot)
+            self.backward(output.loss, counts[-1], slot)
             targets = targets_of(output, part) if output.targets is not None else None
             outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), detach(targets),
                                       logs=detach(output.logs)))
