@@ -148,7 +148,7 @@ def resnet() -> None:
     torch.manual_seed(0)
     learner = Learner(small_resnet(), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], device="cpu", verbose=0)
     start = time.perf_counter()
-    learner.fit_one_cycle(5, lr=1e-2)
+    learner.fit_one_cycle(5)
     reached = learner.history["valid_accuracy"]
     print(f"resnet    5 epochs  accuracy of each epoch: {', '.join(f'{one:.4f}' for one in reached)}  "
           f"in {time.perf_counter() - start:.0f} s; at least 0.92: {'held' if reached[-1] >= 0.92 else 'missed'}", flush=True)
