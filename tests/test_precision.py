@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbdev_trainer import Accuracy, Callback, Learner, Loaders, ManualStep, StepOutput, one_cycle
+from nbdev_trainer import Accuracy, Callback, Learner, Loaders, ManualStep, StepOutput, one_cycle, weight_decay_groups
 from nbdev_trainer.scale.precision import Scaled
 
 torch.manual_seed(0)
@@ -67,7 +67,8 @@ def test_a_converted_model_trains_what_the_loop_in_this_type_would(name, dtype, 
     model, by_hand = network(), network().to(dtype)
     learner = learner_of(model, name, None if default else sgd(model))
     learner.fit(2)
-    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, fused=True) if default else sgd(by_hand)
+    groups = weight_decay_groups(by_hand)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True) if default else sgd(by_hand)
     for inputs, targets in batches(learner):
         optimizer.zero_grad()
         nn.functional.cross_entropy(by_hand(inputs.to(dtype)), targets).backward()

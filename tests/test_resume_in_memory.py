@@ -21,12 +21,15 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 import nbdev_trainer
+from nbdev_trainer.callbacks.activations import ActivationStatistics
 from nbdev_trainer.callbacks.averaging import EMA, SWA
+from nbdev_trainer.callbacks.gradients import GradientNorms
+from nbdev_trainer.callbacks.mixing import MixOneOf, Mixup
 from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
 from nbdev_trainer.loop.micro_batches import MicroBatching
 from nbdev_trainer.loop.repeated import SAM
 from nbdev_trainer.callbacks.recorder import Recorder
-from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.callbacks.stopping import EarlyStopping, Patience, Watching
 from nbdev_trainer.data.batch import Batch, StepOutput
 from nbdev_trainer.data import Data, Number
 from nbdev_trainer.data.loaders import EpochLoader
@@ -394,6 +397,14 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "StreamLoader": lambda: StreamLoader(range(8), {"x": Number()}, inputs="x", batch_size=3),
     "AveragedWeights": lambda: EMA(0.9),
     "EMA": lambda: EMA(0.9),
+    "ActivationStatistics": lambda: ActivationStatistics(every="2ba"),
+    "CutMix": lambda: MixOneOf(Mixup(0.4), Mixup(1.0), seed=1),  # its images are no part of these runs
+    "GradientNorms": lambda: GradientNorms(every="2st"),
+    "MixOneOf": lambda: MixOneOf(Mixup(0.4), Mixup(1.0)),
+    "Mixing": lambda: Mixup(0.4, p=0.5),
+    "Mixup": lambda: Mixup(0.4),
+    "NormTable": lambda: GradientNorms("parameter", every="1st"),
+    "Watching": lambda: Watching("valid_loss", Patience(3, min_delta=10.0)),
     "MeanWeights": lambda: SWA(start=0.0, every="1st"),
     "SWA": lambda: SWA(start=0.0, every="1st"),
     "ReduceOnPlateau": lambda: ReduceOnPlateau("valid_loss", patience=1, min_delta=10.0),
