@@ -49,7 +49,7 @@ from .store.history import History
 from .use.batch_sizes import BatchSizes, batch_size_find
 from .use.check import check
 from .use.choices import (
-    DEFAULT_LR, DEFAULT_PEAK, Rates, make_optimizers, make_step, rates_for)
+    DEFAULT_LR, DEFAULT_PEAK, Rates, check_lr, make_optimizers, make_step, rates_for)
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
 from .use.summary import ModelSummary, summarize
@@ -191,6 +191,9 @@ class Learner:
             raise TypeError(f"model is {describe(model)}; expected an instance of torch.nn.Module, such as "
                             "nn.Linear(4, 1)")
         if verbose not in (0, 1, 2): raise ValueError(f"verbose is {verbose!r}; expected 0, 1 or 2")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("the model was compiled by torch.compile, which renames its weights; pass the model itself "
+                             "and compile=True, or compile={...} with the options")
         self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, find_device(device)
@@ -314,6 +317,7 @@ class Learner:
         resume: bool = False,                    # go on with the one that was interrupted
     ) -> None:
         "Train the last part of a pretrained model, then all of it, the early parts carefully"
+        check_lr(lr)
         options: dict[str, Any] = {"validate_every": validate_every, "limit_batches": limit_batches,
                                    "callbacks": list(callbacks), "resume": resume}
         body = self.freeze(except_last=except_last)

@@ -253,3 +253,25 @@ def test_a_rate_in_a_tensor_is_put_back_after_a_fit_with_a_scheduler_of_torch():
     Trainer(model, SupervisedStep(nn.MSELoss()), optimizer, callbacks=[halving]).fit(regression(), n=1)
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == pytest.approx(0.1)
+
+
+def quiet_learner(**options):
+    return Learner(tiny_model(), tiny_loaders(), nn.CrossEntropyLoss(), device="cpu", verbose=0, **options)
+
+
+def test_a_fit_is_not_resumed_at_another_rate():
+    def made(): return quiet_learner(lr=1e-3)
+    stopped, saved = made(), {}
+    stopped.on("after_batch", lambda trainer: saved.update(trainer.state_dict()), once=True, after="2ba")
+    stopped.fit(2)
+    again = made()
+    again.on("after_batch", print, after="999ba")
+    again.trainer.load_state_dict(saved)
+    with pytest.raises(ValueError, match="lr was '0.001, 0.001', now '3, 3'"): again.fit(2, lr=3.0, resume=True)
+
+
+def test_the_range_test_works_for_optimizers_that_ask_again():
+    learner = quiet_learner(optimizer=lambda params, lr: SAM(torch.optim.SGD(params, lr=lr)))
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    assert len(learner.lr_find(steps=20).lrs) > 5
+    assert all(torch.equal(p, one) for p, one in zip(learner.model.parameters(), before))

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.wrapping import COMPILED
 from ..loop.callback import Callback
 from ..loop.groups import chosen_modules, norms_at_rest
 
@@ -45,6 +46,9 @@ class ActivationCheckpointing(Callback):
         self.changed: list[tuple[nn.Module, Any]] = []  # and what forward each had of its own
 
     def before_fit(self, trainer: Trainer) -> None:
+        if any(getattr(one, COMPILED, None) is not None for one in trainer.model.modules()):
+            raise ValueError("the model is compiled, and decides itself what it keeps: leave out "
+                             "ActivationCheckpointing, or compile=True")
         for module in outermost(chosen_modules(trainer.model, self.what)).values():
             if hasattr(module.forward, "checkpoints"): continue  # by another callback of this class
             self.changed.append((module, vars(module).get("forward")))

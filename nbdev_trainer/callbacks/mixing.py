@@ -26,6 +26,7 @@ from ..core.seeding import check_seed
 from ..data.batch import Batch, StepOutput
 from ..data.loaders import draw_seed
 from ..loop.callback import Callback
+from ..loop.micro_batches import MicroBatching
 from ..loop.steps import CountedLoss
 from ..metrics.base import targets_of
 
@@ -212,6 +213,9 @@ def mixable_loss(trainer: Trainer) -> CountedLoss:
     if len(mixers) > 1:
         raise ValueError(f"{' and '.join(mixers)} would mix the same batch twice, and the loss knows of two "
                          "targets only; use MixOneOf(Mixup(), CutMix())")
+    if isinstance(trainer.engine, MicroBatching):
+        raise ValueError(f"{mixers[0]} mixes samples of a whole batch, and micro_batch_size divides batches; "
+                         "keep one of them, or use smaller batches and accumulate=")
     loss = getattr(trainer.step, "loss", None)
     if isinstance(loss, CountedLoss): return loss
     raise TypeError(f"{mixers[0]} needs a step whose loss can be computed for other targets, and "

@@ -78,6 +78,9 @@ class FocalLoss(ReducedLoss):
         if targets.is_floating_point():
             raise TypeError(f"FocalLoss got targets {describe(targets)}; expected class numbers, int64. For "
                             "several labels, or yes and no: BinaryFocalLoss()")
+        if self.weight is not None and self.weight.shape != predictions.shape[1:2]:
+            raise ValueError(f"FocalLoss has {len(self.weight)} class weights for {predictions.shape[1]} "
+                             "classes; expected one for each")
         entropy = F.cross_entropy(predictions, targets, reduction="none", ignore_index=self.ignore_index)
         focused = entropy * focus(-torch.expm1(-entropy), self.gamma)
         if self.weight is None: return focused

@@ -24,13 +24,13 @@ from ..core.errors import describe
 from ..core.seeding import rng_state, set_rng_state
 from ..data.loaders import EpochLoader, own_generators
 from .engine import OptimizerSlot
-from .scheduled import Factors, as_schedules, current_values, set_values
+from .scheduled import Factors, as_schedules, check_momentum, current_values, set_values
 from .schedules import progress_of
 from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
-           'check_limit', 'check_data', 'plan_state', 'continue_plan', 'generators', 'loader_state',
+           'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'generators', 'loader_state',
            'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
@@ -109,6 +109,7 @@ def begin_plan(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) 
     if not plan.began:
         plan.began = {name: getattr(state, name) for name in ("epoch", "batch", "step", "epoch_batch")}
     if not plan.values: plan.values = {key: current_values(slots, key) for key in ("lr", *plan.schedules)}
+    if "momentum" in plan.schedules: check_momentum(plan.schedules["momentum"], plan.values["momentum"])
     plan.length = length_of(plan.train, plan.limit_batches)
     done, unit, value = plan.began["epoch_batch"], plan.duration.unit, int(plan.duration.value)
     if unit == "ep": value = value * (plan.length or 0) - done
@@ -204,9 +205,19 @@ def plan_state(plan: FitPlan) -> dict[str, Any]:
             "factor": plan.factor,
             "elapsed": now - plan.clock, "since_validation": now - plan.validated}
 
-def continue_plan(plan: FitPlan, saved: Mapping[str, Any]) -> None:
+def rates_text(values: Mapping[str, list[Any]]) -> str:
+    "Learning rates, as a person reads them"
+    return "; ".join(", ".join(f"{float(rate):g}" for rate in rates) for rates in values.values())
+
+def continue_plan(
+    plan: FitPlan,
+    saved: Mapping[str, Any],                # what `plan_state` gave
+    slots: Mapping[str, OptimizerSlot] = {},  # whose rates must be those that the fit began with
+) -> None:
     "Begin where a saved fit began; raises `ValueError` when something else was asked"
-    asked, before, now = plan_state(plan)["asked"], saved["asked"], time.monotonic()
+    asked, before, now = plan_state(plan)["asked"], dict(saved["asked"]), time.monotonic()
+    if slots and saved["values"]:
+        asked["lr"], before["lr"] = rates_text(current_values(slots)), rates_text(saved["values"]["lr"])
     other = [name for name in before if asked[name] != before[name]]
     changed = "; ".join(f"{name} was {before[name]!r}, now {asked[name]!r}" for name in other)
     if changed:

@@ -23,7 +23,7 @@ from ..core.nested import map_tensors
 from .engine import OptimizerSlot
 
 # %% auto #0
-__all__ = ['SCHEDULED', 'Factors', 'current_values', 'set_values', 'check_schedule', 'as_schedules']
+__all__ = ['SCHEDULED', 'Factors', 'current_values', 'set_values', 'check_schedule', 'check_momentum', 'as_schedules']
 
 # %% ../../nbs/api/loop/06b_scheduled.ipynb #3563cfd5
 SCHEDULED = ("lr", "momentum", "weight_decay")
@@ -75,6 +75,14 @@ def check_schedule(schedule: Any, key: str = "lr") -> None:
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise ValueError(f"the schedule gave {factor!r} at progress {progress}; expected a factor of the "
                              f"{what}, a number of at least 0, where progress runs from 0 to 1")
+
+def check_momentum(schedule: Callable[[float], float], values: Mapping[str, list[Any]]) -> None:
+    "Raise `ValueError` for factors that bring a momentum to 1 or above"
+    highest = max(schedule(i / 20) for i in range(21))
+    for name, found in values.items():
+        if max(found) * highest >= 1:
+            raise ValueError(f"the schedule for the momentum goes up to {highest:g}, a factor of "
+                             f"{max(found):g}, which is the momentum of {name!r}; expected products below 1")
 
 def as_schedules(
     given: Factors | None,  # a function of progress for the learning rate, or a dict of such

@@ -213,7 +213,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         saved = loaded["plan"]
         load_callbacks(trainer.all_callbacks(), loaded["callbacks"])
         load_loader_state(plan.train, loaded["loader"])
-    if resume and saved is not None: continue_plan(plan, saved)
+    if resume and saved is not None: continue_plan(plan, saved, slots)
     else:
         state.stop = state.end_epoch = None
         if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0

@@ -201,7 +201,7 @@ def rates_for(
     if isinstance(lr, tuple) and len(lr) != 2:
         raise ValueError(f"lr is {lr!r}; expected one rate, a pair for the first and the last group, or a "
                          "list with a rate for each")
-    labels: list[Any] = list(range(len(optimizer.param_groups)))
+    labels: list[Any] = [group.get("name", i) for i, group in enumerate(optimizer.param_groups)]
     if len(labels) == 1 or all(group.get("name") in DECAYED for group in optimizer.param_groups):
         regroup(optimizer, model, by_depth(model))
         labels = [group["name"] for group in optimizer.param_groups]

@@ -206,7 +206,7 @@ def train_window(trainer: Trainer, batches: Iterator[Any]) -> float:
     for left in reversed(range(engine.accumulate)):
         batch = trainer.state.current_batch = next(batches)
         trainer.closing = left == 0
-        output = engine.run(trainer.step.train, trainer, batch)
+        output = engine.train(trainer.step.train, trainer, batch)
         trainer.optimize(output.loss, count=output.count)
         losses.append(output.loss.detach())
         trainer.state.batch += 1
