@@ -64,7 +64,7 @@ def rng_state() -> dict[str, Any]:  # tensors, numbers, None and lists of them, 
         raise ValueError(f"numpy's global generator is a {numpy_state['bit_generator']}, whose state "
                          "cannot be kept. Use a generator of your own (numpy.random.default_rng) instead.")
     state: dict[str, Any] = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "python": {"version": version, "words": torch.from_numpy(np.array(words, np.int64)), "gauss": gauss},
         "numpy": {"words": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
                   "position": int(numpy_state["state"]["pos"]),
                   "has_gauss": int(numpy_state["has_gauss"]), "gauss": float(numpy_state["gauss"])},
