@@ -13,7 +13,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/seeding.html.md"""
 # %% ../../nbs/api/core/02_seeding.ipynb #06323320
 from __future__ import annotations
 import operator, random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 import numpy as np
@@ -22,8 +22,8 @@ from torch import Tensor
 from .errors import describe
 
 # %% auto #0
-__all__ = ['check_seed', 'seed_everything', 'seed_globals', 'rng_state', 'set_rng_state', 'isolated_rng', 'hash64', 'permutation',
-           'subkeys', 'uniforms']
+__all__ = ['check_seed', 'seed_everything', 'seed_globals', 'rng_state', 'set_rng_state', 'mark_rng', 'isolated_rng', 'hash64',
+           'permutation', 'subkeys', 'uniforms']
 
 # %% ../../nbs/api/core/02_seeding.ipynb #f1198fc8
 def check_seed(
@@ -92,15 +92,28 @@ def set_rng_state(
     if "mps" in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state["mps"])
 
 # %% ../../nbs/api/core/02_seeding.ipynb #e8048c4e
+def mark_rng() -> Callable[[], None]:  # may be called again and again, in this process
+    "A function that puts all global generators back to where they are now."
+    python, words, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def go_back() -> None:
+        random.setstate(python)
+        np.random.set_state(words)
+        torch.set_rng_state(cpu)
+        if cuda is not None: torch.cuda.set_rng_state_all(cuda)
+        elif torch.cuda.is_initialized():
+            for generator in torch.cuda.default_generators: generator.manual_seed(generator.initial_seed())
+        if mps is not None: torch.mps.set_rng_state(mps)
+    return go_back
+
 @contextmanager
 def isolated_rng() -> Iterator[None]:
     "Let the block draw what it likes; afterwards all global generators are as before."
-    state = rng_state()
+    go_back = mark_rng()
     try: yield
-    finally:
-        set_rng_state(state)
-        if "cuda" not in state and torch.cuda.is_initialized():
-            for generator in torch.cuda.default_generators: generator.manual_seed(generator.initial_seed())
+    finally: go_back()
 
 # %% ../../nbs/api/core/02_seeding.ipynb #c718fdc0
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1  # 2**64 / golden ratio: the step of SplitMix64

@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/groups.html.md"""
 # %% ../../nbs/api/loop/05b_groups.ipynb #06fc4462
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,8 +26,8 @@ from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'chosen_modules', 'Changed', 'set_trainable',
-           'all_but_last', 'frozen_norms', 'train_mode', 'norms_at_rest', 'undecayed', 'weight_decay_groups', 'regroup',
-           'replace_groups', 'add_missing', 'by_depth', 'by_selector']
+           'all_but_last', 'frozen_norms', 'train_mode', 'mark_norms', 'norms_at_rest', 'undecayed',
+           'weight_decay_groups', 'regroup', 'replace_groups', 'add_missing', 'by_depth', 'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
 def parts_of(
@@ -160,16 +160,25 @@ def train_mode(model: nn.Module) -> None:
     for norm in frozen_norms(model): norm.eval()
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #041f61ef
+def mark_norms(
+    model: nn.Module,
+) -> Callable[[], None]:  # may be called again and again
+    "A function that puts the running statistics of batch norms in training back to what they are now"
+    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.training]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+
+    def go_back() -> None:
+        for buffer, before in kept: buffer.data.copy_(before)  # by `data`: a graph may hold on to the buffer
+    return go_back
+
 @contextmanager
 def norms_at_rest(
     model: nn.Module,
 ) -> Iterator[None]:
     "The running statistics of batch norms are the same after the block as before it"
-    norms = [one for one in model.modules() if isinstance(one, _NormBase) and one.training]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    go_back = mark_norms(model)
     try: yield
-    finally:
-        for buffer, before in kept: buffer.data.copy_(before)  # by `data`: a graph may hold on to the buffer
+    finally: go_back()
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #c08e2930
 UNDECAYED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)

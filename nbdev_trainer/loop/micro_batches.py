@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.messages import tell
 from ..core.nested import concatenate, detach, index, map_tensors
-from ..core.seeding import rng_state, set_rng_state
+from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot
+from .groups import mark_norms
 from .repeated import Repeating, asks_again
 from .steps import Step
 from ..metrics.base import targets_of
@@ -103,14 +103,13 @@ def window_before(slot: OptimizerSlot) -> Callable[[], None]:  # goes back to it
 
 def traces_before(trainer: Any) -> Callable[[], None]:  # goes back to them
     "Note what a try at a batch changes beside gradients: generators, batch norms, what is logged"
-    start, logged = rng_state(), map_tensors(Tensor.clone, trainer.logged.state_dict())
-    norms = [one for one in trainer.model.modules() if isinstance(one, _NormBase) and one.training]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    rng_back, norms_back = mark_rng(), mark_norms(trainer.model)
+    logged = map_tensors(Tensor.clone, trainer.logged.state_dict())
 
     def take_back() -> None:
-        set_rng_state(start)
+        rng_back()
+        norms_back()
         trainer.logged.load_state_dict(logged)
-        for buffer, before in buffers: buffer.data.copy_(before)
     return take_back
 
 def put_back(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import describe
-from ..core.seeding import rng_state, set_rng_state
+from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot, Precision
 from .groups import norms_at_rest
@@ -47,19 +47,17 @@ def look_again(
     method: Callable[[Any, Batch], StepOutput],  # of the step: train
     trainer: Any,                                # as the step knows it
     batch: Batch,                                # on the device
-    start: dict[str, Any],                       # the state of the generators when the batch began
+    to_start: Callable[[], None],                # puts the generators back to where the batch began
 ) -> Tensor:  # () the loss
     "Loss and finished gradient of a batch at the weights of now"
-    now, slot = rng_state(), engine.slots["main"]
+    slot = engine.slots["main"]
     slot.zero()
-    set_rng_state(start)
-    try:
-        with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
-            output = engine.run(method, trainer, batch)
-            if output.loss is None: raise ValueError("the step returned no loss when it was asked again")
-            engine.backward(output.loss, batch.size if output.count is None else output.count, slot)
-        engine.finish(slot)
-    finally: set_rng_state(now)
+    to_start()
+    with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
+        output = engine.run(method, trainer, batch)
+        if output.loss is None: raise ValueError("the step returned no loss when it was asked again")
+        engine.backward(output.loss, batch.size if output.count is None else output.count, slot)
+    engine.finish(slot)
     return output.loss.detach()
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #5e9b281c
@@ -82,8 +80,8 @@ class Repeating(Engine):
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step, and remember how to call it again"
-        start = rng_state()
-        def again() -> Tensor: return look_again(self, method, trainer, batch, start)
+        to_start = mark_rng()
+        def again() -> Tensor: return look_again(self, method, trainer, batch, to_start)
         self.again = again
         return self.run(method, trainer, batch)
 
@@ -91,12 +89,13 @@ class Repeating(Engine):
         "Step the optimizer with the closure; the weights are as before if that raises"
         if all(group["lr"] == 0 for group in slot.optimizer.param_groups):
             return True  # the end of a schedule; a line search of no length would divide by it
-        params: list[Tensor] = slot.params
-        before = [p.detach().clone() for p in params]
         optimizer: Any = slot.optimizer  # torch says that a closure gives a float, and takes a tensor
+        params: list[Tensor] = [] if getattr(optimizer, "comes_back", False) else slot.params
+        before = [p.detach().clone() for p in params]
         try: optimizer.step(self.again)
         except BaseException:
-            with torch.no_grad(): torch._foreach_copy_(params, before)
+            if params:
+                with torch.no_grad(): torch._foreach_copy_(params, before)
             raise
         return True
 
@@ -104,6 +103,7 @@ class Repeating(Engine):
 class SAM(torch.optim.Optimizer):
     "Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412) around another optimizer"
     asks_again = True
+    comes_back = True  # by itself, if a look fails
 
     def __init__(self,
         base: torch.optim.Optimizer,  # steps with the gradient of the climbed point, such as SGD
@@ -121,10 +121,12 @@ class SAM(torch.optim.Optimizer):
 
     def climb(self, params: list[Tensor]) -> None:
         "Go `rho` in the direction in which the loss rises most"
-        sizes = [p.abs() if self.adaptive else torch.ones((), device=p.device) for p in params]
-        slopes = [p.grad * size for p, size in zip(params, sizes) if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(slope) for slope in slopes]))
-        for p, size, slope in zip(params, sizes, slopes): p.add_(slope * size * (self.rho / (norm + 1e-12)))
+        slopes: Any = [p.grad for p in params]
+        sizes = torch._foreach_abs(params) if self.adaptive else None
+        if sizes is not None: slopes = torch._foreach_mul(slopes, sizes)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
+        if sizes is not None: torch._foreach_mul_(slopes, sizes)
+        torch._foreach_add_(params, torch._foreach_mul(slopes, self.rho / (norm + 1e-12)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # the loss at the climbed point
