@@ -99,12 +99,15 @@ Modules:
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
+- `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
 - `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
+- `nbdev_trainer.store.sealed`: Directories that are complete or not there, and prove it
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
+- `nbdev_trainer.store.trees`: The state of a run taken apart into JSON and tensors, and put together again
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
 - `nbdev_trainer.use.batch_sizes`: Find a batch size: double it until memory runs out or nothing gets faster, and put everything back
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was

@@ -26,11 +26,11 @@ from torch import Tensor
 from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'read_json', 'write_tensors',
+__all__ = ['sync', 'write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'read_json', 'write_tensors',
            'read_metadata', 'read_tensors', 'append_lines', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     "Wait until a file or directory is on the disk."
     if path.is_dir() and os.name == "nt": return  # Windows cannot open directories, and does not need to
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -51,13 +51,13 @@ def _replacing(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         error.add_note(f"This happened while writing '{path}'. What was there before is unchanged.")
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 # %% ../../nbs/api/store/00_files.ipynb #df1b3b05
 def write_bytes(
