@@ -77,7 +77,7 @@ def test_the_events_of_a_fit_fire_in_this_order():
     make_trainer(diary).fit(batches(2), batches(1), n=1)
     batch = "before_batch after_predict after_loss after_backward before_step after_step after_batch".split()
     evaluation = "before_evaluate before_evaluate_batch after_evaluate_batch after_evaluate".split()
-    expected = ["before_fit", "before_epoch", *batch, *batch, *evaluation, "after_epoch", "after_fit"]
+    expected = ["before_fit", "before_epoch", *batch, *batch, *evaluation, "after_validate", "after_epoch", "after_fit"]
     assert [event for event, _ in diary.entries] == expected
 
 
@@ -476,7 +476,7 @@ def test_an_epoch_that_is_ended_ends_after_its_batch_and_is_evaluated(event):
     assert [(one["what"], one["why"]) for one in trainer.state.control] == [("end_epoch", "long enough")] * 3
 
 
-STOPS = {"before_fit": 0, "before_epoch": 1, "after_evaluate": 5, "after_epoch": 5}  # batches done; else 1
+STOPS = {"before_fit": 0, "before_epoch": 1, "after_evaluate": 5, "after_validate": 5, "after_epoch": 5}  # batches done; else 1
 
 
 @pytest.mark.parametrize("event", TRAINING[:-1] + ["after_evaluate"])

@@ -49,6 +49,7 @@ class Callback:
     def before_evaluate_batch(self, trainer: Trainer) -> None: "An evaluation batch is on the device"
     def after_evaluate_batch(self, trainer: Trainer) -> None: "Its output is there"
     def after_evaluate(self, trainer: Trainer) -> None: "The results are in `state.metrics`"
+    def after_validate(self, trainer: Trainer) -> None: "Every validation set is evaluated"
     def after_epoch(self, trainer: Trainer) -> None: "A pass over the training data is done and evaluated"
     def after_fit(self, trainer: Trainer) -> None: "Always, however the fit ended"
 
@@ -104,9 +105,13 @@ def in_order(
     callbacks: Sequence[Callback],  # as the user listed them
 ) -> list[Callback]:
     "Sorted so that `runs_after` and `runs_before` hold, else as listed; raises `ValueError` for a cycle"
+    def is_named(late: Callback, early: Callback) -> bool:
+        others = tuple(kind for kind in late.runs_after if kind is not Callback)
+        return isinstance(early, others) or isinstance(late, early.runs_before)
+
     def must_wait(late: Callback, early: Callback) -> bool:
-        if late is early: return False
-        return isinstance(early, late.runs_after) or isinstance(late, early.runs_before)
+        if late is early or is_named(late, early): return late is not early
+        return Callback in late.runs_after and Callback not in early.runs_after and not is_named(early, late)
 
     left, ordered = list(callbacks), []
     while left:

@@ -92,7 +92,10 @@ def load_callbacks(callbacks: Iterable[Callback], saved: Mapping[str, Any]) -> N
     for name, state in saved.items(): here[name].load_state_dict(state)
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #58ac291b
-def trainer_state(trainer: Trainer) -> dict[str, Any]:
+def trainer_state(
+    trainer: Trainer,
+    copied: bool = True,  # False: the tensors themselves, which change when training goes on
+) -> dict[str, Any]:
     "All state of a run; raises `RuntimeError` during an evaluation, where it would not be whole"
     phase, slots = trainer.state.phase, trainer.engine.slots
     if phase not in (None, "train"):
@@ -104,7 +107,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
     precision: Any = engine.precision
     plan = loaded.get("plan") if trainer.open_plan is None else plan_state(trainer.open_plan)
     loader = loaded["loader"] if loaded else loader_state(trainer.last_train)
-    return map_tensors(Tensor.clone, {
+    return map_tensors(Tensor.clone if copied else Tensor.detach, {
         "model": model_state(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
         "windows": window_state(slots), "window_batches": trainer.window_batches, "stepped": trainer.stepped,

@@ -31,6 +31,8 @@ class State:
     epoch_batch: int = 0                # training batches done in the epoch that is not done yet
     evaluated_at: int = -1              # the value of `batch` at the last validation
     evaluated_step: int = 0             # the value of `step` then
+    sets_evaluated: int = 0             # validation sets done, of a validation that was cut off
+    epoch_is_counted: bool = False      # an epoch is counted, and its validation has not come to its end
     phase: str | None = None            # "train", "valid", "test" or "predict" while a loop runs
     loader: str | None = None           # name of the evaluated set, such as "valid"
     optimizer: str | None = None        # name of the optimizer at before_step and after_step
@@ -56,4 +58,4 @@ class State:
 
 # %% ../../nbs/api/loop/01_state.ipynb #996cd667
 SAVED = ("epoch", "batch", "step", "samples", "epoch_batch", "evaluated_at", "evaluated_step",
-         "end_epoch", "stop")
+         "sets_evaluated", "epoch_is_counted", "end_epoch", "stop")

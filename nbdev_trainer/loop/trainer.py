@@ -88,20 +88,25 @@ class Results(Evaluation):
     def finish_epoch(self, plan: FitPlan) -> None:
         "Count the epoch, validate if it is time, and let callbacks have their say"
         state = self.state
-        if state.end_epoch is not None: self.took_effect("end_epoch")
-        state.epoch, state.epoch_batch = state.epoch + 1, 0
+        if not state.epoch_is_counted:  # else the fit was cut off in the validation, and goes on there
+            if state.end_epoch is not None: self.took_effect("end_epoch")
+            state.epoch, state.epoch_batch, state.epoch_is_counted = state.epoch + 1, 0, True
         if validation_due(plan, state): self.validate(plan)
         self.note_results()
+        state.epoch_is_counted = False
         self.call("after_epoch")
         if self.logged.logs: self.note_results()  # what was logged there belongs to this epoch too
 
     def validate(self, plan: FitPlan) -> None:
         "Evaluate on every validation set"
+        state = self.state
         self.note_results()
-        for name, loader in plan.valid_sets.items():
-            self.evaluate(loader, name=name, limit_batches=plan.limit_batches)
-        self.state.evaluated_at, self.state.evaluated_step = self.state.batch, self.state.step
+        for name in list(plan.valid_sets)[state.sets_evaluated:]:
+            self.evaluate(plan.valid_sets[name], name=name, limit_batches=plan.limit_batches)
+            state.sets_evaluated += 1
+        state.evaluated_at, state.evaluated_step, state.sets_evaluated = state.batch, state.step, 0
         plan.validated = time.monotonic()
+        self.call("after_validate")
 
     def note_results(self) -> None:
         "Put what was measured in training so far, and what was logged, into `state.metrics`"
@@ -120,6 +125,7 @@ class Loop(Results):
         state = self.state
         inside = state.epoch_batch > 0 and state.batch > plan.began["batch"]  # goes on right after a batch
         inside = inside or plan.epoch_is_full(state)
+        if state.epoch_is_counted: self.finish_epoch(plan)
         while inside or state.stop is None and not plan.is_over(state):
             if state.epoch_batch == 0:
                 self.train_metrics.reset()
@@ -216,6 +222,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     if resume and saved is not None: continue_plan(plan, saved, slots)
     else:
         state.stop = state.end_epoch = None
+        state.epoch_is_counted, state.sets_evaluated = False, 0
         if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0
     goes_on = resume and saved is not None and trainer.whole  # a batch that was cut off spoils its window
     if not goes_on:
