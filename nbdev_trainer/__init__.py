@@ -10,6 +10,7 @@ Modules:
 - `nbdev_trainer.callbacks.activations`: What the modules of a model give while it trains: spread, share of zeros, dead units, and a picture of all values
 - `nbdev_trainer.callbacks.anomaly`: The line of the model whose gradient is NaN
 - `nbdev_trainer.callbacks.averaging`: Weights averaged over the last steps or epochs, for evaluation and prediction: EMA and SWA
+- `nbdev_trainer.callbacks.checkpoint`: Saves the whole state of a run while it trains, so that it can go on after anything
 - `nbdev_trainer.callbacks.culprits`: Who made the first number that is none: a sample, a parameter, a module, the loss, or a gradient
 - `nbdev_trainer.callbacks.gradients`: Norms of gradients by group, part or parameter, and how large each update is beside its weights
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table

@@ -40,6 +40,7 @@ class State:
     output: StepOutput | None = None    # what the step answered for it
     metrics: dict[str, float] = field(default_factory=dict)      # latest results: train_loss, valid_loss, ...
     control: list[dict[str, Any]] = field(default_factory=list)  # requests that took effect, with reasons
+    interruption: str | None = None     # what ended the fit from outside, between two batches: "SIGTERM"
     ending: str | None = None           # "finished", "stopped", "interrupted" or "failed", at after_fit
     skip_batch: str | None = None       # reason to leave this batch out
     skip_step: str | None = None        # reason to drop this window's gradients

@@ -235,7 +235,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         follow(plan, state, slots)
     trainer.last_train, trainer.open_plan = plan.train, plan
     trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
-    state.phase, state.ending = "train", None
+    state.phase, state.ending, state.interruption = "train", None, None
     state.skip_batch = state.skip_step = None
 
 def leave_fit(trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .trees import put_together, take_apart
 # %% auto #0
 __all__ = ['SCHEMA', 'FILES', 'UPGRADES', 'CHECKPOINT', 'LEFTOVER', 'place', 'checkpoint_name', 'write_checkpoint',
            'written_with', 'read_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'remove_checkpoint',
-           'is_complete', 'remove_old', 'remove_leftovers']
+           'is_complete', 'remove_old', 'batch_of', 'remove_leftovers']
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #1f5c3c1c
 SCHEMA = 1  # of the state; a number higher than this was written by a newer version
@@ -137,15 +137,22 @@ def is_complete(path: Path) -> bool:
     return True
 
 def remove_old(
-    directory: Path,          # that holds the checkpoints of a run
-    keep: Collection[Path],   # those that are to stay
-) -> list[Path]:              # what was removed
+    directory: Path,              # that holds the checkpoints of a run
+    keep_last: int = 2,           # the newest that stay
+    batches: Iterable[int] = (),  # the newest of each of these stays too
+) -> list[Path]:                  # what was removed
     "Remove the other checkpoints; of the complete ones the newest two stay in any case"
     listed = list_checkpoints(directory)
-    safe = [one for one in reversed(listed) if is_complete(one)][:2]
-    old = [one for one in listed if one not in keep and one not in safe]
+    at_batch = {batch_of(one): one for one in listed}
+    stay = {*listed[-keep_last:], *(at_batch[batch] for batch in batches if batch in at_batch)}
+    stay.update([one for one in reversed(listed) if is_complete(one)][:2])
+    old = [one for one in listed if one not in stay]
     for one in old: remove_checkpoint(one)
     return old
+
+def batch_of(path: Path) -> int:
+    "The batch at which a checkpoint was saved, from its name"
+    return int(path.name.split("-")[1])
 
 def remove_leftovers(directory: Path) -> list[Path]:
     "Remove what processes left half-written that died over it"

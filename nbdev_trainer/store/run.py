@@ -23,11 +23,11 @@ from .history import History, plot_histories, read_history
 from .tables import format_value, table_html
 
 # %% auto #0
-__all__ = ['CONFIG', 'holds_run', 'check_new_run', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order', 'aligned',
-           'RunTable', 'read_table']
+__all__ = ['CONFIG', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order',
+           'aligned', 'RunTable', 'read_table']
 
 # %% ../../nbs/api/store/05_run.ipynb #a05bdf54
-CONFIG = "config.json"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # names in the directory of a run
 
 def holds_run(directory: str | Path) -> bool:
     "Whether a directory is that of a run"
