@@ -20,6 +20,7 @@ Modules:
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.rates`: Learning rates that depend on results, and the schedulers of torch
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
+- `nbdev_trainer.callbacks.resume`: Goes on with a saved run in a new process, at the next batch, or says why that cannot be
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
 - `nbdev_trainer.callbacks.stopping`: Ending a fit when nothing gets better any more
 - `nbdev_trainer.callbacks.timing`: Where the time of a fit goes: waiting for data, copy, forward, backward, step, callbacks, validation
@@ -84,6 +85,7 @@ Modules:
 - `nbdev_trainer.loop.repeated`: Optimizers that ask for the loss again within a step: LBFGS, SAM, and any other that needs a closure
 - `nbdev_trainer.loop.scheduled`: What a schedule changes in an optimizer: learning rates, momentum, weight decay
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
+- `nbdev_trainer.loop.settings`: What decides the result of a run, as plain data, and what differs between two of them
 - `nbdev_trainer.loop.snapshot`: All state of a run as plain data and tensors, and back
 - `nbdev_trainer.loop.state`: Where a run is: the counters, the batch in hand, and what was last measured
 - `nbdev_trainer.loop.steps`: What happens to one batch: the one thing to replace in order to train anything

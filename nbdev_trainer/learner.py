@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn, optim
 
 from .callbacks.averaging import AveragedWeights
+from .callbacks.checkpoint import Checkpoint
 from .callbacks.progress import Progress
 from .callbacks.recorder import Recorder
+from .callbacks.resume import take_up
 from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
 from .callbacks.trackers import TensorBoard
@@ -92,17 +94,18 @@ def check_replacements(callbacks: Iterable[Callback], present: Iterable[Callback
                              "Learner(callbacks=[...]), where it takes the place of the default one")
 
 def keepers(
-    run_dir: str | Path | None,        # a new directory; None: the run is not kept
+    run_dir: str | Path | None,        # of one run; None: the run is not kept
     config: Mapping[str, Any] | None,  # facts that only the user knows
     given: Iterable[Callback],         # the user's callbacks
     with_tensorboard: bool,            # also write for TensorBoard, if it is installed
     shown: bool = True,                # say so
 ) -> list[Callback]:
-    "What keeps a run in a directory; raises `FileExistsError` for one that holds a run"
+    "What keeps a run in a directory: its description and history, and checkpoints to go on from"
     if run_dir is None:
         if config: raise ValueError("config= is kept in the directory of the run; pass run_dir= as well")
         return []
     kept: list[Callback] = [RunDirectory(run_dir, config)]
+    if not any(isinstance(one, Checkpoint) for one in given): kept.append(Checkpoint())
     if not with_tensorboard or find_spec("tensorboard") is None: return kept
     if any(isinstance(one, TensorBoard) for one in given): return kept
     tell(f"to see curves while it trains: tensorboard --logdir {Path(run_dir) / 'tensorboard'}", shown)
@@ -184,7 +187,7 @@ class Learner:
         compile: bool | Mapping[str, Any] = False,            # the model; a dict: for `torch.compile`
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
-        run_dir: str | Path | None = None,                    # a new directory to keep the run in
+        run_dir: str | Path | None = None,                    # where to keep the run; to go on with it: resume=True
         config: Mapping[str, Any] | None = None,              # facts to keep there, such as {"data": "flowers"}
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -231,6 +234,7 @@ class Learner:
     ) -> None:
         "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
+        if resume: take_up(self.trainer, self.loaders.train, self.loaders.valid_sets)
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         tell(self.describe(), self.verbose > 1)
         with self.learning_rates(lr):

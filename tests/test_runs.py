@@ -46,7 +46,7 @@ def test_a_run_can_be_opened_as_the_learner_saw_it(loaders, tmp_path):
     expected |= {"loss": "CrossEntropyLoss()", "optimizer": "SGD", "lr": 0.5, "batch_size": 15, "n_train": 45}
     assert {name: run.config[name] for name in expected} == expected
     assert run.config["versions"]["torch"] == torch.__version__
-    assert files_of(run.directory) == ["config.json", "history.jsonl", "steps.jsonl"]
+    assert files_of(run.directory) == ["checkpoints", "config.json", "fits.jsonl", "history.jsonl", "steps.jsonl"]
 
 
 def test_keeping_a_run_does_not_change_its_weights(loaders, tmp_path):

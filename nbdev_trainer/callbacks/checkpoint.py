@@ -33,6 +33,7 @@ from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
+from ..loop.settings import run_settings
 from ..loop.snapshot import trainer_state
 from ..store.checkpoints import (
     list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
@@ -120,7 +121,7 @@ class Best:
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6d05cae
 class Checkpoint(Callback):
     "Saves the state of a run in `checkpoints/` of its directory"
-    runs_after = (Callback,)
+    runs_after, only_watches = (Callback,), True
     directory: Path                # of the checkpoints; known when a fit begins
     ranking: Best | None = None    # where a result is watched
     best_is_due = False            # what was just measured is to be kept
@@ -151,6 +152,7 @@ class Checkpoint(Callback):
         self.directory = checkpoint_directory(trainer, self.given)
         if self.best is not None: self.ranking = ranking(trainer, self)
         remove_leftovers(self.directory)
+        self.settings = run_settings(trainer, trainer.plan.train, trainer.plan.valid_sets)
         self.due.step, self.due.clock = trainer.state.step, time.monotonic()
         if trainer.state.batch == 0: self.save(trainer)
 
@@ -182,6 +184,7 @@ class Checkpoint(Callback):
         "Save the state of now"
         self.settle()
         state, batch, ranking = trainer_state(trainer, copied=False), trainer.state.batch, self.ranking
+        state["settings"] = self.settings
         if self.background: state = self.copies.take(state)
         self.best_is_due, self.due.clock = False, time.monotonic()
         best = {} if ranking is None else dict(ranking.values)

@@ -94,6 +94,7 @@ def inside_fit(trainer: Trainer) -> bool:
 # %% ../../nbs/api/callbacks/00_recorder.ipynb #b97aee5e
 class Recorder(Callback):
     "Keeps the history of a run"
+    only_watches = True
     seconds = 0.0               # spent in fits that have ended
     began: float | None = None  # when the running fit began, by the clock
 

@@ -4,7 +4,8 @@ One directory is one run. When training begins, the directory gets a description
 every complete row of the history is added as a line. So `Run.open` shows a run that is going on, one that has ended,
 and one whose process was killed.
 
-A run directory does not hold checkpoints yet. It tells what happened; a run cannot be continued from it.
+Each fit adds a line when it begins and one when it ends, so the directory also tells on which machine a run trained, how
+often it was cut off, and why it ended.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/run_directory.html.md"""
 
@@ -14,6 +15,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/run_directory.
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from collections.abc import Mapping, Sized
 from datetime import datetime
 from importlib.metadata import version
@@ -28,13 +31,14 @@ from ..data.loaders import Loader
 from ..loop.steps import SupervisedStep
 from ..store.files import append_line, append_lines, find_unplain, write_json
 from ..store.history import parts_of
-from ..store.lines import as_json, continue_file
-from ..store.run import CONFIG, check_new_run
+from ..store.lines import as_json, hold_rows
+from ..store.run import CONFIG, FITS, check_new_run
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'check_config', 'RunDirectory']
+__all__ = ['versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'git', 'place_and_program',
+           'check_config', 'RunDirectory']
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #c6b3bdeb
 def versions() -> dict[str, str]:
@@ -79,6 +83,19 @@ def loss_text(loss_fn: Any) -> str:
     if isinstance(loss_fn, torch.nn.Module): return str(loss_fn)
     return getattr(loss_fn, "__name__", str(loss_fn))
 
+# %% ../../nbs/api/callbacks/04_run_directory.ipynb #23d7ac51
+def git(*arguments: str) -> str | None:
+    "What git says of the working directory; None where it says nothing"
+    try: answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+def place_and_program() -> dict[str, Any]:
+    "Machine, command, and commit of the working directory"
+    commit = git("rev-parse", "HEAD")
+    changed = " and changes" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"host": platform.node(), "command": " ".join(sys.argv), "git": commit and commit + changed}
+
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #418bacae
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     "The configuration, or a `TypeError` that names what is not plain data"
@@ -89,13 +106,14 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #a73109c5
 class RunDirectory(RowWriter):
-    "Keeps `config.json`, `history.jsonl`, `steps.jsonl` and `control.jsonl` in a directory"
+    "Keeps `config.json`, `fits.jsonl` and the lines of the history in a directory"
+    only_watches = True
+
     def __init__(self,
-        directory: str | Path,                    # new, or without a run in it; made when a fit begins
+        directory: str | Path,                    # of one run; made when a fit begins
         config: Mapping[str, Any] | None = None,  # facts to add to the description, or to put in its place
     ) -> None:
         self.directory, self.config, self.begun = Path(directory), check_config(config or {}), False
-        check_new_run(self.directory)
         self.counts: dict[str, int] = {}  # by file: how many entries of the history it holds
 
     def before_fit(self, trainer: Trainer) -> None:
@@ -103,11 +121,21 @@ class RunDirectory(RowWriter):
         if not self.begun:
             check_new_run(self.directory)
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / CONFIG, describe_training(trainer) | self.config)
+            write_json(self.directory / CONFIG, describe_training(trainer) | place_and_program() | self.config)
             self.begun = True
         for name, part in parts_of(self.history).items():
-            self.counts[name] = continue_file(self.directory / f"{name}.jsonl", part)
+            hold_rows(self.directory / f"{name}.jsonl", part)
+            self.counts[name] = len(part)
         self.written = self.counts.pop("history")
+        self.note(event="begin", batch=trainer.state.batch, host=platform.node(), versions=versions())
+
+    def go_on(self) -> None:
+        "What the directory holds is this run: the next fit adds to it"
+        self.begun = True
+
+    def note(self, **facts: Any) -> None:
+        "Add a line about a fit"
+        append_line(self.directory / FITS, as_json({"at": datetime.now().isoformat(timespec="seconds"), **facts}))
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         "Append one row, and what was recorded since the last one"
@@ -124,10 +152,13 @@ class RunDirectory(RowWriter):
     def after_fit(self, trainer: Trainer) -> None:
         super().after_fit(trainer)
         self.write_records()
-        if self.begun and trainer.state.batch == 0: self.take_back()
+        state = trainer.state
+        why = state.interruption or (state.control[-1]["why"] if state.ending == "stopped" else None)
+        self.note(event="end", batch=state.batch, ending=state.ending, why=why)
+        if self.begun and state.batch == 0 and state.ending == "failed": self.take_back()
 
     def take_back(self) -> None:
         "Remove what was written for a run that has not trained anything"
-        (self.directory / CONFIG).unlink(missing_ok=True)
+        for name in (CONFIG, FITS): (self.directory / name).unlink(missing_ok=True)
         if not any(self.directory.iterdir()): self.directory.rmdir()
         self.begun = False

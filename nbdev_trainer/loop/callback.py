@@ -36,6 +36,8 @@ class Callback:
     runs_after: ClassVar[tuple[type[Callback], ...]] = ()   # act after callbacks of these classes
     runs_before: ClassVar[tuple[type[Callback], ...]] = ()  # act before callbacks of these classes
 
+    only_watches: ClassVar[bool] = False  # True: a run ends the same without it, so it may come and go
+
     def before_fit(self, trainer: Trainer) -> None: "Once, before the first batch"
     def before_epoch(self, trainer: Trainer) -> None: "At the start of a pass over the training data"
     def before_batch(self, trainer: Trainer) -> None: "A training batch is on the device"

@@ -83,13 +83,18 @@ def keyed(callbacks: Iterable[Callback]) -> dict[str, Any]:
         found[f"{name}#{n + 1}" if n else name] = callback
     return found
 
-def load_callbacks(callbacks: Iterable[Callback], saved: Mapping[str, Any]) -> None:
+def load_callbacks(
+    callbacks: Iterable[Callback],
+    saved: Mapping[str, Any],         # state by name
+    dispensable: Iterable[str] = (),  # names that need not be there
+) -> None:
     "Put the state of callbacks back; raises `ValueError` when a saved one is not there"
     here = keyed(callbacks)
-    if missing := sorted(saved.keys() - here.keys()):
+    if missing := sorted(saved.keys() - here.keys() - set(dispensable)):
         raise ValueError(f"the saved run has the callbacks {missing}, which are missing here; pass the same "
                          "callbacks")
-    for name, state in saved.items(): here[name].load_state_dict(state)
+    for name, state in saved.items():
+        if name in here: here[name].load_state_dict(state)
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #58ac291b
 def trainer_state(
@@ -113,6 +118,7 @@ def trainer_state(
         "windows": window_state(slots), "window_batches": trainer.window_batches, "stepped": trainer.stepped,
         "state": trainer.state.state_dict(), "train_metrics": trainer.train_metrics.state_dict(),
         "callbacks": loaded.get("callbacks", {}) | callbacks,
+        "watching": [name for name, one in keyed(trainer.all_callbacks()).items() if one.only_watches],
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "precision": precision.state_dict() if hasattr(precision, "state_dict") else None,
         "engine": engine.state_dict() if hasattr(engine, "state_dict") else None,

@@ -37,6 +37,7 @@ from .optimizers import check_optimizers
 from .plan import (FitPlan, begin_plan, continue_plan, follow, generators, load_loader_state,
                                      make_plan, open_epoch, plan_state, unfollow, validation_due)
 from .scheduled import Factors
+from .settings import callback_settings
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
@@ -217,7 +218,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     saved: Mapping[str, Any] | None = None if trainer.open_plan is None else plan_state(trainer.open_plan)
     if loaded is not None:
         saved = loaded["plan"]
-        load_callbacks(trainer.all_callbacks(), loaded["callbacks"])
+        load_callbacks(trainer.all_callbacks(), loaded["callbacks"], loaded["watching"])
         load_loader_state(plan.train, loaded["loader"])
     if resume and saved is not None: continue_plan(plan, saved, slots)
     else:
@@ -325,6 +326,7 @@ class Trainer(Loop):
                                   accumulate=accumulate, clip=clip, precision=precision, strategy=strategy)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
+        self.callback_settings = callback_settings(self.callbacks)
         self.state, self.plan = State(), None
         self.train_metrics, self.logged = MetricSet(self.metrics), MetricSet([])
         leave_fit(self)

@@ -20,7 +20,7 @@ from ..core.errors import describe
 from .files import existing_file, write_text
 
 # %% auto #0
-__all__ = ['as_json', 'continue_file', 'read_lines']
+__all__ = ['as_json', 'continue_file', 'hold_rows', 'read_lines']
 
 # %% ../../nbs/api/store/02_lines.ipynb #f6ac9609
 def as_json(
@@ -45,6 +45,15 @@ def continue_file(
         if last + 1 < len(lines): write_text(path, "\n".join(lines[:last + 1]) + "\n")
         return n
     return 0
+
+# %% ../../nbs/api/store/02_lines.ipynb #75b796a1
+def hold_rows(
+    path: Path,                         # of a file with a line per row; it need not exist
+    rows: Sequence[Mapping[str, Any]],  # all that it is to hold
+) -> None:
+    "Write a file anew unless it holds exactly these rows"
+    text = "".join(as_json(row) + "\n" for row in rows)
+    if (path.read_text(encoding="utf-8") if path.is_file() else "") != text: write_text(path, text)
 
 # %% ../../nbs/api/store/02_lines.ipynb #ab14462b
 def read_lines(

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import describe, did_you_mean
+from .checkpoints import list_checkpoints
 from .files import existing_file, read_json
 from .history import History, plot_histories, read_history
+from .lines import read_lines
 from .tables import format_value, table_html
 
 # %% auto #0
-__all__ = ['CONFIG', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order',
-           'aligned', 'RunTable', 'read_table']
+__all__ = ['CONFIG', 'FITS', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'Run', 'check_run', 'best_value', 'summary_row',
+           'in_order', 'aligned', 'RunTable', 'read_table']
 
 # %% ../../nbs/api/store/05_run.ipynb #a05bdf54
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"  # names in the directory of a run
+CONFIG, FITS, CHECKPOINTS = "config.json", "fits.jsonl", "checkpoints"  # names in the directory of a run
 
 def holds_run(directory: str | Path) -> bool:
     "Whether a directory is that of a run"
@@ -42,7 +44,8 @@ def check_new_run(
     if blocked: raise NotADirectoryError(f"'{blocked}' is a file; expected a directory for the run")
     if holds_run(path):
         raise FileExistsError(f"'{path}' holds a run already, and two in one directory would be neither. "
-                              f"Choose another directory or remove this one; Run.open('{path}') shows it.")
+                              f"To go on with it: fit(..., resume=True). Else choose another directory or "
+                              f"remove this one; Run.open('{path}') shows it.")
 
 # %% ../../nbs/api/store/05_run.ipynb #92beec3c
 @dataclass(frozen=True)
@@ -76,6 +79,24 @@ class Run:
     def name(self) -> str: return self.directory.resolve().name
 
     @property
+    def fits(self) -> list[dict[str, Any]]:
+        "When and where each fit began, and how it ended"
+        path = self.directory / FITS
+        return read_lines(path)[0] if path.is_file() else []
+
+    @property
+    def ending(self) -> str:
+        "How the last fit ended: finished, stopped, interrupted or failed, and why; or that it did not end"
+        last = self.fits[-1] if self.fits else {}
+        if last.get("event") != "end": return "killed, or still running" if last else "unknown"
+        return f"{last['ending']}: {last['why']}" if last.get("why") else str(last["ending"])
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        "The directories of the checkpoints, oldest first"
+        return list_checkpoints(self.directory / CHECKPOINTS)
+
+    @property
     def weights(self) -> Path:
         "The file of the weights; raises `FileNotFoundError` when they were not saved"
         return existing_file(self.directory / "model.safetensors")
@@ -83,6 +104,7 @@ class Run:
     def __repr__(self) -> str:
         plain = {key: value for key, value in self.config.items() if isinstance(value, (str, int, float))}
         facts = [f"{key}: {value}" for key, value in plain.items()]
+        if self.fits: facts.append(f"ending: {self.ending}")
         notes = [f"cut off, and left out: {', '.join(self.cut_off)}"] if self.cut_off else []
         return "\n".join([f"run {self.name}", *facts, *notes, "", repr(self.history)])
 
