@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from .networks import is_named, named_network, photo_cnn
 from ..core.errors import Problems, describe, did_you_mean
-from ..learner import load_weights
 from ..store.files import read_tensors
 from ..store.run import Run
+from ..store.weights import load_weights
 
 # %% auto #0
 __all__ = ['MODELS', 'check_sizes', 'multilayer_perceptron', 'linear_model', 'small_cnn', 'mean_and_std', 'Standardized',

@@ -135,8 +135,8 @@ def read_json(
     "The value in a JSON file; raises `ValueError` when it is damaged, larger than the limit, or ambiguous."
     path = existing_file(path)
     if (size := path.stat().st_size) > max_bytes:
-        raise ValueError(f"'{path}' has {size:,} bytes; expected at most {max_bytes:,}. It was not read. If it is "
-                         "meant to be so large, pass max_bytes=.")
+        raise ValueError(f"'{path}' has {size:,} bytes; expected at most {max_bytes:,}. It was not read. "
+                         "If it is meant to be so large, pass max_bytes=.")
     try: return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_names)
     except json.JSONDecodeError as error: where = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError as error: where = f"byte {error.start} is not UTF-8"
@@ -200,10 +200,10 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"'{path}' is damaged or was made to mislead: in its header {error}.") from None
     for name, entry in entries.items():
         if name != "__metadata__" and len(entry["shape"]) > MAX_DIMENSIONS:
-            raise ValueError(f"'{path}' holds {name!r} with {len(entry['shape']):,} dimensions; expected at most "
-                             f"{MAX_DIMENSIONS}. It is damaged or was made to mislead.")
+            raise ValueError(f"'{path}' holds {name!r} with {len(entry['shape']):,} dimensions; expected at "
+                             f"most {MAX_DIMENSIONS}. It is damaged or was made to mislead.")
 
-
+# %% ../../nbs/api/store/00_files.ipynb #1a266a1d
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     "An open safetensors file; a clear error when it is none."
@@ -213,8 +213,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
             _check_header(path)
             yield file
     except SafetensorError as error:
-        advice = ("Files are never unpickled here. If it comes from torch.save, import_weights(path) reads the "
-                  "weights in it without running anything.")
+        advice = ("Files are never unpickled here. If it comes from torch.save, import_weights(path) reads "
+                  "the weights in it without running anything.")
         raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged or of another "
                          f"kind. {advice}") from error
 
