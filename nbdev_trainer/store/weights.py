@@ -40,6 +40,15 @@ class LoadReport:
         "Whether the source and the model have the same names, and all of them fit"
         return not (self.missing or self.unexpected or self.mismatched)
 
+    def raise_if_incomplete(self) -> None:
+        "Raise `ValueError` naming everything that does not fit"
+        problems = Problems()
+        for name in self.missing: problems.add(f"{name} is missing in the file")
+        for name, why in self.mismatched.items(): problems.add(f"{name} is {why}")
+        for name in self.unexpected: problems.add(f"{name} is not in the model")
+        problems.raise_if_any(f"the weights in {self.source} do not fit the model; build it as it was when "
+                              "they were saved, or load what fits with strict=False")
+
     def __repr__(self) -> str:
         head = f"{self.source}: {counted(len(self.loaded), 'tensor', 'tensors')} loaded"
         if self.complete: return f"{head}, all that the model has"
@@ -81,7 +90,7 @@ def compare_weights(
     mismatched = {name: why for name in common if (why := difference(tensors[name], expected[name]))}
     loaded = [name for name in common if name not in mismatched]
     places = {name: (one.data_ptr(), one.shape) for name, one in expected.items()}
-    filled = {places[name] for name in loaded if expected[name].numel()}
+    filled = {places[name] for name in loaded if expected[name].numel() and not expected[name].is_meta}
     missing = [name for name, place in places.items() if name not in tensors and place not in filled]
     return LoadReport(source, loaded, missing, [name for name in tensors if name not in expected], mismatched)
 
@@ -106,13 +115,8 @@ def load_weights(
     strict: bool = True,            # False: load what fits
 ) -> LoadReport:
     "Copy tensors into a model; when strict, `ValueError` naming everything that does not fit, and no change"
-    report, problems = compare_weights(model, tensors, source), Problems()
-    if strict:
-        for name in report.missing: problems.add(f"{name} is missing in the file")
-        for name, why in report.mismatched.items(): problems.add(f"{name} is {why}")
-        for name in report.unexpected: problems.add(f"{name} is not in the model")
-        problems.raise_if_any(f"the weights in {source} do not fit the model; build it as it was when they "
-                              "were saved, or load what fits with strict=False")
+    report = compare_weights(model, tensors, source)
+    if strict: report.raise_if_incomplete()
     elif not report.loaded:
         held, own = (listed(list(names), 3) or "no tensor" for names in (tensors, model.state_dict()))
         raise ValueError(f"nothing in {source} fits the model. It holds {held}; the model has {own}. "
