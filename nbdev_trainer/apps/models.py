@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from ..store.weights import compare_weights, load_weights
 
 # %% auto #0
 __all__ = ['MODELS', 'LARGEST_SAMPLE', 'check_sizes', 'multilayer_perceptron', 'linear_model', 'small_cnn', 'mean_and_std',
-           'Standardized', 'RelativeSquaredError', 'make_model', 'model_of_run']
+           'Standardized', 'RelativeSquaredError', 'make_model', 'check_run_sizes', 'model_of_run']
 
 # %% ../../nbs/api/apps/00_models.ipynb #19155cda
 def check_sizes(
@@ -187,7 +188,7 @@ def make_model(
 # %% ../../nbs/api/apps/00_models.ipynb #1a494933
 LARGEST_SAMPLE = 2**26  # numbers in one input, such as a picture of 4,700 x 4,700 in colour
 
-def check_sizes(
+def check_run_sizes(
     config: Mapping[str, Any],  # of a run
     where: str | Path,          # for the error
 ) -> None:
@@ -210,7 +211,7 @@ def model_of_run(
         what = f"its config.json has no {', '.join(missing)}" if missing else f"model {run.config['model']!r}"
         raise ValueError(f"'{directory}' was not made by `nbdev-trainer fit`: {what}. Build the model as it "
                          f"was, and load {run.directory / 'model.safetensors'} with learner.load.")
-    check_sizes(run.config, directory)
+    check_run_sizes(run.config, directory)
     def made() -> Standardized:
         samples, n = torch.zeros(2, *run.config["input_shape"]), run.config["n_outputs"]
         targets = torch.zeros(2, n) if run.config["task"] == "regression" else None
