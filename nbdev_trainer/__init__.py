@@ -105,12 +105,14 @@ Modules:
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
+- `nbdev_trainer.store.foreign`: Weights out of files that others have made, also those of `torch.save`, without running anything in them
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
 - `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.sealed`: Directories that are complete or not there, and prove it
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.store.trees`: The state of a run taken apart into JSON and tensors, and put together again
+- `nbdev_trainer.store.weights`: Weights into a model: all of them or none, or what fits, with a report of the rest
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
 - `nbdev_trainer.use.batch_sizes`: Find a batch size: double it until memory runs out or nothing gets faster, and put everything back
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was
@@ -181,8 +183,10 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.store.foreign import import_weights
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
+from nbdev_trainer.store.weights import LoadReport
 from nbdev_trainer.use.batch_sizes import BatchSizes, batch_size_find
 from nbdev_trainer.use.check import check
 from nbdev_trainer.use.findings import CheckReport, Finding
@@ -194,19 +198,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AUROC", "Accuracy", "ActivationCheckpointing", "ActivationStatistics", "Additive", "AnomalyDetection",
     "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa", "ConfusionMatrix",
-    "CutMix", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score",
-    "FBetaScore", "Finding", "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "IoU",
-    "JSONLines", "Kept", "Learner", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
-    "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError",
-    "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
-    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
-    "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError",
-    "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step",
-    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler",
-    "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check",
-    "compile_model", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine",
-    "from_dict", "inverse_square_root", "linear", "lr_find", "one_cycle", "plot_histories", "polynomial",
-    "random_split", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize",
-    "uncompile_model", "warm_up", "weight_decay_groups",
+    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
+    "ConfusionMatrix", "CutMix", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event",
+    "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FocalLoss", "FusedAdamW",
+    "GradientNorms", "History", "IoU", "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders",
+    "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
+    "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary",
+    "MultilabelAccuracy", "NonFinite", "NonFiniteError", "PearsonCorrelation", "Perplexity", "Precision",
+    "PrecisionScore", "Predictions", "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore",
+    "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "SAM", "SWA",
+    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
+    "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer", "WeightsAndBiases", "WholeSet",
+    "WordErrorRate", "batch_size_find", "chained", "check", "compile_model", "confusion_matrix", "constant",
+    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "import_weights",
+    "inverse_square_root", "linear", "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split",
+    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
+    "warm_up", "weight_decay_groups",
 ]

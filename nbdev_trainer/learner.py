@@ -29,7 +29,7 @@ from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
 from .callbacks.trackers import TensorBoard
 from .core.duration import Duration
-from .core.errors import Problems, checked_keywords, counted, describe
+from .core.errors import checked_keywords, counted, describe
 from .core.messages import tell
 from .core.seeding import check_seed, seed_everything
 from .core.wrapping import uncompiled
@@ -48,6 +48,7 @@ from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
 from .store.history import History
+from .store.weights import FOREIGN, LoadReport, check_suffix, load_weights
 from .use.batch_sizes import BatchSizes, batch_size_find
 from .use.check import check
 from .use.choices import (
@@ -58,8 +59,8 @@ from .use.summary import ModelSummary, summarize
 from .use.tune import RangeTest, lr_find
 
 # %% auto #0
-__all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'load_weights', 'split_averages',
-           'describe_optimizer', 'only_valid', 'Learner']
+__all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'split_averages', 'describe_optimizer',
+           'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def as_loaders(
@@ -110,24 +111,6 @@ def keepers(
     if any(isinstance(one, TensorBoard) for one in given): return kept
     tell(f"to see curves while it trains: tensorboard --logdir {Path(run_dir) / 'tensorboard'}", shown)
     return [*kept, TensorBoard(Path(run_dir) / "tensorboard", config)]
-
-# %% ../nbs/api/learner.ipynb #0692108a
-def load_weights(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],  # by name, on any device
-    source: str,                    # for the error
-) -> None:
-    "Copy tensors into a model; raises `ValueError` naming everything that does not fit"
-    expected, problems = model.state_dict(), Problems()
-    for name in expected:
-        if name not in tensors: problems.add(f"{name} is missing in the file")
-        elif expected[name].shape != tensors[name].shape:
-            saved, own = tuple(tensors[name].shape), tuple(expected[name].shape)
-            problems.add(f"{name} is {saved} in the file and {own} in the model")
-    for name in tensors:
-        if name not in expected: problems.add(f"{name} is not in the model")
-    problems.raise_if_any(f"the weights in {source} do not fit the model; build it as it was when they were saved")
-    model.load_state_dict(dict(tensors))
 
 # %% ../nbs/api/learner.ipynb #bed68c53
 AVERAGED = "averaged/"
@@ -430,22 +413,28 @@ class Learner:
         path: str | Path,  # such as "model.safetensors"
     ) -> None:
         "Write weights, buffers and averages to a safetensors file; `ValueError` for a name that promises another"
-        if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".h5"):
+        if Path(path).suffix in FOREIGN:
             raise ValueError(f"'{path}' is named as another kind of file; expected a name such as "
                              f"'{Path(path).with_suffix('.safetensors')}'")
         averages = averaged_weights(self.trainer)
         write_tensors(path, {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}})
 
     def load(self,
-        path: str | Path,  # as `save` wrote it
+        path: str | Path | Mapping[str, Tensor],  # as `save` wrote it, or tensors by name
         *,
         averaged: bool = False,  # make the averages in the file the weights of the model
-    ) -> None:
-        "Read weights, buffers and averages; raises `ValueError` naming all that does not fit"
-        weights, averages = split_averages(read_tensors(path))
-        if averaged and not averages: raise ValueError(f"{path} holds no averaged weights; leave out averaged=True")
-        load_weights(self.model, {**weights, **averages} if averaged else weights, str(path))
+        strict: bool = True,     # False: load what fits, and tell the rest
+    ) -> LoadReport:
+        "Read weights, buffers and averages; when strict, `ValueError` naming all that does not fit, and no change"
+        given, source = (path, "the tensors") if isinstance(path, Mapping) else (None, str(path))
+        if not isinstance(path, Mapping): given = read_tensors(check_suffix(path))
+        weights, averages = split_averages(given or {})
+        if averaged and not averages: raise ValueError(f"{source} holds no averaged weights; leave out averaged=True")
+        tensors = {**weights, **averages} if averaged else weights
+        report = load_weights(self.model, tensors, source, strict)
+        if not report.complete: tell(repr(report), self.verbose > 0)
         keepers = [one for one in self.trainer.callbacks if isinstance(one, AveragedWeights)]
         for one in keepers: one.begin_anew({} if averaged else averages)
         if averages and not averaged and not keepers:
-            tell(f"{path} holds averaged weights too; load(path, averaged=True) takes these", self.verbose > 0)
+            tell(f"{source} holds averaged weights too; load(path, averaged=True) takes these", self.verbose > 0)
+        return report

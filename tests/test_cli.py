@@ -19,9 +19,9 @@ from nbdev_trainer.apps.models import make_model, model_of_run
 from nbdev_trainer.cli import main
 from nbdev_trainer.data.datasets import digits
 from nbdev_trainer.data.readers import read_numeric_csv
-from nbdev_trainer.learner import load_weights
 from nbdev_trainer.store.files import read_json, read_tensors
 from nbdev_trainer.store.run import Run
+from nbdev_trainer.store.weights import load_weights
 
 COMMAND = Path(sys.executable).with_name("nbdev-trainer")
 FILES = ["config.json", "curves.svg", "history.jsonl", "model.safetensors", "steps.jsonl"]

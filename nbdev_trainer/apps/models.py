@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,13 @@ from torch.nn import functional as F
 
 from .networks import is_named, named_network, photo_cnn
 from ..core.errors import Problems, describe, did_you_mean
-from ..learner import load_weights
 from ..store.files import read_tensors
 from ..store.run import Run
+from ..store.weights import compare_weights, load_weights
 
 # %% auto #0
-__all__ = ['MODELS', 'check_sizes', 'multilayer_perceptron', 'linear_model', 'small_cnn', 'mean_and_std', 'Standardized',
-           'RelativeSquaredError', 'make_model', 'model_of_run']
+__all__ = ['MODELS', 'LARGEST_SAMPLE', 'check_sizes', 'multilayer_perceptron', 'linear_model', 'small_cnn', 'mean_and_std',
+           'Standardized', 'RelativeSquaredError', 'make_model', 'check_run_sizes', 'model_of_run']
 
 # %% ../../nbs/api/apps/00_models.ipynb #19155cda
 def check_sizes(
@@ -185,19 +186,37 @@ def make_model(
     return Standardized(model, inputs, targets)
 
 # %% ../../nbs/api/apps/00_models.ipynb #1a494933
+LARGEST_SAMPLE = 2**26  # numbers in one input, such as a picture of 4,700 x 4,700 in colour
+
+def check_run_sizes(
+    config: Mapping[str, Any],  # of a run
+    where: str | Path,          # for the error
+) -> None:
+    "Raise `ValueError` for an input or output that is no size, or a larger one than anybody means"
+    shape, n_outputs = config["input_shape"], config["n_outputs"]
+    sizes = [*shape, n_outputs] if isinstance(shape, list) else [None]
+    plain = all(type(size) is int and size > 0 for size in sizes)
+    if plain and math.prod(shape) <= LARGEST_SAMPLE: return
+    raise ValueError(f"the config.json of '{where}' says input_shape {shape!r} and n_outputs {n_outputs!r}; "
+                     f"expected sizes above 0, and at most {LARGEST_SAMPLE:,} numbers in a sample")
+
+# %% ../../nbs/api/apps/00_models.ipynb #cd504a86
 def model_of_run(
     directory: str | Path,  # of a run that `nbdev-trainer fit` has made
 ) -> Standardized:
     "The trained model of a run, in evaluation mode; raises `ValueError` for a run that was made otherwise"
     run = Run.open(directory)
     missing = [name for name in ("model", "input_shape", "n_outputs", "task") if name not in run.config]
-    if missing or run.config["model"] not in MODELS and not is_named(run.config["model"]):
+    if missing or (name := str(run.config["model"])) not in MODELS and not is_named(name):
         what = f"its config.json has no {', '.join(missing)}" if missing else f"model {run.config['model']!r}"
         raise ValueError(f"'{directory}' was not made by `nbdev-trainer fit`: {what}. Build the model as it "
                          f"was, and load {run.directory / 'model.safetensors'} with learner.load.")
-    samples = torch.zeros(2, *run.config["input_shape"])
-    targets = torch.zeros(2, run.config["n_outputs"]) if run.config["task"] == "regression" else None
-    model = make_model(run.config["model"], samples, run.config["n_outputs"], targets,
-                       pretrained=False)
-    load_weights(model, read_tensors(run.weights), str(run.weights))
+    check_run_sizes(run.config, directory)
+    def made() -> Standardized:
+        samples, n = torch.zeros(2, *run.config["input_shape"]), run.config["n_outputs"]
+        targets = torch.zeros(2, n) if run.config["task"] == "regression" else None
+        return make_model(name, samples, n, targets, pretrained=False)
+    tensors = read_tensors(run.weights)
+    with torch.device("meta"): compare_weights(made(), tensors, str(run.weights)).raise_if_incomplete()
+    load_weights(model := made(), tensors, str(run.weights))
     return model.eval()

@@ -217,7 +217,7 @@ def read_coco(
 ) -> list[Annotated]:  # in the order in which the file lists the images
     "The images of a COCO set with their boxes; raises `ValueError` for what does not fit together"
     folder, path = Path(images_folder), existing_file(json_file)
-    content = read_json(path)
+    content = read_json(path, max_bytes=4 * 1024**3)  # COCO's own are half a gigabyte
     images = _coco_list(content, "images", ("id", "file_name"), path)
     labels = {one["id"]: str(one["name"]) for one in _coco_list(content, "categories", ("id", "name"), path)}
     found: dict[Any, list[tuple[Box, str]]] = {image["id"]: [] for image in images}

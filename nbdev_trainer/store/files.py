@@ -26,8 +26,8 @@ from torch import Tensor
 from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
-__all__ = ['sync', 'write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'read_json', 'write_tensors',
-           'read_metadata', 'read_tensors', 'append_lines', 'append_line']
+__all__ = ['MAX_DIMENSIONS', 'sync', 'write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'unique_names',
+           'read_json', 'write_tensors', 'read_metadata', 'read_tensors', 'append_lines', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def sync(path: Path) -> None:
@@ -118,15 +118,30 @@ def existing_file(
     raise FileNotFoundError(f"there is no file '{path}'. {known}")
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "An object of JSON; `ValueError` for a name that comes twice."
+    named = dict(pairs)
+    if len(named) == len(pairs): return named
+    names = [name for name, _ in pairs]
+    twice = next(name for name in named if names.count(name) > 1)
+    raise ValueError(f"the name {twice!r} comes twice in one object")
+
+
 def read_json(
     path: str | Path,  # a file with JSON in UTF-8
+    *,
+    max_bytes: int = 256 * 1024**2,  # of the file; a larger one is not read
 ) -> Any:
-    "The value in a JSON file."
+    "The value in a JSON file; raises `ValueError` when it is damaged, larger than the limit, or ambiguous."
     path = existing_file(path)
-    try: return json.loads(path.read_bytes().decode("utf-8"))
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"'{path}' has {size:,} bytes; expected at most {max_bytes:,}. It was not read. "
+                         "If it is meant to be so large, pass max_bytes=.")
+    try: return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_names)
     except json.JSONDecodeError as error: where = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError as error: where = f"byte {error.start} is not UTF-8"
     except RecursionError: where = "it is nested too deeply"
+    except ValueError as error: where = str(error)  # a name that comes twice, a number of thousands of digits
     raise ValueError(f"'{path}' is not valid JSON: {where}. It is damaged, or of another kind.")
 
 # %% ../../nbs/api/store/00_files.ipynb #20a18f97
@@ -173,15 +188,33 @@ def write_tensors(
     with _replacing(path) as temporary: save_file(stored, temporary, metadata=notes or None)
 
 # %% ../../nbs/api/store/00_files.ipynb #e247eedc
+MAX_DIMENSIONS = 64  # of a tensor in a file; as in numpy
+
+
+def _check_header(path: Path) -> None:
+    "Raise `ValueError` for names that come twice and for shapes that nobody means."
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))  # within the limits of safetensors
+    try: entries = json.loads(header, object_pairs_hook=unique_names)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged or was made to mislead: in its header {error}.") from None
+    for name, entry in entries.items():
+        if name != "__metadata__" and len(entry["shape"]) > MAX_DIMENSIONS:
+            raise ValueError(f"'{path}' holds {name!r} with {len(entry['shape']):,} dimensions; expected at "
+                             f"most {MAX_DIMENSIONS}. It is damaged or was made to mislead.")
+
+# %% ../../nbs/api/store/00_files.ipynb #1a266a1d
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     "An open safetensors file; a clear error when it is none."
     path = existing_file(path)
     try:
-        with safe_open(path, framework="pt") as file: yield file
+        with safe_open(path, framework="pt") as file:
+            _check_header(path)
+            yield file
     except SafetensorError as error:
-        advice = ("Files are never unpickled here. If it comes from torch.save and you trust its source, "
-                  "export it: write_tensors(new_path, torch.load(old_path, weights_only=True)).")
+        advice = ("Files are never unpickled here. If it comes from torch.save, import_weights(path) reads "
+                  "the weights in it without running anything.")
         raise ValueError(f"'{path}' is not a readable safetensors file: {error}. It is damaged or of another "
                          f"kind. {advice}") from error
 
