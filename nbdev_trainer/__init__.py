@@ -133,6 +133,7 @@ from nbdev_trainer.callbacks.activation_checkpointing import ActivationCheckpoin
 from nbdev_trainer.callbacks.activations import ActivationStatistics
 from nbdev_trainer.callbacks.anomaly import AnomalyDetection
 from nbdev_trainer.callbacks.averaging import EMA, SWA
+from nbdev_trainer.callbacks.checkpoint import Checkpoint
 from nbdev_trainer.callbacks.gradients import GradientNorms
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.mixing import CutMix, Mixup, MixOneOf
@@ -183,9 +184,11 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.store.checkpoints import list_checkpoints, read_checkpoint
 from nbdev_trainer.store.foreign import import_weights
 from nbdev_trainer.store.history import History, plot_histories
 from nbdev_trainer.store.run import Run, RunTable
+from nbdev_trainer.store.sealed import DamagedError
 from nbdev_trainer.store.weights import LoadReport
 from nbdev_trainer.use.batch_sizes import BatchSizes, batch_size_find
 from nbdev_trainer.use.check import check
@@ -198,8 +201,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AUROC", "Accuracy", "ActivationCheckpointing", "ActivationStatistics", "Additive", "AnomalyDetection",
     "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "CohenKappa",
-    "ConfusionMatrix", "CutMix", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event",
+    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint", "CohenKappa",
+    "ConfusionMatrix", "CutMix", "DamagedError", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event",
     "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FocalLoss", "FusedAdamW",
     "GradientNorms", "History", "IoU", "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders",
     "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
@@ -211,7 +214,7 @@ __all__ = [
     "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer", "WeightsAndBiases", "WholeSet",
     "WordErrorRate", "batch_size_find", "chained", "check", "compile_model", "confusion_matrix", "constant",
     "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "import_weights",
-    "inverse_square_root", "linear", "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
+    "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split",
+    "read_checkpoint", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
     "warm_up", "weight_decay_groups",
 ]

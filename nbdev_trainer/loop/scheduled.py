@@ -32,6 +32,7 @@ Factors = Callable[[float], float] | Mapping[str, Callable[[float], float]]  # o
 def current_values(
     slots: Mapping[str, OptimizerSlot],  # by name
     key: str = "lr",                     # or "momentum", or "weight_decay"
+    may_be_zero: bool = False,           # also a momentum or a weight decay
 ) -> dict[str, list[Any]]:  # by the name of the optimizer, for each group
     "What each group has now; raises `ValueError` when no group of an optimizer has it, or all have zero"
     values: dict[str, list[Any]] = {}
@@ -41,7 +42,7 @@ def current_values(
         if not by_betas and key not in groups[0]:
             raise ValueError(f"a schedule for the {key} was given, and {of} has none; leave it out")
         found = [group["betas"][0] if by_betas else group[key] for group in groups]
-        if key != "lr" and not any(float(value) for value in found):
+        if key != "lr" and not may_be_zero and not any(float(value) for value in found):
             raise ValueError(f"a schedule for the {key} was given, and that of {of} is 0, so its factors "
                              f"would change nothing; make the optimizer with another {key}")
         values[name] = map_tensors(Tensor.clone, found)

@@ -23,7 +23,7 @@ from .callback import Callback
 from .engine import OptimizerSlot
 from .optimizers import load_optimizer_state, optimizer_state
 from .plan import loader_state, plan_state
-from .scheduled import set_values
+from .scheduled import current_values, set_values
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -124,8 +124,8 @@ def trainer_state(
         "engine": engine.state_dict() if hasattr(engine, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
-        "fits_done": trainer.fits_done,
-        "plan": plan})
+        "fits_done": trainer.fits_done, "plan": plan,
+        "scheduled": {key: current_values(slots, key, True) for key in (() if plan is None else plan["values"])}})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:

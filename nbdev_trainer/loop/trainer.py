@@ -36,7 +36,7 @@ from .micro_batches import make_engine
 from .optimizers import check_optimizers
 from .plan import (FitPlan, begin_plan, continue_plan, follow, generators, load_loader_state,
                                      make_plan, open_epoch, plan_state, unfollow, validation_due)
-from .scheduled import Factors
+from .scheduled import Factors, set_values
 from .settings import callback_settings
 from .snapshot import load_callbacks, load_trainer_state, trainer_state
 from .state import State
@@ -234,6 +234,8 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     begin_plan(plan, state, slots)
     if plan.factor != 1 or goes_on and trainer.window_batches:  # the rate that the open window began with
         follow(plan, state, slots)
+    elif goes_on and loaded is not None:                        # the rate of the last one, for the record
+        for key, values in loaded["scheduled"].items(): set_values(slots, values, 1.0, key)
     trainer.last_train, trainer.open_plan = plan.train, plan
     trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
     state.phase, state.ending, state.interruption = "train", None, None

@@ -1,0 +1,109 @@
+"""A run that was cut off anywhere goes on in a new process and ends as the undisturbed one, bit for bit."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fault_program
+import pytest
+from fault_program import KillAt, Slow, final_state, with_checkpoint
+from helpers import differences
+
+from nbdev_trainer import Run
+from nbdev_trainer.store.checkpoints import list_checkpoints, newest_checkpoint
+
+BATCHES = range(18 + 1)
+
+
+def compare(run_dir, reference):
+    assert differences(final_state(run_dir), final_state(reference)) == []
+    own, other = (Run.open(one).history for one in (run_dir, reference))
+    for name in ("rows", "steps", "control"):
+        rows = [[{**row, "seconds": 0} for row in getattr(history, name)] for history in (own, other)]
+        assert rows[0] == rows[1], name
+
+
+@pytest.fixture(scope="module")
+def saved_often(nursery, tmp_path_factory):
+    """A run that kept a checkpoint of each batch, for arrays and for items that are read and augmented."""
+    folder = tmp_path_factory.mktemp("often")
+    for name, workers in (("arrays", None), ("items", 0)):
+        assert nursery.run(fault_program.train, folder / name, workers=workers, keep_last=99) == 0
+    return folder
+
+
+@pytest.mark.fault("stopped at any batch", "resumed from the checkpoint of each batch of two epochs, in a new process",
+                   "every tensor, the history")  # fmt: skip
+@pytest.mark.parametrize("batch", BATCHES)
+def test_resuming_at_every_batch_ends_with_the_same_bits(children, saved_often, tmp_path, batch):
+    source, workers = saved_often / "items", (0, 2, 1)[batch % 3]
+    with_checkpoint(source, tmp_path / "run", f"ba-{batch:06}")
+    assert children.run(fault_program.train, tmp_path / "run", workers=workers) == 0
+    compare(tmp_path / "run", source)
+
+
+@pytest.mark.fault("saving itself", "a run that saves at each batch beside one that saves at epochs", "every tensor, the history")
+def test_saving_often_changes_nothing(children, saved_often, tmp_path):
+    assert children.run(fault_program.train, tmp_path / "run", every="1ep", background=True) == 0
+    compare(tmp_path / "run", saved_often / "arrays")
+
+
+@pytest.mark.fault("SIGKILL at a batch", "the process kills itself after it has saved", "goes on at the next batch")
+@pytest.mark.parametrize("batch", [1, 4, 9, 14])
+def test_a_run_that_was_killed_goes_on(children, saved_often, tmp_path, batch):
+    killed = children.run(fault_program.train, tmp_path / "run", KillAt(batch), workers=0)
+    assert killed == -signal.SIGKILL
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["state"]["batch"] == batch
+    assert Run.open(tmp_path / "run").ending == "killed, or still running"
+    assert children.run(fault_program.train, tmp_path / "run", workers=0) == 0
+    compare(tmp_path / "run", saved_often / "items")
+
+
+def kill_at_random(children, run_dir, times, seed=0):
+    """How often the run was killed before it came to its end; it is started anew each time."""
+    moments, kills = random.Random(seed), 0
+    while kills < times:
+        child = children.start(fault_program.train, run_dir, Slow(0.02), workers=None, background=True, epochs=6)
+        child.join(moments.uniform(0.02, 0.7))
+        if not child.is_alive():
+            break
+        child.kill()
+        child.join()
+        kills += 1
+        checkpoints = run_dir / "checkpoints"
+        if checkpoints.is_dir() and list_checkpoints(checkpoints):
+            assert newest_checkpoint(checkpoints, strict=True) is not None
+    return kills
+
+
+@pytest.mark.fault("SIGKILL at random moments", "50 kills of one run that saves at each batch, restarted each time",
+                   "a sound checkpoint at all times; the end is that of the undisturbed run")  # fmt: skip
+def test_fifty_kills_of_one_run(children, tmp_path):
+    assert children.run(fault_program.train, tmp_path / "undisturbed", background=True, epochs=6) == 0
+    kills = kill_at_random(children, tmp_path / "run", 50)
+    assert kills >= 20
+    assert children.run(fault_program.train, tmp_path / "run", background=True, epochs=6) == 0
+    compare(tmp_path / "run", tmp_path / "undisturbed")
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {folder!r})
+import fault_program as f
+f.train({run_dir!r}, *([f.KillAt({batch})] if {batch} else []), workers=0)
+"""
+
+
+@pytest.mark.fault("SIGKILL, then another interpreter", "two programs started afresh", "every tensor, the history")
+def test_a_fresh_interpreter_goes_on_as_well(saved_often, tmp_path):
+    def program(batch):
+        text = PROGRAM.format(folder=str(Path(__file__).parent), run_dir=str(tmp_path / "run"), batch=batch)
+        return subprocess.run([sys.executable, "-c", text], timeout=120).returncode
+
+    assert program(7) == -signal.SIGKILL
+    assert program(0) == 0
+    compare(tmp_path / "run", saved_often / "items")
