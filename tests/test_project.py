@@ -243,6 +243,8 @@ MAY_RUN = {
     ("data.datasets", "numpy.load"): "with allow_pickle=False",
     ("data.sending", "pickle.loads"): "an error of this process, to see whether it can be sent",
     ("data.streams", "pickle.loads"): "items that the parent process sent to its worker",
+    ("use.reproduce", "subprocess.run"): "git, with fixed arguments and without its extensions",
+    ("use.reproduce", "subprocess.SubprocessError"): "the error of the line above",
     ("store.foreign", "torch.load"): "with weights_only=True, after the names in the file were looked at",
 }
 MODULES_THAT_RUN_CODE = {
@@ -269,7 +271,7 @@ def full_names(source):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)):
             first, _, rest = ast.unparse(node).partition(".")
-            if first in known:
+            if first in known and re.fullmatch(r"[\w.]*", rest):
                 yield f"{known[first]}.{rest}".strip("."), node
 
 
@@ -278,7 +280,7 @@ def code_from_files(modules):
     problems = []
     for module, source in modules.items():
         for name, node in full_names(source):
-            known = name in RUNS_CODE or name.split(".")[0] in MODULES_THAT_RUN_CODE
+            known = name in RUNS_CODE or name.partition(".")[0] in MODULES_THAT_RUN_CODE and "." in name
             if known and (module, name) not in MAY_RUN:
                 problems.append(f"{module} line {node.lineno} uses {name}")
         for node in ast.walk(ast.parse(source)):
