@@ -12,6 +12,7 @@ Modules:
 - `nbdev_trainer.callbacks.averaging`: Weights averaged over the last steps or epochs, for evaluation and prediction: EMA and SWA
 - `nbdev_trainer.callbacks.checkpoint`: Saves the whole state of a run while it trains, so that it can go on after anything
 - `nbdev_trainer.callbacks.culprits`: Who made the first number that is none: a sample, a parameter, a module, the loss, or a gradient
+- `nbdev_trainer.callbacks.deterministic`: The same numbers each time: operations of torch whose results depend on the order of threads are replaced or refused
 - `nbdev_trainer.callbacks.gradients`: Norms of gradients by group, part or parameter, and how large each update is beside its weights
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.mixing`: Mixup and CutMix: train on mixtures of two samples, compared with the targets of both
@@ -125,6 +126,7 @@ Modules:
 - `nbdev_trainer.use.loss_checks`: Mistakes between predictions, targets and loss
 - `nbdev_trainer.use.model_checks`: Mistakes in model and optimizer: what does not learn, and why
 - `nbdev_trainer.use.rehearsal`: Can the model learn two batches by heart, and does everything work that a fit will do? Both without a trace
+- `nbdev_trainer.use.reproduce`: What makes a run not repeat, and how to mend it, before it has run
 - `nbdev_trainer.use.summary`: What a model is made of, for a real batch: shapes, parameters, work and memory of each layer
 - `nbdev_trainer.use.tune`: Find a learning rate by a range test: let it rise, watch the loss, and put everything back
 - `nbdev_trainer.use.undisturbed`: Train, break and measure inside a block; afterwards the run is as if nothing had happened"""
@@ -134,6 +136,7 @@ from nbdev_trainer.callbacks.activations import ActivationStatistics
 from nbdev_trainer.callbacks.anomaly import AnomalyDetection
 from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.checkpoint import Checkpoint
+from nbdev_trainer.callbacks.deterministic import Deterministic
 from nbdev_trainer.callbacks.gradients import GradientNorms
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.mixing import CutMix, Mixup, MixOneOf
@@ -202,19 +205,20 @@ __all__ = [
     "AUROC", "Accuracy", "ActivationCheckpointing", "ActivationStatistics", "Additive", "AnomalyDetection",
     "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss", "BrierScore",
     "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint", "CohenKappa",
-    "ConfusionMatrix", "CutMix", "DamagedError", "Dice", "DiceLoss", "Duration", "EMA", "EarlyStopping", "Event",
-    "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss", "FocalLoss", "FusedAdamW",
-    "GradientNorms", "History", "IoU", "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders",
-    "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError",
-    "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary",
-    "MultilabelAccuracy", "NonFinite", "NonFiniteError", "PearsonCorrelation", "Perplexity", "Precision",
-    "PrecisionScore", "Predictions", "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore",
-    "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "SAM", "SWA",
-    "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep",
-    "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer", "WeightsAndBiases", "WholeSet",
-    "WordErrorRate", "batch_size_find", "chained", "check", "compile_model", "confusion_matrix", "constant",
-    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "import_weights",
-    "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split",
-    "read_checkpoint", "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
-    "warm_up", "weight_decay_groups",
+    "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss", "Duration", "EMA",
+    "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss",
+    "FocalLoss", "FusedAdamW", "GradientNorms", "History", "IoU", "JSONLines", "Kept", "Learner",
+    "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation",
+    "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf",
+    "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError", "PearsonCorrelation",
+    "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress", "QuantileLoss", "R2",
+    "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run", "RunDirectory",
+    "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
+    "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
+    "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check", "compile_model",
+    "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict",
+    "import_weights", "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle",
+    "plot_histories", "polynomial", "random_split", "read_checkpoint", "read_mnist_folder",
+    "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model", "warm_up",
+    "weight_decay_groups",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn, optim
 
 from .callbacks.averaging import AveragedWeights
 from .callbacks.checkpoint import Checkpoint
+from .callbacks.deterministic import Deterministic, check_workspace
 from .callbacks.progress import Progress
 from .callbacks.recorder import Recorder
 from .callbacks.resume import take_up
@@ -55,6 +56,7 @@ from .use.choices import (
     DEFAULT_LR, DEFAULT_PEAK, Rates, check_lr, make_optimizers, make_step, rates_for)
 from .use.findings import CheckReport
 from .use.rehearsal import dry_run, overfit
+from .use.reproduce import reproduce
 from .use.summary import ModelSummary, summarize
 from .use.tune import RangeTest, lr_find
 
@@ -169,6 +171,7 @@ class Learner:
         clip_adaptive: float | None = None,                   # largest share of the length of each unit
         compile: bool | Mapping[str, Any] = False,            # the model; a dict: for `torch.compile`
         seed: int | None = None,                              # for python, numpy and torch, at the first fit
+        deterministic: bool = False,                          # during fits: only operations that repeat
         verbose: int = 1,                                     # 0: print nothing; 2: also the plan of each fit
         run_dir: str | Path | None = None,                    # where to keep the run; to go on with it: resume=True
         config: Mapping[str, Any] | None = None,              # facts to keep there, such as {"data": "flowers"}
@@ -194,7 +197,8 @@ class Learner:
             step.loss.loss_fn.to(where)  # class weights, for example
         optimizers = make_optimizers(optimizer, model, lr, shown, weight_decay)
         self.lr_is_chosen = lr is None and optimizer is None  # by us, and so it may be another for a cycle
-        callbacks = with_defaults(callbacks, default_callbacks, shown)
+        if deterministic: check_workspace(where)
+        callbacks = [*([Deterministic()] if deterministic else []), *with_defaults(callbacks, default_callbacks, shown)]
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
@@ -383,6 +387,15 @@ class Learner:
         "Run a little of everything, validation, callbacks and saving included; then all is as before"
         with uncompiled(self.model):
             return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
+
+    def reproduce(self,
+        n: int | str | Duration | None = None,                # how much a fit is going to train
+        *,
+        validate_every: int | str | Duration | None = None,   # likewise
+        callbacks: Iterable[Callback] = (),                   # of that fit
+    ) -> CheckReport:
+        "What makes a run not repeat, and how to mend it; reads one batch and changes nothing"
+        return reproduce(self.trainer, self.loaders.train, self.seed, n, validate_every, callbacks)
 
     def lr_find(self,
         *,

@@ -226,6 +226,79 @@ def texture_problems(cells):
     return [text for text, holds in rules.items() if not holds]
 
 
+# What can turn the content of a file into a program, and the few places that may use it.
+RUNS_CODE = {"eval", "exec", "__import__", "pickle.loads", "pickle.load", "pickle.Unpickler"}
+RUNS_CODE |= {"importlib.import_module", "torch.load", "numpy.load", "torch.hub.load", "torch.jit.load"}
+RUNS_CODE |= {
+    "os.system",
+    "os.popen",
+    "shutil.unpack_archive",
+    "marshal.loads",
+    "runpy.run_path",
+    "yaml.load",
+}
+MAY_RUN = {
+    ("core.errors", "importlib.import_module"): "`require`; the names stand in the code, as checked below",
+    ("data.__init__", "importlib.import_module"): "public names of the package, read from its own source",
+    ("data.datasets", "numpy.load"): "with allow_pickle=False",
+    ("data.sending", "pickle.loads"): "an error of this process, to see whether it can be sent",
+    ("data.streams", "pickle.loads"): "items that the parent process sent to its worker",
+    ("use.reproduce", "subprocess.run"): "git, with fixed arguments and without its extensions",
+    ("use.reproduce", "subprocess.SubprocessError"): "the error of the line above",
+    ("store.foreign", "torch.load"): "with weights_only=True, after the names in the file were looked at",
+}
+MODULES_THAT_RUN_CODE = {
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "yaml",
+    "runpy",
+    "subprocess",
+    "code",
+}
+
+
+def full_names(source):
+    """Each use of an imported or built-in thing, as (its full name, the node)."""
+    tree, known = ast.parse(source), {name: name for name in ("eval", "exec", "__import__")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in known and re.fullmatch(r"[\w.]*", rest):
+                yield f"{known[first]}.{rest}".strip("."), node
+
+
+def code_from_files(modules):
+    """Where a module could run or import what a file says."""
+    problems = []
+    for module, source in modules.items():
+        for name, node in full_names(source):
+            known = name in RUNS_CODE or name.partition(".")[0] in MODULES_THAT_RUN_CODE and "." in name
+            if known and (module, name) not in MAY_RUN:
+                problems.append(f"{module} line {node.lineno} uses {name}")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.Call):
+                continue
+            called, options = (
+                ast.unparse(node.func),
+                {one.arg: ast.unparse(one.value) for one in node.keywords},
+            )
+            if called.split(".")[-1] == "require" and not isinstance(node.args[0], ast.Constant):
+                problems.append(f"{module} line {node.lineno} imports a module whose name is not in the code")
+            if called == "torch.load" and options.get("weights_only") != "True":
+                problems.append(f"{module} line {node.lineno} calls torch.load without weights_only=True")
+            if called in ("np.load", "numpy.load") and options.get("allow_pickle") != "False":
+                problems.append(f"{module} line {node.lineno} calls numpy.load without allow_pickle=False")
+    return problems
+
+
 def heavy_imports(statement):
     """The heavy packages that a statement loads, in a new process that has torch and numpy."""
     before = "import sys, torch, numpy; before = set(sys.modules)"
@@ -263,6 +336,42 @@ def test_a_wrong_import_is_found(module, source, problem):
 def test_a_right_import_is_accepted():
     source = "if TYPE_CHECKING:\n    from ..loop.trainer import Trainer\nfrom ..loop.events import Event"
     assert import_problems({"callbacks.x": source, "loop.events": "", "loop.trainer": ""}) == []
+
+
+def test_no_module_runs_or_imports_what_a_file_says():
+    assert code_from_files(read_modules()) == []
+    used = {(module, name) for module, source in read_modules().items() for name, _ in full_names(source)}
+    assert set(MAY_RUN) <= used  # an exception that nobody needs any more goes
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("import pickle\npickle.load(file)", "uses pickle.load"),
+        ("from pickle import loads as read\nread(text)", "uses pickle.loads"),
+        ("import torch\ntorch.load(path, weights_only=True)", "uses torch.load"),
+        ("import torch as t\nread = t.load", "uses torch.load"),
+        ("import importlib\nimportlib.import_module(config['class'])", "uses importlib.import_module"),
+        ("eval(text)", "uses eval"),
+        ("run = exec", "uses exec"),
+        ("__import__(name)", "uses __import__"),
+        ("import yaml\nyaml.safe_load(text)", "uses yaml"),
+        ("import subprocess\nsubprocess.run(command, shell=True)", "uses subprocess"),
+        ("from .core.errors import require\nrequire(name, extra='x', why='y')", "name is not in the code"),
+        ("import numpy as np\nnp.load(path)", "without allow_pickle=False"),
+    ],
+)
+def test_a_way_to_run_a_file_is_found(source, problem):
+    assert problem in "\n".join(code_from_files({"use.x": source}))
+
+
+def test_security_promises_name_tests_that_exist():
+    text = (ROOT / "SECURITY.md").read_text("utf-8")
+    promised = re.findall(r"`(tests/\w+\.py)::(test_\w+)`", text)
+    sources = {file: (ROOT / file).read_text("utf-8") for file, _ in promised}
+    assert [name for file, name in promised if f"def {name}(" not in sources[file]] == []
+    promises = text.split("## What is promised")[1].split("\n## ")[0].split("\n- ")[1:]
+    assert promises and [promise for promise in promises if "`tests/" not in promise] == []
 
 
 def test_every_module_has_its_notebook():

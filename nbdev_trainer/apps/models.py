@@ -196,9 +196,9 @@ def check_run_sizes(
     shape, n_outputs = config["input_shape"], config["n_outputs"]
     sizes = [*shape, n_outputs] if isinstance(shape, list) else [None]
     plain = all(type(size) is int and size > 0 for size in sizes)
-    if plain and math.prod(shape) <= LARGEST_SAMPLE: return
+    if plain and max(math.prod(shape), n_outputs) <= LARGEST_SAMPLE: return
     raise ValueError(f"the config.json of '{where}' says input_shape {shape!r} and n_outputs {n_outputs!r}; "
-                     f"expected sizes above 0, and at most {LARGEST_SAMPLE:,} numbers in a sample")
+                     f"expected sizes above 0, and at most {LARGEST_SAMPLE:,} numbers")
 
 # %% ../../nbs/api/apps/00_models.ipynb #cd504a86
 def model_of_run(

@@ -235,7 +235,7 @@ def read_tensors(
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         aliases = (file.metadata() or {}).get(_ALIASES, "{}")
     try: return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise ValueError(f"'{path}' gives second names to tensors that it does not hold: {describe(aliases)}."
                          " The file is damaged.") from None
 

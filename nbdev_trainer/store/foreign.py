@@ -117,7 +117,9 @@ def load_plain(
                          "weights alone, or save them where it was made: "
                          "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')")
     if not problem:
-        try: return torch.load(path, map_location="cpu", weights_only=True)  # mapped, sizes are not compared
+        try:
+            with open(path, "rb") as file:  # not by its path: then torch would go by its name, and may map it
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error: problem = f"it is damaged, or was made to mislead ({_first_line(error)})"
     raise ValueError(f"'{path}' holds no weights that can be imported: {problem}. Nothing was loaded.")
 
@@ -164,8 +166,10 @@ def import_weights(
 ) -> dict[str, Tensor]:  # by name, on the CPU
     "The weights in a file that anybody made; nothing in it is run, and `ValueError` says what is refused"
     path = existing_file(path)
-    with open(path, "rb") as file: is_safetensors = file.read(9)[8:] == b"{"
-    content = read_tensors(path) if is_safetensors or path.suffix == ".safetensors" else load_plain(path)
+    with open(path, "rb") as file: start = file.read(9)
+    of_torch = path.suffix != ".safetensors" or start.startswith((b"PK\3\4", b"\x80\x02"))
+    if start[8:] == b"{": of_torch = False
+    content = load_plain(path) if of_torch else read_tensors(path)
     tensors = {name: one.detach() for name, one in find_weights(content, key, path).items()}
     for name, one in tensors.items():
         if one.numel() * one.element_size() > (n_bytes := one.untyped_storage().nbytes()):
