@@ -14,6 +14,7 @@ Modules:
 - `nbdev_trainer.callbacks.culprits`: Who made the first number that is none: a sample, a parameter, a module, the loss, or a gradient
 - `nbdev_trainer.callbacks.deterministic`: The same numbers each time: operations of torch whose results depend on the order of threads are replaced or refused
 - `nbdev_trainer.callbacks.gradients`: Norms of gradients by group, part or parameter, and how large each update is beside its weights
+- `nbdev_trainer.callbacks.interruptions`: Ends a fit between two batches when the process is asked to end, so that it can go on exactly there
 - `nbdev_trainer.callbacks.loggers`: The history on disk while it grows: a line of JSON per row, or a CSV table
 - `nbdev_trainer.callbacks.mixing`: Mixup and CutMix: train on mixtures of two samples, compared with the targets of both
 - `nbdev_trainer.callbacks.nonfinite`: Ends a fit at the first batch whose loss or gradient is no number, and names who made it

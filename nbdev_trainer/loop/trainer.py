@@ -56,12 +56,20 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
         in_fixed_order = isinstance(loader, (EpochLoader, Sequence))
         trainer.at_epoch_start = None if in_fixed_order else generators(loader)
     batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start, trainer.engine.device)
+    trainer.waits_for_data = True
     first = next(batches, None)
     if first is None and state.epoch_batch == 0:
         raise ValueError(f"{describe(loader)} gave no batch in epoch {state.epoch}; expected at least one. "
                          "An iterator can be read only once: pass a list or a loader.")
-    if first is not None: yield first
-    for raw in batches: yield raw  # not `yield from`, which would close the user's generator together with ours
+    trainer.waits_for_data = False
+    if first is None: return
+    yield first
+    trainer.waits_for_data = True
+    for raw in batches:  # not `yield from`, which would close the user's generator together with ours
+        trainer.waits_for_data = False
+        yield raw
+        trainer.waits_for_data = True
+    trainer.waits_for_data = False
 
 def no_output(step: Step, method: str, returned: Any) -> TypeError:
     "The error for a step that returned something else than a `StepOutput`"
@@ -121,6 +129,7 @@ class Loop(Results):
     window_batches, closing, stepped = 0, True, False  # of the open window; `stepped`: some optimizer has
     at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
     whole = True                                       # no batch is half done
+    waits_for_data = False                             # between two batches, for the next one
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -245,6 +254,7 @@ def leave_fit(trainer: Trainer) -> None:
     "Back to the time between fits"
     state = trainer.state
     state.phase = state.current_batch = state.output = None
+    trainer.waits_for_data = False
     trainer.past_skip = trainer.past_step = True
     if state.epoch_batch == 0 and trainer.plan is not None: trainer.train_metrics.reset()  # may hold whole outputs
     trainer.plan, trainer.fit_callbacks = None, ()
@@ -277,7 +287,8 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
             trainer.fits_done, trainer.fits_answered = trainer.fits_done + 1, trainer.fits_answered + 1
             trainer.open_plan = None
         except BaseException as error:
-            state.ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            asked = state.interruption is not None or isinstance(error, KeyboardInterrupt)
+            state.ending = "interrupted" if asked else "failed"
             add_notes(trainer, error)
             for other in call_each(trainer, "after_fit"): error.add_note(f"after_fit failed too: {other!r}")
             raise
