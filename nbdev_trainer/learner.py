@@ -22,6 +22,7 @@ from torch import Tensor, nn, optim
 
 from .callbacks.averaging import AveragedWeights
 from .callbacks.progress import Progress
+from .callbacks.rates import check_overruled
 from .callbacks.recorder import Recorder
 from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
@@ -231,6 +232,7 @@ class Learner:
     ) -> None:
         "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
+        if not resume: check_overruled(lr, [*self.trainer.callbacks, *callbacks])
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         tell(self.describe(), self.verbose > 1)
         with self.learning_rates(lr):

@@ -212,7 +212,7 @@ def check_classes(
     found = f"such as {broken[0]:.4g}" if len(broken) else f"from {least:g} to {most:g}"
     mend = f"Pixels that do not count: ignore_index={most if least >= 0 else least:g}"
     if len(broken): mend = "Shares of a pixel: (masks > 0.5).long()"
-    elif most == 255: mend = f"Masks of 0 and 255: masks // 255. {mend}"
+    elif most == 255 and last == 1: mend = f"Masks of 0 and 255: masks // 255. {mend}"
     raise ValueError(f"DiceLoss got targets {found}; expected class numbers from 0 to {last}, for "
                      f"{classes} score{'s' * (classes > 1)} at each place. {mend}")
 
