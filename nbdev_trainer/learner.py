@@ -257,7 +257,7 @@ class Learner:
         "Train `n` more with one cycle of the learning rate: up for a quarter, then down to almost nothing"
         if lr is None and self.lr_is_chosen:
             lr = DEFAULT_PEAK
-            tell(f"highest learning rate: {lr:g} unless fit_one_cycle is given one", self.verbose > 0)
+            tell(f"highest learning rate: {lr:g}, as none was given", self.verbose > 0)
         self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches,
                  callbacks=callbacks, resume=resume)
 
@@ -319,6 +319,9 @@ class Learner:
         resume: bool = False,                    # go on with the one that was interrupted
     ) -> None:
         "Train the last part of a pretrained model, then all of it, the early parts carefully"
+        if frozen == 0:
+            raise ValueError("frozen is 0; expected how long only the last part trains. To train the whole "
+                             f"model at once: fit_one_cycle({n!r}, lr=({check_lr(lr) / 100:g}, {lr:g}))")
         check_lr(lr)
         options: dict[str, Any] = {"validate_every": validate_every, "limit_batches": limit_batches,
                                    "callbacks": list(callbacks), "resume": resume}
@@ -399,6 +402,7 @@ class Learner:
         with uncompiled(self.model):
             return dry_run(self.trainer, self.loaders.train, self.loaders.valid_sets, batches, callbacks=callbacks)
 
+    @checked_keywords
     def lr_find(self,
         *,
         start: float = 1e-6,  # the first rate, of the group with the highest one
