@@ -302,5 +302,5 @@ class SWA(MeanWeights):
         n = self.counts.get("all", 0)
         if n > 1 or trainer.state.ending not in ("finished", "stopped"): return
         found = "the weights of one moment only" if n else "nothing"
-        tell(f"{self} averaged {found}: it takes them every {self.every} of the last {1 - self.start:.0%} of a "
-             "fit. Train longer, or pass a smaller start= or every=", trainer.shown)
+        tell(f"{self} averaged {found}: it takes them every {self.every} of the last {1 - self.start:.0%} "
+             "of a fit. Train longer, or pass a smaller start= or every=", trainer.shown)

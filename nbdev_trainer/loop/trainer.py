@@ -201,7 +201,9 @@ class Loop(Results):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if slot.pending: self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
+            if not slot.pending: continue
+            self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
+            if self.state.evaluated_at == self.state.batch: self.state.evaluated_at = -1  # other weights were
         self.window_batches, self.stepped = 0, False
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
