@@ -139,6 +139,7 @@ from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.checkpoint import Checkpoint
 from nbdev_trainer.callbacks.deterministic import Deterministic
 from nbdev_trainer.callbacks.gradients import GradientNorms
+from nbdev_trainer.callbacks.interruptions import Interruptions
 from nbdev_trainer.callbacks.loggers import CSVTable, JSONLines
 from nbdev_trainer.callbacks.mixing import CutMix, Mixup, MixOneOf
 from nbdev_trainer.callbacks.nonfinite import NonFinite, NonFiniteError
@@ -208,18 +209,18 @@ __all__ = [
     "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint", "CohenKappa",
     "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss", "Duration", "EMA",
     "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss",
-    "FocalLoss", "FusedAdamW", "GradientNorms", "History", "IoU", "JSONLines", "Kept", "Learner",
-    "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep", "MatthewsCorrelation",
-    "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError", "Metric", "MixOneOf",
-    "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError", "PearsonCorrelation",
-    "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress", "QuantileLoss", "R2",
-    "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError", "Run", "RunDirectory",
-    "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
-    "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
-    "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check", "compile_model",
-    "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict",
-    "import_weights", "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle",
-    "plot_histories", "polynomial", "random_split", "read_checkpoint", "read_mnist_folder",
-    "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model", "warm_up",
-    "weight_decay_groups",
+    "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU", "JSONLines", "Kept",
+    "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
+    "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError",
+    "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
+    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
+    "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError",
+    "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step",
+    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler",
+    "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check",
+    "compile_model", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits",
+    "flat_then_cosine", "from_dict", "import_weights", "inverse_square_root", "linear", "list_checkpoints",
+    "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split", "read_checkpoint",
+    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
+    "warm_up", "weight_decay_groups",
 ]

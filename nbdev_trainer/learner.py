@@ -23,7 +23,9 @@ from torch import Tensor, nn, optim
 from .callbacks.averaging import AveragedWeights
 from .callbacks.checkpoint import Checkpoint
 from .callbacks.deterministic import Deterministic, check_workspace
+from .callbacks.interruptions import Interruptions
 from .callbacks.progress import Progress
+from .callbacks.rates import check_overruled
 from .callbacks.recorder import Recorder
 from .callbacks.resume import take_up
 from .callbacks.run_directory import RunDirectory
@@ -84,7 +86,7 @@ def with_defaults(
 ) -> list[Callback]:
     "The user's callbacks, and the default ones they do not replace"
     given = check_callbacks(callbacks)
-    defaults: list[Callback] = [Recorder(), FiniteLoss()] if default_callbacks else []
+    defaults: list[Callback] = [Recorder(), FiniteLoss(), Interruptions()] if default_callbacks else []
     if default_callbacks and shown: defaults.append(Progress())
     return [*given, *(one for one in defaults if not any(isinstance(other, type(one)) for other in given))]
 
@@ -222,6 +224,7 @@ class Learner:
         "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
         if resume: take_up(self.trainer, self.loaders.train, self.loaders.valid_sets)
+        if not resume: check_overruled(lr, [*self.trainer.callbacks, *callbacks])
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         tell(self.describe(), self.verbose > 1)
         with self.learning_rates(lr):
@@ -246,7 +249,7 @@ class Learner:
         "Train `n` more with one cycle of the learning rate: up for a quarter, then down to almost nothing"
         if lr is None and self.lr_is_chosen:
             lr = DEFAULT_PEAK
-            tell(f"highest learning rate: {lr:g} unless fit_one_cycle is given one", self.verbose > 0)
+            tell(f"highest learning rate: {lr:g}, as none was given", self.verbose > 0)
         self.fit(n, lr=lr, schedule=one_cycle(), validate_every=validate_every, limit_batches=limit_batches,
                  callbacks=callbacks, resume=resume)
 
@@ -308,6 +311,9 @@ class Learner:
         resume: bool = False,                    # go on with the one that was interrupted
     ) -> None:
         "Train the last part of a pretrained model, then all of it, the early parts carefully"
+        if frozen == 0:
+            raise ValueError("frozen is 0; expected how long only the last part trains. To train the whole "
+                             f"model at once: fit_one_cycle({n!r}, lr=({check_lr(lr) / 100:g}, {lr:g}))")
         check_lr(lr)
         options: dict[str, Any] = {"validate_every": validate_every, "limit_batches": limit_batches,
                                    "callbacks": list(callbacks), "resume": resume}
@@ -397,6 +403,7 @@ class Learner:
         "What makes a run not repeat, and how to mend it; reads one batch and changes nothing"
         return reproduce(self.trainer, self.loaders.train, self.seed, n, validate_every, callbacks)
 
+    @checked_keywords
     def lr_find(self,
         *,
         start: float = 1e-6,  # the first rate, of the group with the highest one

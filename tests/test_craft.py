@@ -275,3 +275,15 @@ def test_the_range_test_works_for_optimizers_that_ask_again():
     before = [p.detach().clone() for p in learner.model.parameters()]
     assert len(learner.lr_find(steps=20).lrs) > 5
     assert all(torch.equal(p, one) for p, one in zip(learner.model.parameters(), before))
+
+
+def test_a_rate_for_a_fit_is_refused_where_a_scheduler_has_begun_and_used_where_it_begins():
+    seen = []
+    halving = TorchScheduler(lambda one: lr_scheduler.StepLR(one, 1, gamma=0.5), every="1ep")
+    learner = Learner(tiny_model(), tiny_loaders(), nn.CrossEntropyLoss(), callbacks=[halving], device="cpu", verbose=0)
+    group = learner.trainer.engine.slots["main"].optimizer.param_groups[0]
+    learner.on("before_epoch", lambda trainer: seen.append(group["lr"]))
+    learner.fit(2, lr=0.4)
+    with pytest.raises(ValueError, match="lr=0.4 was given, and StepLR, which has begun already"):
+        learner.fit(1, lr=0.4)
+    assert seen == [0.4, 0.2] and learner.trainer.state.epoch == 2

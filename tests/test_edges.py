@@ -273,6 +273,25 @@ def test_after_an_interrupt_inside_a_window_training_goes_on():
     assert (trainer.state.epoch, trainer.state.batch) == (1, 6)
 
 
+def test_the_last_validation_is_of_the_final_weights_when_the_last_window_closes_after_one():
+    class Unannounced:  # three batches, and no length that would tell
+        def __iter__(self):
+            return iter(list(tiny_loaders().train)[:3])
+
+    class Results(Callback):
+        def __init__(self):
+            self.steps = []
+
+        def after_evaluate(self, trainer):
+            self.steps.append((trainer.state.batch, trainer.state.step))
+
+    results, loaders = Results(), tiny_loaders()
+    trainer = make(callbacks=[results], accumulate=2)
+    trainer.fit(Unannounced(), loaders.valid, n="2st", validate_every="3ba")
+    assert results.steps == [(3, 1), (3, 2)]
+    assert trainer.state.metrics["valid_loss"] == trainer.evaluate(loaders.valid)["loss"]
+
+
 def test_what_a_step_logs_can_be_monitored_when_the_direction_is_given():
     class Logs(SupervisedStep):
         def train(self, trainer, batch):

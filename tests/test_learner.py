@@ -102,7 +102,7 @@ def test_optimizers_go_by_name():
 def test_the_default_is_adamw_at_a_printed_rate(capsys):
     one = learner(optimizer=None, lr=None)
     assert isinstance(one.trainer.engine.slots["main"].optimizer, torch.optim.AdamW) and rates(one) == [1e-3, 1e-3]
-    assert capsys.readouterr().out == ("optimizer: FusedAdamW, lr 0.001 unless fit is given one; "
+    assert capsys.readouterr().out == ("optimizer: FusedAdamW, lr 0.001 where fit is given none; "
                                        "weight decay 0.01, not of biases, norms, embeddings\n")
 
 
@@ -113,7 +113,7 @@ def test_each_inferred_thing_is_printed_in_one_line_and_given_ones_are_not(capsy
     learner()
     assert capsys.readouterr().out == ""
     learner(lr=None)
-    assert capsys.readouterr().out == "optimizer: SGD, lr 0.001 unless fit is given one\n"
+    assert capsys.readouterr().out == "optimizer: SGD, lr 0.001 where fit is given none\n"
 
 
 @pytest.mark.parametrize(

@@ -493,6 +493,7 @@ def test_infinite_gradients_under_a_scaler_are_left_to_it():
             Autocast.__init__(self, torch.device("cpu"), torch.bfloat16)
             self.device, self.start, self.scalers, self.names = torch.device("cpu"), 2.0**127, {}, {}
 
+    torch.manual_seed(0)  # of the dropout: by some draws no gradient is that large
     trainer = tiny_trainer([watching := NonFinite()], precision=Everyday())
     trainer.fit(tiny_loaders().train, n=1)
     assert watching.error is None and trainer.state.step < 6  # some steps were left out

@@ -272,3 +272,32 @@ def test_a_dry_run_leaves_a_mixing_callback_as_it_was():
     learner = Learner(network().float(), loaders, nn.CrossEntropyLoss(), callbacks=[mixing], device="cpu", verbose=0)
     learner.dry_run()
     assert mixing.seed is None and type(learner.trainer.step.loss) is CountedLoss
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "sample weights"])
+@pytest.mark.parametrize("accumulate, part", [(1, 2), (1, 4), (2, 1), (2, "auto")])
+def test_a_mixed_batch_trained_in_parts_is_trained_as_a_whole(accumulate, part, weighted):
+    def run(micro_batch_size, mixer):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        loss_fn = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, ignore_index=-1)
+        trainer = trainer_of(model, loss_fn, mixer, accumulate=accumulate, micro_batch_size=micro_batch_size)
+        trainer.fit(batches(weights=SAMPLE_WEIGHTS if weighted else None), n=2)
+        return model, trainer.state.metrics["train_loss"]
+
+    for mixer in (lambda: Mixup(0.8, seed=3), lambda: MixOneOf(Mixup(0.2), Mixup(2.0), p=0.7, seed=3)):
+        (whole, loss), (divided, same_loss) = run(None, mixer()), run(part, mixer())
+        assert same(whole, divided) and abs(loss - same_loss) < 1e-12
+
+
+def test_a_part_with_targets_of_its_own_has_no_known_partners():
+    class OwnTargets(SupervisedStep):
+        def train(self, trainer, batch):
+            output = super().predict(trainer, batch)
+            output.targets = batch.targets
+            self.loss(output, batch)
+            return output
+
+    trainer = trainer_of(network(), OwnTargets(nn.CrossEntropyLoss(ignore_index=-1)), Mixup(seed=0), micro_batch_size=2)
+    with pytest.raises(RuntimeError, match="let the loss have the targets of the batch"):
+        trainer.fit(batches())

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.errors import describe
 from ..core.wrapping import COMPILED
 from ..loop.callback import Callback
 from ..loop.groups import chosen_modules, norms_at_rest
@@ -42,6 +43,10 @@ class ActivationCheckpointing(Callback):
         *what: str | type[nn.Module],  # names, patterns or classes of modules, such as "blocks.*"
     ) -> None:
         if not what: raise ValueError("nothing is chosen; expected names, patterns or classes of modules")
+        wrong = [one for one in what if not isinstance(one, (str, type))]
+        if wrong:
+            raise TypeError(f"{describe(wrong[0])} names no module; expected a name, a pattern or a class, "
+                            "several one by one: ActivationCheckpointing('body.0', 'body.1')")
         self.what = what
         self.changed: list[tuple[nn.Module, Any]] = []  # and what forward each had of its own
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.duration import Duration
+from ..core.duration import count_in
 from ..core.errors import checked_keywords, require
 from ..core.nested import tensors
 from ..core.wrapping import uncompiled
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NEAR', 'COLUMNS', 'watched_modules', 'by_unit', 'measure', 'value_range', 'histogram', 'Looks', 'last_rows',
-           'check_batches', 'on_one_scale', 'plot_histograms', 'plot_numbers', 'ActivationStatistics']
+           'on_one_scale', 'plot_histograms', 'plot_curves', 'plot_numbers', 'ActivationStatistics']
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #5cc81271
 def watched_modules(
@@ -112,12 +112,6 @@ def last_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "The rows of the last look"
     return [row for row in rows if row["batch"] == rows[-1]["batch"]]
 
-def check_batches(every: str | int) -> int:
-    "Batches from look to look; raises `ValueError` for another unit"
-    duration = Duration(every, "ba") if isinstance(every, int) else Duration.parse(every)
-    if duration.unit == "ba": return int(duration.value)
-    raise ValueError(f"every is {every!r}; expected batches, such as '10ba'")
-
 # %% ../../nbs/api/callbacks/12_activations.ipynb #b948b0cd
 def on_one_scale(
     seen: Looks,
@@ -162,25 +156,40 @@ def plot_histograms(
     return figure
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #ba9b3f45
+def plot_curves(
+    rows: list[dict[str, Any]],    # numbers by name
+    labels: list[str],             # what each row is of: a curve for each, from dark (first) to bright (last)
+    across: str,                   # the number to the right, such as "batch"
+    titles: Mapping[str, str],     # the numbers upwards, by name: a picture for each
+    *,
+    size: tuple[float, float],     # inches
+    log: bool = False,             # a logarithmic scale upwards, on which there is no 0
+) -> matplotlib.figure.Figure:
+    "Numbers as curves, side by side; raises `ValueError` where there are none"
+    pyplot = require("matplotlib.pyplot", extra="plot", why="plot()")
+    if not rows: raise ValueError("nothing was seen yet, so there is nothing to draw; call fit first")
+    names = list(dict.fromkeys(labels))
+    colours = pyplot.get_cmap("viridis")(torch.linspace(0, 0.9, len(names)).numpy())
+    figure, grid = pyplot.subplots(1, len(titles), figsize=size)
+    for axes, (number, title) in zip(grid, titles.items()):
+        for name, colour in zip(names, colours):
+            mine = [row for row, label in zip(rows, labels) if label == name and (row[number] or not log)]
+            axes.plot([row[across] for row in mine], [row[number] for row in mine], color=colour, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(across)
+        if log: axes.set_yscale("log")
+    if len(names) <= 12: figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1.1 / size[0], 1))
+    pyplot.close(figure)  # it is shown because it is returned, and only once
+    return figure
+
 def plot_numbers(
     rows: list[dict[str, Any]],  # of `ActivationStatistics`
 ) -> matplotlib.figure.Figure:
-    "The four numbers over the batches, a curve for each module, from dark (first) to bright (last)"
-    pyplot = require("matplotlib.pyplot", extra="plot", why="plot_numbers()")
-    if not rows: raise ValueError("nothing was seen yet, so there is nothing to draw; call fit first")
-    names = list(dict.fromkeys(row["module"] for row in rows))
-    colours = pyplot.get_cmap("viridis")(torch.linspace(0, 0.9, len(names)).numpy())
-    figure, grid = pyplot.subplots(1, 4, figsize=(11, 2.8))
-    for axes, number in zip(grid, COLUMNS[2:]):
-        for name, colour in zip(names, colours):
-            mine = [row for row in rows if row["module"] == name]
-            axes.plot([row["batch"] for row in mine], [row[number] for row in mine], color=colour, label=name)
-        axes.set_title(number, fontsize=10)
-        axes.set_xlabel("batch")
-        if number in COLUMNS[4:]: axes.set_ylim(-0.03, 1.03)
-    if len(names) <= 12: figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 0.93, 1))
-    pyplot.close(figure)  # it is shown because it is returned, and only once
+    "The four numbers over the batches, a curve for each module"
+    titles = {number: number for number in COLUMNS[2:]}
+    figure = plot_curves(rows, [row["module"] for row in rows], "batch", titles, size=(11, 2.8))
+    for axes in figure.axes[2:]: axes.set_ylim(-0.03, 1.03)  # shares
     return figure
 
 # %% ../../nbs/api/callbacks/12_activations.ipynb #0d9a7ccf
@@ -193,7 +202,7 @@ class ActivationStatistics(Callback):
         every: str | int = "10ba",  # from look to look, in batches of the run
         bins: int = 40,             # of each histogram
     ) -> None:
-        self.modules, self.every = modules, check_batches(every)
+        self.modules, self.every = modules, count_in("ba", every)
         self.seen, self.undo = Looks(bins), ExitStack()
 
     def before_fit(self, trainer: Trainer) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..core.duration import Duration
-from ..core.errors import describe
+from ..core.errors import checked_keywords, describe
+from ..core.messages import tell
 from ..core.seeding import isolated_rng
 from ..data.loaders import EpochLoader, looking_at
 from ..loop.callback import Callback, handler_table
@@ -103,6 +104,7 @@ class AveragedWeights(Callback):
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #1c24b07c
 class EMA(AveragedWeights):
     "An exponential moving average of the weights, for evaluation and prediction"
+    @checked_keywords
     def __init__(self,
         decay: float = 0.999,  # what the average keeps of itself in each step, in (0, 1)
         *,
@@ -228,10 +230,11 @@ def enter_mean(
 class MeanWeights(AveragedWeights):
     "A plain mean of weights, with the statistics of batch norms that belong to it; a base class"
     def __init__(self,
-        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
+        norm_batches: int | None = None,  # training batches to measure batch norms on; None: as in an epoch
     ) -> None:
         super().__init__()
         self.norm_batches = norm_batches
+        self.limit: int | None = None                # of batches in an epoch, in the fit of these averages
         self.norms: dict[str, Tensor] | None = None  # statistics that belong to the averages, once measured
         self.taken_at = -1                           # the count of steps when weights last entered the mean
 
@@ -243,6 +246,7 @@ class MeanWeights(AveragedWeights):
         "The weights of now enter the mean"
         params = [p for slot in trainer.engine.slots.values() for p in slot.params]
         n, self.norms = self.counts.get("all", 0) + 1, None
+        self.limit = None if trainer.plan is None else trainer.plan.limit_batches
         enter_mean(self.averages, owned_by(trainer.model, params), n)
         self.counts, self.taken_at = {"all": n}, trainer.state.step
 
@@ -250,25 +254,29 @@ class MeanWeights(AveragedWeights):
         "The mean, and what was measured for it"
         if super().evaluation_weights(trainer) is None: return None
         if self.norms is None and "all" in self.counts:
-            self.norms = norm_statistics(trainer, self.averages, self.norm_batches)
+            limits = [n for n in (self.norm_batches, self.limit) if n is not None]
+            self.norms = norm_statistics(trainer, self.averages, min(limits, default=None))
             self.averages.update(self.norms)
         return self.averages
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "measured": self.norms is not None, "taken_at": self.taken_at}
+        return {**super().state_dict(), "measured": self.norms is not None, "taken_at": self.taken_at,
+                "limit": self.limit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.norms, self.taken_at = {} if state["measured"] else None, state["taken_at"]
+        self.limit = state["limit"]
 
 # %% ../../nbs/api/callbacks/06_averaging.ipynb #e8fd51c2
 class SWA(MeanWeights):
     "The mean of the weights at the ends of the last epochs, for evaluation and prediction"
+    @checked_keywords
     def __init__(self,
         start: float = 0.75,              # later than this share of the fit they are averaged, in [0, 1)
         *,
         every: int | str = "1ep",         # how often the weights enter the mean: epochs, or such as "50st"
-        norm_batches: int | None = None,  # training batches to measure batch norms on; None: all; 0: none
+        norm_batches: int | None = None,  # training batches to measure batch norms on; None: as in an epoch
     ) -> None:
         super().__init__(norm_batches)
         self.start, self.every = start, Duration.parse(every)
@@ -289,3 +297,10 @@ class SWA(MeanWeights):
         if every.unit == "st": due = state.step % int(every.value) == 0 and state.step != self.taken_at
         else: due = plan.epoch_is_full(state) and (state.epoch + 1) % int(every.value) == 0
         if due: self.take_in(trainer)
+
+    def after_fit(self, trainer: Trainer) -> None:
+        n = self.counts.get("all", 0)
+        if n > 1 or trainer.state.ending not in ("finished", "stopped"): return
+        found = "the weights of one moment only" if n else "nothing"
+        tell(f"{self} averaged {found}: it takes them every {self.every} of the last {1 - self.start:.0%} "
+             "of a fit. Train longer, or pass a smaller start= or every=", trainer.shown)

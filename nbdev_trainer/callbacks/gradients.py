@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.duration import Duration
-from ..core.errors import checked_keywords, did_you_mean, require
+from .activations import plot_curves
+from ..core.duration import count_in
+from ..core.errors import checked_keywords, did_you_mean
 from ..core.wrapping import wrap
 from ..loop.callback import Callback
 from ..loop.engine import OptimizerSlot
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['BY', 'COLUMNS', 'sorted_by', 'norms_of', 'dense', 'together', 'check_steps', 'Watch', 'read_norms', 'plot_norms',
-           'NormTable', 'GradientNorms']
+__all__ = ['BY', 'COLUMNS', 'sorted_by', 'norms_of', 'dense', 'together', 'Watch', 'read_norms', 'plot_norms', 'NormTable',
+           'GradientNorms']
 
 # %% ../../nbs/api/callbacks/12b_gradients.ipynb #0dd3bb04
 BY = ("group", "part", "parameter")
@@ -73,12 +74,6 @@ def together(norms: Mapping[str, Tensor]) -> Tensor:  # ()
     return torch.stack(list(norms.values())).square().sum().sqrt()
 
 # %% ../../nbs/api/callbacks/12b_gradients.ipynb #8e8f79db
-def check_steps(every: str | int) -> int:
-    "Steps from look to look; raises `ValueError` for another unit"
-    duration = Duration(every, "st") if isinstance(every, int) else Duration.parse(every)
-    if duration.unit == "st": return int(duration.value)
-    raise ValueError(f"every is {every!r}; expected steps of the optimizer, such as '10st'")
-
 class Watch:
     "Sees the gradients of one trainer before they are clipped"
     def __init__(self, trainer: Trainer, by: str, updates: bool) -> None:
@@ -129,25 +124,11 @@ def plot_norms(
     rows: list[dict[str, Any]],  # of `GradientNorms`
 ) -> matplotlib.figure.Figure:
     "Norms of gradients, and updates beside weights, over the steps; from dark (first) to bright (last)"
-    pyplot = require("matplotlib.pyplot", extra="plot", why="plot()")
-    if not rows: raise ValueError("nothing was seen yet, so there is nothing to draw; call fit first")
     several = len({row["optimizer"] for row in rows}) > 1
     labels = [f"{row['optimizer']}: {row['part']}" if several else row["part"] for row in rows]
-    names = list(dict.fromkeys(labels))
-    colours = pyplot.get_cmap("viridis")(torch.linspace(0, 0.9, len(names)).numpy())
-    figure, grid = pyplot.subplots(1, 2, figsize=(9, 3))
-    for axes, kind in zip(grid, ("gradient", "ratio")):
-        for name, colour in zip(names, colours):
-            mine = [row for row, label in zip(rows, labels) if label == name and row[kind]]
-            axes.plot([row["step"] for row in mine], [row[kind] for row in mine], color=colour, label=name)
-        axes.set_xlabel("step")
-        axes.set_yscale("log")
-    grid[0].set_title("norm of gradients", fontsize=10)
-    grid[1].set_title("update / weight", fontsize=10)
-    grid[1].axhline(1e-3, color="gray", linestyle="--", linewidth=1)
-    if len(names) <= 12: figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 0.86, 1))
-    pyplot.close(figure)  # it is shown because it is returned, and only once
+    titles = {"gradient": "norm of gradients", "ratio": "update / weight"}
+    figure = plot_curves(rows, labels, "step", titles, size=(9, 3), log=True)
+    figure.axes[1].axhline(1e-3, color="gray", linestyle="--", linewidth=1)
     return figure
 
 # %% ../../nbs/api/callbacks/12b_gradients.ipynb #0e5a61df
@@ -183,7 +164,7 @@ class GradientNorms(NormTable):
         log: bool = True,           # record `gradient_norm`, the mean over the looks of an epoch
     ) -> None:
         if by not in BY: raise ValueError(f"by is {by!r}. {did_you_mean(by, BY, what='choice')}")
-        self.by, self.every, self.updates, self.log = by, check_steps(every), updates, log
+        self.by, self.every, self.updates, self.log = by, count_in("st", every), updates, log
         super().__init__()
         self.watch: Watch | None = None  # during a fit
         self.undo: list[Callable[[], None]] = []

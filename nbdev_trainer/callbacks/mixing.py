@@ -26,16 +26,15 @@ from ..core.seeding import check_seed
 from ..data.batch import Batch, StepOutput
 from ..data.loaders import draw_seed
 from ..loop.callback import Callback
-from ..loop.micro_batches import MicroBatching
 from ..loop.steps import CountedLoss
 from ..metrics.base import targets_of
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['draws_for', 'partners', 'check_stacked', 'blended', 'Pairing', 'MixedLoss', 'MixesTargets', 'Mixing', 'paired',
-           'is_alone', 'check_used', 'mixable_loss', 'Mixup', 'check_alpha', 'rectangle', 'CutMix', 'only_images',
-           'MixOneOf']
+__all__ = ['draws_for', 'partners', 'check_stacked', 'blended', 'Pairing', 'MixedLoss', 'mean_of_both', 'unknown_partners',
+           'MixesTargets', 'Mixing', 'paired', 'is_alone', 'check_used', 'mixable_loss', 'Mixup', 'check_alpha',
+           'rectangle', 'CutMix', 'only_images', 'MixOneOf']
 
 # %% ../../nbs/api/callbacks/09_mixing.ipynb #e25d8163
 def draws_for(
@@ -99,26 +98,53 @@ class MixedLoss(CountedLoss):
     "A loss that compares the predictions for a mixed batch with the targets of both samples"
     def __init__(self,
         loss: CountedLoss,
+        engine: Any = None,  # that may train a batch in parts, and tells which
     ) -> None:
         vars(self).update(vars(loss))  # whoever asks for a part of the loss finds it
-        self.plain = loss
+        self.plain, self.engine = loss, engine
         self.pairing: Pairing | None = None  # of the batch in hand
 
     def __call__(self, output: StepOutput, batch: Batch) -> None:
-        "Set loss and count of `output`; raises `RuntimeError` for a part of a mixed batch"
+        "Set loss and count of `output`; raises `RuntimeError` for a part whose partners are not known"
         self.plain(output, batch)
         pair = self.pairing
         if pair is None: return
-        if batch.size != pair.batch.size:
-            raise RuntimeError(f"the loss was asked for {batch.size} samples of a mixed batch of "
-                               f"{pair.batch.size}, whose partners may be elsewhere; leave out "
-                               "micro_batch_size, or mix the parts in the step that divides batches")
-        def other(value: Any) -> Any: return None if value is None else index(value, pair.partners)
-        second = StepOutput(predictions=output.predictions, targets=other(targets_of(output, batch)))
-        self.plain(second, Batch(batch.inputs, second.targets, batch.size, None, other(batch.weights)))
+        in_part, rows = batch.size != pair.batch.size, getattr(self.engine, "rows", None)
+        if in_part and (rows is None or output.targets is not None): raise unknown_partners(pair, batch)
+        partners = pair.partners[rows] if in_part else pair.partners
+        targets = pair.batch.targets if in_part else targets_of(output, batch)
+        weights = pair.batch.weights if in_part else batch.weights
+        def other(value: Any) -> Any: return None if value is None else index(value, partners)
+        second = StepOutput(predictions=output.predictions, targets=other(targets))
+        self.plain(second, Batch(batch.inputs, second.targets, batch.size, None, other(weights)))
         losses: Any = output.loss, second.loss
-        output.loss = pair.share * losses[0] + (1 - pair.share) * losses[1]
+        if in_part: output.loss, output.count = mean_of_both(pair.share, output, second, batch.size)
+        else: output.loss = pair.share * losses[0] + (1 - pair.share) * losses[1]
         pair.used = True
+
+# %% ../../nbs/api/callbacks/09_mixing.ipynb #9abecb18
+def mean_of_both(
+    share: float,        # of the first, in [0.5, 1)
+    first: StepOutput,   # with loss and count
+    second: StepOutput,
+    size: int,           # samples, where there is no count
+) -> tuple[Tensor, Any]:  # () the loss, and what it is a mean over: a number, or a tensor on the device
+    "The losses of a part of a mixed batch as one"
+    losses: Any = first.loss, second.loss
+    counts: Any = [size if one.count is None else one.count for one in (first, second)]
+    parts = share * counts[0], (1 - share) * counts[1]
+    total = parts[0] + parts[1]
+    if not isinstance(total, Tensor):
+        kept = [loss * (part / total) for loss, part in zip(losses, parts) if part]
+        return torch.stack(kept or [losses[0]]).sum(), total
+    sums = [torch.where(part > 0, loss, 0) * part for loss, part in zip(losses, parts)]  # of none it is NaN
+    return (sums[0] + sums[1]) / torch.where(total > 0, total, 1), total
+
+def unknown_partners(pair: Pairing, batch: Batch) -> RuntimeError:
+    "The error for a part of a mixed batch that a step has made, or given targets of its own"
+    return RuntimeError(f"the loss was asked for {batch.size} samples of a mixed batch of {pair.batch.size}, "
+                        "whose partners may be elsewhere; mix in the step that divides batches, or let the "
+                        "loss have the targets of the batch")
 
 # %% ../../nbs/api/callbacks/09_mixing.ipynb #beb2aec5
 class MixesTargets(Callback):
@@ -127,7 +153,8 @@ class MixesTargets(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         "Put the mixed loss in the place of the step's"
-        self.loss = trainer.step.loss = MixedLoss(mixable_loss(trainer))  # type: ignore[attr-defined]
+        self.loss = MixedLoss(mixable_loss(trainer), trainer.engine)
+        trainer.step.loss = self.loss  # type: ignore[attr-defined]
 
     def after_backward(self, trainer: Trainer) -> None:
         "Raise `RuntimeError` when the step did not use its loss"
@@ -213,9 +240,6 @@ def mixable_loss(trainer: Trainer) -> CountedLoss:
     if len(mixers) > 1:
         raise ValueError(f"{' and '.join(mixers)} would mix the same batch twice, and the loss knows of two "
                          "targets only; use MixOneOf(Mixup(), CutMix())")
-    if isinstance(trainer.engine, MicroBatching):
-        raise ValueError(f"{mixers[0]} mixes samples of a whole batch, and micro_batch_size divides batches; "
-                         "keep one of them, or use smaller batches and accumulate=")
     loss = getattr(trainer.step, "loss", None)
     if isinstance(loss, CountedLoss): return loss
     raise TypeError(f"{mixers[0]} needs a step whose loss can be computed for other targets, and "

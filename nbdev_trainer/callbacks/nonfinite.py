@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .activations import check_batches
 from .culprits import Culprit, in_data, in_model, in_step, is_broken, torch_rng
 from .stopping import FiniteLoss
+from ..core.duration import count_in
 from ..core.errors import checked_keywords
 from ..core.wrapping import wrap
 from ..data.batch import Batch
@@ -159,7 +159,7 @@ class NonFinite(Watching):
         gradients: bool = True,          # look at gradients too, and not only at the loss
     ) -> None:
         super().__init__()
-        self.every, self.gradients = None if every is None else check_batches(every), gradients
+        self.every, self.gradients = None if every is None else count_in("ba", every), gradients
         self.undo: list[Callable[[], None]] = []
 
     def before_fit(self, trainer: Trainer) -> None:

@@ -168,6 +168,7 @@ class Heard(Callback):
     def window(self) -> Listening:
         "What was heard; raises `RuntimeError` when nothing was"
         if self.heard is not None and self.heard.began is None: return self.heard
+        if not self.done: raise RuntimeError("nothing was profiled yet; call fit first")
         raise RuntimeError(f"nothing was profiled: the window begins after batch {self.start} of a fit, and "
                            f"the last fit had {self.done}. Train longer, or use Profiler(start=0).")
 

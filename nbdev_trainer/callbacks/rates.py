@@ -10,7 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/rates.html.md"
 # %% ../../nbs/api/callbacks/07_rates.ipynb #cfa65c3f
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['Settings', 'ReduceOnPlateau', 'plain_part', 'settings_of', 'put_settings', 'check_given', 'check_scheduler',
-           'SchedulerSettings', 'TorchScheduler']
+           'SchedulerSettings', 'TorchScheduler', 'check_overruled']
 
 # %% ../../nbs/api/callbacks/07_rates.ipynb #ea8c43ee
 class ReduceOnPlateau(Watching):
@@ -49,11 +49,6 @@ class ReduceOnPlateau(Watching):
         if not 0 <= least < 1: raise ValueError(f"least is {least!r}; expected a number from 0 to below 1")
         super().__init__(monitor, Patience(patience, min_delta), higher_is_better)
         self.factor, self.least = factor, least
-
-    def before_fit(self, trainer: Trainer) -> None:
-        super().before_fit(trainer)
-        if trainer.plan is not None and trainer.plan.began["batch"] == trainer.state.batch:
-            self.patience.best = None  # an old best may be out of reach, and would lower the rate at once
 
     def is_impatient(self, trainer: Trainer) -> None:
         plan: Any = trainer.plan
@@ -206,3 +201,15 @@ class TorchScheduler(SchedulerSettings):
         if self.monitor is None: self.scheduler.step()
         elif self.monitor not in metrics: raise not_measured(self.monitor, metrics)
         else: self.scheduler.step(metrics[self.monitor])
+
+# %% ../../nbs/api/callbacks/07_rates.ipynb #941d7ace
+def check_overruled(
+    lr: Any,                        # what the fit was given; None: nothing
+    callbacks: Iterable[Callback],  # of the fit
+) -> None:
+    "Raise `ValueError` for a learning rate that a scheduler of torch would overrule"
+    for one in callbacks if lr is not None else ():
+        if not isinstance(one, SchedulerSettings) or one.scheduler is None: continue
+        raise ValueError(f"lr={lr!r} was given, and {type(one.scheduler).__name__}, which has begun already, "
+                         "sets the learning rate itself; leave out lr=, or make a new scheduler from the "
+                         "optimizer at that rate")

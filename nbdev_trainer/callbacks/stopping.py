@@ -28,18 +28,18 @@ from ..loop.snapshot import keyed, load_model_state, model_state
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'Watching', 'averaging', 'weights_of', 'put_weights', 'EarlyStopping', 'not_measured',
-           'FiniteLoss']
+__all__ = ['is_better', 'Patience', 'told_of', 'Watching', 'averaging', 'weights_of', 'put_weights', 'EarlyStopping',
+           'not_measured', 'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
-    value: float,            # the new result; may be NaN
+    value: float,            # the new result; NaN and infinity are never better
     best: float | None,      # the best so far; None: there is none
     higher_is_better: bool,
     min_delta: float = 0.0,  # by how much more than nothing it must differ
 ) -> bool:
     "Whether a result improves on the best so far"
-    if value != value: return False
+    if not math.isfinite(value): return False
     if best is None: return True
     return value - best > min_delta if higher_is_better else best - value > min_delta
 
@@ -64,6 +64,18 @@ class Patience:
         return self.waited >= self.looks
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e32175f4
+def told_of(
+    trainer: Trainer,
+    name: str,     # of a result
+    meaning: str,  # what that means, with the mark before it
+) -> bool:
+    "Whether a result is NaN or infinite, which is told; a device that holds no numbers has none"
+    value = trainer.state.metrics.get(name, 0.0)
+    if math.isfinite(value) or trainer.device.type == "meta": return False
+    tell(f"{name} is {value} (batches done: {trainer.state.batch}){meaning}", trainer.shown)
+    return True
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #eaafe9ed
 class Watching(Callback):
     "Looks at a result whenever it is new; a base for callbacks that act when it has not improved"
     def __init__(self,
@@ -73,6 +85,7 @@ class Watching(Callback):
     ) -> None:
         self.monitor, self.patience, self.given = monitor, patience, higher_is_better
         self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
+        self.told = False                                # that the result is no number, in this fit
 
     def before_fit(self, trainer: Trainer) -> None:
         known, plan = check_monitor(trainer, self.monitor, self.given is not None), trainer.plan
@@ -82,7 +95,11 @@ class Watching(Callback):
         if plan is None: return
         sets = [name for name in ("train", *plan.valid_sets) if self.monitor.startswith(f"{name}_")]
         self.watched, self.higher_is_better = max(sets, key=len, default="train"), better
-        if plan.began["batch"] == trainer.state.batch: self.patience.waited = 0
+        if plan.began["batch"] == trainer.state.batch: self.begin_anew()
+
+    def begin_anew(self) -> None:
+        "Forget what was seen in an earlier fit"
+        self.patience.best, self.patience.waited, self.told = None, 0, False
 
     def after_evaluate(self, trainer: Trainer) -> None:
         if trainer.plan is not None and trainer.state.loader == self.watched: self.look(trainer)
@@ -94,14 +111,13 @@ class Watching(Callback):
         "Look at the new result"
         metrics = trainer.state.metrics
         if self.monitor not in metrics: raise not_measured(self.monitor, metrics)
+        self.told = self.told or told_of(trainer, self.monitor, f": for {self} that is no improvement")
         impatient = self.patience.look(metrics[self.monitor], self.higher_is_better)
         if self.patience.waited == 0: self.has_improved(trainer)
         if impatient: self.is_impatient(trainer)
 
     def has_improved(self, trainer: Trainer) -> None: "The result is better than ever"
-
     def is_impatient(self, trainer: Trainer) -> None: "Patience is at its end"
-
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.patience.best, "waited": self.patience.waited}
 
@@ -150,10 +166,9 @@ class EarlyStopping(Watching):
         self.restore_best = restore_best
         self.kept: dict[str, Any] | None = None  # of the best result of this fit, where it is to be restored
 
-    def before_fit(self, trainer: Trainer) -> None:
-        super().before_fit(trainer)
-        is_new = trainer.plan is not None and trainer.plan.began["batch"] == trainer.state.batch
-        if is_new and self.restore_best: self.kept = self.patience.best = None
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        self.kept = None
 
     def has_improved(self, trainer: Trainer) -> None:
         if self.restore_best: self.kept = weights_of(trainer)
@@ -164,7 +179,8 @@ class EarlyStopping(Watching):
 
     def after_fit(self, trainer: Trainer) -> None:
         kept, state = self.kept, trainer.state
-        if kept is None or state.ending not in ("finished", "stopped"): return
+        if not self.restore_best or state.ending not in ("finished", "stopped"): return
+        if kept is None: return tell(f"no best weights: {self.monitor} was never a number", trainer.shown)
         self.kept = None
         if (kept["batch"], kept["step"]) == (state.batch, state.step): return  # the last is the best
         put_weights(trainer, kept)
@@ -188,11 +204,18 @@ def not_measured(
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #22eec3b1
 class FiniteLoss(Callback):
-    "Ends the fit with `FloatingPointError` when the training loss has become NaN or infinite"
+    "Ends the fit with `FloatingPointError` when the training loss is no number; tells of other losses"
     runs_after = (Recorder,)
+    told: frozenset[str] = frozenset()  # the validation losses that were told, in this fit
+
+    def before_fit(self, trainer: Trainer) -> None: self.told = frozenset()
 
     def after_evaluate(self, trainer: Trainer) -> None:
-        if trainer.plan is not None and trainer.state.phase == "valid": self.look(trainer)
+        if trainer.plan is None or trainer.state.phase != "valid": return
+        self.look(trainer)
+        name = f"{trainer.state.loader}_loss"
+        meaning = ", unlike the training loss: look for NaN and very large numbers in the data of that set"
+        if name not in self.told and told_of(trainer, name, meaning): self.told |= {name}
 
     def after_epoch(self, trainer: Trainer) -> None: self.look(trainer)
 

@@ -163,6 +163,7 @@ def plot_split(
     "The parts as bars"
     pyplot = require("matplotlib.pyplot", extra="plot", why="plot()")
     parts = sorted((part for part in table.seconds if table.seconds[part]), key=table.seconds.__getitem__)
+    if not parts: raise ValueError("nothing was timed yet, so there is nothing to draw; call fit first")
     figure, axes = pyplot.subplots(figsize=size)
     bars = axes.barh(parts, [1000 * table.seconds[part] / max(table.batches, 1) for part in parts])
     axes.bar_label(bars, [f" {table.share(part):.0%}" for part in parts])

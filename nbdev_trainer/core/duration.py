@@ -17,7 +17,7 @@ from typing import Any
 from .errors import describe
 
 # %% auto #0
-__all__ = ['UNITS', 'Duration']
+__all__ = ['UNITS', 'Duration', 'count_in']
 
 # %% ../../nbs/api/core/03_duration.ipynb #71ed02a0
 UNITS = {"ep": "epochs", "ba": "batches", "st": "optimizer steps",
@@ -83,3 +83,16 @@ class Duration:
         if self.is_time: return self.value * _SECONDS[self.unit]
         raise ValueError(f"'{self}' has no length in seconds: how long {UNITS[self.unit]} take is not known "
                          "beforehand. Check is_time first.")
+
+# %% ../../nbs/api/core/03_duration.ipynb #0f6ef85f
+def count_in(
+    unit: str,             # one of UNITS that is counted: "ep", "ba" or "st"
+    given: int | str,      # such as 10 or "10ba"
+    name: str = "every",   # of the argument, for the error
+) -> int:
+    "A number of batches, steps or epochs; raises `ValueError` for any other unit, and for less than one"
+    if isinstance(given, str):
+        duration = Duration.parse(given)
+        if duration.unit == unit: return int(duration.value)
+    elif isinstance(given, int) and not isinstance(given, bool) and given >= 1: return given
+    raise ValueError(f"{name} is {given!r}; expected {UNITS[unit]}, at least 1, such as 10 or '10{unit}'")

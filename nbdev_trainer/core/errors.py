@@ -25,8 +25,8 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords', 'check_settings',
-           'CheckedSettings', 'Problems', 'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords',
+           'check_settings', 'CheckedSettings', 'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -96,9 +96,10 @@ def counted(
 
 # %% ../../nbs/api/core/00_errors.ipynb #0b7c53a1
 SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n", "n_epochs": "n",
-            "learning_rate": "lr", "lr_max": "lr", "max_lr": "lr", "loss": "loss_fn", "loss_func": "loss_fn",
-            "criterion": "loss_fn", "opt": "optimizer", "opt_func": "optimizer", "optim": "optimizer",
-            "dls": "loaders", "data": "loaders", "dataloaders": "loaders", "cbs": "callbacks",
+            "learning_rate": "lr", "lr_max": "lr end", "max_lr": "lr end", "base_lr": "lr", "loss": "loss_fn",
+            "loss_func": "loss_fn", "criterion": "loss_fn", "opt": "optimizer", "opt_func": "optimizer",
+            "optim": "optimizer", "dls": "loaders", "data": "loaders", "dataloaders": "loaders",
+            "cbs": "callbacks",
             "bs": "batch_size", "val": "valid", "validation_split": "valid", "validation_data": "valid",
             "test_size": "valid", "random_state": "seed", "accumulate_grad_batches": "accumulate",
             "gradient_accumulation_steps": "accumulate", "gradient_clip_val": "clip_norm",
@@ -107,12 +108,20 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
             "classes": "vocab", "categories": "vocab", "labels": "vocab", "normalize": "standardize",
             "interpolation": "method", "probability": "p", "prob": "p", "max_length": "length",
-            "top_k": "k", "num_bins": "n_bins", "mode": "higher_is_better"}
+            "top_k": "k", "num_bins": "n_bins", "mode": "higher_is_better", "wd": "weight_decay",
+            "freeze_epochs": "frozen", "num_training": "steps", "num_iter": "steps", "n_iter": "steps",
+            "start_lr": "start", "min_lr": "start", "end_lr": "end", "swa_start": "start",
+            "swa_epoch_start": "start", "beta": "decay", "momentum": "decay", "save_best": "restore_best"}
+ELSEWHERE = {"swa_lrs": "The learning rate of the last epochs is a matter of the schedule, such as fit(n, "
+                        "schedule=chained((0.75, cosine(1.0, 0.1)), (0.25, constant(0.1)))).",
+             "batch_size": "It is a matter of the loaders: Loaders.from_arrays(..., batch_size=64)."}
 
+# %% ../../nbs/api/core/00_errors.ipynb #1d744db1
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
     "The error for a keyword that does not exist, with the one that was meant"
-    here = SYNONYMS.get(name)
-    if here in known: meant = f"Here it is called {here!r}."
+    here = next((one for one in SYNONYMS.get(name, "").split() if one in known), None)
+    if here is not None: meant = f"Here it is called {here!r}."
+    elif name in ELSEWHERE: meant = ELSEWHERE[name]
     else: meant = did_you_mean(name, known, what="argument")
     return TypeError(f"{called}() has no argument {name!r}. {meant}")
 

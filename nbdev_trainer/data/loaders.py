@@ -272,19 +272,20 @@ def check_arrays(value: Any, name: str) -> None:
 def array_loaders(
     arrays: Any,         # a pair (inputs, targets), each any nesting of arrays with one row per sample
     valid: Any,          # a fraction or number of samples to split off, another pair, or None
-    batch_size: int,     # samples in a batch, over all ranks together
+    sizes: tuple[int, int | None],  # samples in a batch over all ranks; in one to validate, None: the same
     shuffle: bool,       # the training samples, anew each epoch
     drop_last: bool,     # leave out a last training batch that is not full
     seed: int | None,    # decides split and order; None: drawn from torch's generator
 ) -> tuple[Loader, Loader | None]:  # to train on, and to validate with
     "Loaders over arrays in memory, a part of them split off where a fraction is given"
     seed = draw_seed() if seed is None else seed
-    held_out, whole = None, array_loader(arrays, batch_size, "the training data")
+    size = sizes[0] if sizes[1] is None else sizes[1]
+    held_out, whole = None, array_loader(arrays, sizes[0], "the training data")
     train = replace(whole, shuffle=shuffle, seed=seed)
     if isinstance(valid, (int, float)):
         split = random_split(valid=valid, seed=seed)(len(whole.rows))
-        train, held_out = replace(train, rows=split.train), replace(whole, rows=split.valid)
-    elif valid is not None: held_out = array_loader(valid, batch_size, "valid")
+        train, held_out = replace(train, rows=split.train), replace(whole, rows=split.valid, batch_size=size)
+    elif valid is not None: held_out = array_loader(valid, size, "valid")
     return replace(train, drop_last=drop_last), held_out
 
 def explained(
@@ -310,11 +311,10 @@ class Loaders:
         data: Any = None,               # the `Data` that the batches come from; it knows what they mean
     ) -> None:
         if seed is None: seed = draw_seed() if isinstance(train, Dataset) else 0  # only its order needs one
-        self.train = as_loader(train, "train", batch_size, True, seed)
+        self.train, self.data = as_loader(train, "train", batch_size, True, seed), data
         self.valid_sets = {name: as_loader(part, name, batch_size, False, seed)
                            for name, part in named_sets(valid).items()}
         self.test = None if test is None else as_loader(test, "test", batch_size, False, seed)
-        self.data = data
 
     @property
     def valid(self) -> Any:
@@ -334,10 +334,11 @@ class Loaders:
         targets: Any = None,      # likewise, or None
         *,
         valid: Any = None,        # a fraction or number of samples to split off, or (inputs, targets)
-        batch_size: int = 64,     # samples in a batch, over all ranks together
+        batch_size: int = 64, valid_batch_size: int | None = None,  # samples in a batch; None: the same
         shuffle: bool = True,     # the training samples, anew each epoch
         drop_last: bool = False,  # leave out a last training batch that is not full
         seed: int | None = None,  # decides split and order; None: drawn from torch's generator
     ) -> Loaders:
         "Loaders over arrays in memory, on a vectorised path"
-        return cls(*array_loaders((inputs, targets), valid, batch_size, shuffle, drop_last, seed))
+        sizes = batch_size, valid_batch_size
+        return cls(*array_loaders((inputs, targets), valid, sizes, shuffle, drop_last, seed))

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
 from ..core.duration import Duration
-from ..core.errors import did_you_mean
+from ..core.errors import describe, did_you_mean
 from .events import Event
 
 if TYPE_CHECKING:
@@ -130,13 +132,18 @@ def in_order(
 def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
     "The callbacks as a list; raises `TypeError` for what is none"
     if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
-        raise TypeError(f"callbacks is {callbacks!r}; expected a list of callbacks")
+        raise TypeError(f"callbacks is {describe(callbacks)}; expected a list of callbacks, such as "
+                        "[EarlyStopping()]")
     listed = list(callbacks)
     for one in listed:
         if isinstance(one, type):
             raise TypeError(f"callback {one.__name__} is a class; pass an instance: {one.__name__}()")
+        if isinstance(one, LRScheduler):
+            looks = ", monitor='valid_loss'" if isinstance(one, ReduceLROnPlateau) else ""
+            raise TypeError(f"{type(one).__name__} is a scheduler of torch, and no Callback; pass "
+                            f"TorchScheduler(it, every='1ep'{looks})")
         if not isinstance(one, Callback):
-            raise TypeError(f"{one!r} is no Callback; a function is attached with on(event, fn)")
+            raise TypeError(f"{describe(one)} is no Callback; a function is attached with on(event, fn)")
     return listed
 
 # %% ../../nbs/api/loop/02_callback.ipynb #820409da

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import concatenate, detach, to_device
+from ..core.nested import concatenate, map_tensors
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, own_generators
@@ -33,8 +33,8 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'Evaluation',
-           'is_mean', 'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host',
+           'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -135,12 +135,21 @@ def outputs(
 @dataclass(repr=False)
 class Predictions:
     "What a model says about each sample; tensors or lists with one entry per sample, on the CPU"
-    predictions: Any             # joined on dimension 0; a list where sizes differ
+    predictions: Any             # joined on dimension 0; a list where sizes differ; 16-bit floats as 32
     targets: Any = None          # likewise; None when the data had none
     ids: Tensor | None = None    # (n,) positions in the data set; None when the loader does not tell
     losses: Tensor | None = None # (n,) None when the loss function does not give them
 
     def __repr__(self) -> str: return describe(self)
+
+def on_host(
+    value: Any,  # a tensor, or a nesting of them
+) -> Any:
+    "Every tensor on the CPU, without its graph; floats of fewer than 32 bits as 32"
+    def bring(one: Tensor) -> Tensor:
+        one = one.detach().to("cpu")
+        return one.float() if one.is_floating_point() and one.itemsize < 4 else one
+    return map_tensors(bring, value)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
 class Evaluation(Control):
@@ -176,7 +185,7 @@ class Evaluation(Control):
     def predict(self,
         loader: Iterable[Any],  # yields batches, or bare inputs
     ) -> Predictions:
-        "Predictions for every sample of a loader, in its order; raises `TypeError` for a bare tensor"
+        "Predictions for all samples of a loader, in its order, in 32 bits at least; `TypeError` for a tensor"
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise TypeError(f"predict got {describe(loader)}; expected a loader, or [inputs] for one batch")
         parts: list[list[Any]] = []
@@ -184,7 +193,7 @@ class Evaluation(Control):
             for batch, output in outputs(self, self.step.predict, loader):
                 losses = self.step.losses(output, batch)
                 part = [output.predictions, targets_of(output, batch), batch.ids, losses]
-                parts.append(to_device(detach(part), "cpu"))
+                parts.append(on_host(part))
         return Predictions(*(concatenate(list(column)) for column in zip(*parts)))
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25

@@ -54,18 +54,18 @@ def chosen(
     if isinstance(what, type):
         inside = {id(p) for one in model.modules() if isinstance(one, what) for p in one.parameters()}
         found = {name: p for name, p in every.items() if id(p) in inside}
-        known = sorted({type(one).__name__ for one in model.modules()})
-        hint = did_you_mean(what.__name__, known, what="class")
+        known = sorted({type(one).__name__ for one in model.modules() if list(one.parameters())})
+        text, hint = what.__name__, did_you_mean(what.__name__, known, what="class")
     elif isinstance(what, str):
         is_pattern = any(mark in what for mark in "*?[")
         found = {name: p for name, p in every.items()
                  if (fnmatchcase(name, what) if is_pattern else f"{name}.".startswith(f"{what}."))}
         parts = [name for name, one in model.named_modules() if name and any(True for _ in one.parameters())]
-        hint = did_you_mean(what, [*parts, *every], what="part")
+        text, hint = what, did_you_mean(what, [*parts, *every], what="part")
     else:
         raise TypeError(f"{describe(what)} names no part of a model; expected a name such as 'head', a "
-                        "pattern such as '*.bias', or a class such as nn.BatchNorm2d")
-    if not found: raise ValueError(f"{what!r} matches no parameter of {type(model).__name__}. {hint}")
+                        "pattern such as '*.bias', or a class such as nn.BatchNorm2d; several one by one")
+    if not found: raise ValueError(f"{text!r} matches no parameter of {type(model).__name__}. {hint}")
     return found
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #ed7a9c19
@@ -197,6 +197,8 @@ def weight_decay_groups(
     weight_decay: float = 1e-2,  # of all others, at least 0; AdamW's is multiplied with the learning rate
 ) -> list[dict[str, Any]]:  # for an optimizer; frozen parameters are left out
     "Groups of the trainable parameters, with and without weight decay; `ValueError` for a wrong number"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {describe(model)}; expected the model itself: weight_decay_groups(model)")
     if isinstance(weight_decay, bool) or not weight_decay >= 0:
         raise ValueError(f"weight_decay is {weight_decay!r}; expected a number of at least 0")
     harmed, groups = undecayed(model), dict[str, list[nn.Parameter]]()

@@ -23,7 +23,7 @@ from ..core.errors import checked_keywords, describe
 
 # %% auto #0
 __all__ = ['ReducedLoss', 'FocalLoss', 'focus', 'check_gamma', 'BinaryFocalLoss', 'check_alike', 'DiceLoss', 'class_shares',
-           'check_areas', 'QuantileLoss']
+           'check_areas', 'check_classes', 'QuantileLoss']
 
 # %% ../../nbs/api/loop/03b_losses.ipynb #8e24a611
 class ReducedLoss(nn.Module):
@@ -172,8 +172,10 @@ class DiceLoss(ReducedLoss):
     ) -> Tensor:  # (batch,)
         "The loss of each sample"
         targets = check_areas(predictions, targets)
-        counted = targets == targets if self.ignored is None else targets != self.ignored
-        shares, areas = class_shares(predictions, torch.where(counted, targets, 0).long())
+        counted = torch.ones_like(targets, dtype=torch.bool)
+        if self.ignored is not None: counted = targets != self.ignored
+        targets = check_classes(torch.where(counted, targets, 0), predictions.shape[1])
+        shares, areas = class_shares(predictions, targets.long())
         shares, areas = shares * counted[:, None], areas * counted[:, None]
         if not self.background and shares.shape[1] > 1: shares, areas = shares[:, 1:], areas[:, 1:]
         overlap = (shares * areas).flatten(2).sum(2)
@@ -197,6 +199,22 @@ def check_areas(predictions: Tensor, targets: Tensor) -> Tensor:  # (batch, ...)
     if predictions.ndim >= 3 and targets.shape == places: return targets
     raise ValueError(f"DiceLoss got predictions {describe(predictions)} and targets {describe(targets)}; "
                      "expected (batch, classes, height, width) and (batch, height, width), or volumes")
+
+def check_classes(
+    targets: Tensor,  # (batch, ...), 0 where they do not count
+    classes: int,     # scores of each place; 1: yes or no
+) -> Tensor:  # the same
+    "The targets; raises `ValueError` for what are no class numbers, where a look does not have to wait"
+    if targets.device.type != "cpu" or not targets.numel(): return targets
+    last, (least, most) = max(classes, 2) - 1, (one.item() for one in targets.aminmax())
+    broken = targets[targets != targets.round()] if targets.is_floating_point() else targets[:0]
+    if 0 <= least and most <= last and not len(broken): return targets
+    found = f"such as {broken[0]:.4g}" if len(broken) else f"from {least:g} to {most:g}"
+    mend = f"Pixels that do not count: ignore_index={most if least >= 0 else least:g}"
+    if len(broken): mend = "Shares of a pixel: (masks > 0.5).long()"
+    elif most == 255 and last == 1: mend = f"Masks of 0 and 255: masks // 255. {mend}"
+    raise ValueError(f"DiceLoss got targets {found}; expected class numbers from 0 to {last}, for "
+                     f"{classes} score{'s' * (classes > 1)} at each place. {mend}")
 
 # %% ../../nbs/api/loop/03b_losses.ipynb #2b04f0bc
 class QuantileLoss(ReducedLoss):

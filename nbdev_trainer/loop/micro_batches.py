@@ -124,6 +124,7 @@ def put_back(
 class InParts(Engine):
     "An engine that computes the gradient of a batch part by part"
     done: Tensor | None = None   # the loss whose gradient is there already
+    rows: slice | None = None    # which samples of the batch are in hand as a part; None: no part is
 
     def in_parts(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch, size: int) -> Any:
         "The outputs of parts of this size, joined; their gradients are added"
@@ -131,7 +132,8 @@ class InParts(Engine):
         self.done = None
         if size < batch.size: slot.window.size = max(slot.window.size, 2)  # the parts have weights
         for first in range(0, max(batch.size, 1), size):
-            part = trainer.state.current_batch = piece(batch, slice(first, first + size))
+            self.rows = slice(first, first + size)
+            part = trainer.state.current_batch = piece(batch, self.rows)
             output = self.run(method, trainer, part)
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
@@ -174,7 +176,7 @@ class MicroBatching(InParts):
                 forget()
                 if erase is None or not is_out_of_memory(error): raise
             finally:
-                trainer.state.current_batch = batch
+                trainer.state.current_batch, self.rows = batch, None
                 put_back(slot, held)
             erase()
             self.get_smaller(size, getattr(trainer, "shown", False))

@@ -167,8 +167,10 @@ def optimizer_state(
     return {"kind": kind_of(optimizer), "state": state, "groups": values}
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    "The name of its class; AdamW is AdamW, whoever steps it"
-    return "AdamW" if isinstance(optimizer, torch.optim.AdamW) else type(optimizer).__name__
+    "The name of its class, and of one that it goes around; AdamW is AdamW, whoever steps it"
+    name = "AdamW" if isinstance(optimizer, torch.optim.AdamW) else type(optimizer).__name__
+    base = getattr(optimizer, "base", None)
+    return f"{name}({kind_of(base)})" if isinstance(base, torch.optim.Optimizer) else name
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #b6c008b2
 def load_optimizer_state(

@@ -71,6 +71,7 @@ class FitPlan:
     accumulate: int = 1                                       # batches per optimizer step
     began: dict[str, int] = field(default_factory=dict)       # the counters when it began, by name
     values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what the groups had, by setting
+    reached: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what they had when the fit was left
     factor: float = 1.0                                       # of the learning rates, set by callbacks
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation
@@ -126,7 +127,8 @@ def follow(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> N
     if plan.factor != 1 and "lr" not in plan.schedules: set_values(slots, plan.values["lr"], plan.factor)
 
 def unfollow(plan: FitPlan, slots: Mapping[str, OptimizerSlot]) -> None:
-    "Put back what the schedules have changed"
+    "Put back what the schedules have changed, and note how far they had got"
+    plan.reached = {key: current_values(slots, key, may_be_zero=True) for key in plan.values}
     for key in plan.schedules: set_values(slots, plan.values[key], 1.0, key)
     if plan.factor != 1: set_values(slots, plan.values["lr"])
 

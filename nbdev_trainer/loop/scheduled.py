@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..core.errors import describe, did_you_mean
 from ..core.nested import map_tensors
 from .engine import OptimizerSlot
+from .schedules import Schedule
 
 # %% auto #0
 __all__ = ['SCHEDULED', 'Factors', 'current_values', 'set_values', 'check_schedule', 'check_momentum', 'as_schedules']
@@ -68,9 +69,17 @@ def check_schedule(schedule: Any, key: str = "lr") -> None:
     if isinstance(schedule, LRScheduler):
         raise TypeError(f"schedule is torch's {type(schedule).__name__}, which changes the rates itself; "
                         'pass fit(..., callbacks=[TorchScheduler(it, every="1ep")]), or "1st" for each step')
+    if isinstance(schedule, type) and issubclass(schedule, LRScheduler):
+        name = schedule.__name__
+        raise TypeError(f"schedule is torch's class {name}; pass fit(..., callbacks=[TorchScheduler(lambda "
+                        f'optimizer: {name}(optimizer, ...), every="1ep")])')
     if not callable(schedule):
         raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as "
                         "cosine() or one_cycle()")
+    name = getattr(schedule, "__qualname__", "")  # of a function or a class; those of ours make schedules
+    ours = "." not in name and getattr(schedule, "__module__", "") == Schedule.__module__
+    if name and (ours or isinstance(schedule, type) or isinstance(schedule(0.0), Schedule)):
+        raise TypeError(f"schedule is {name} itself, which makes a schedule; call it: schedule={name}(...)")
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
         factor, what = schedule(progress), "learning rate" if key == "lr" else key
         if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:

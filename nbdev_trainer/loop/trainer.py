@@ -217,7 +217,9 @@ class Loop(Results):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if slot.pending: self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
+            if not slot.pending: continue
+            self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
+            if self.state.evaluated_at == self.state.batch: self.state.evaluated_at = -1  # other weights were
         self.window_batches, self.stepped = 0, False
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #bcc23b55
@@ -225,8 +227,9 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     "Begin a fit, or go on with one that was saved or interrupted; `ValueError` when something else is asked"
     state, loaded, slots = trainer.state, trainer.loaded, trainer.engine.slots
     saved: Mapping[str, Any] | None = None if trainer.open_plan is None else plan_state(trainer.open_plan)
+    reached = {} if trainer.open_plan is None else trainer.open_plan.reached
     if loaded is not None:
-        saved = loaded["plan"]
+        saved, reached = loaded["plan"], loaded["scheduled"]
         load_callbacks(trainer.all_callbacks(), loaded["callbacks"], loaded["watching"])
         load_loader_state(plan.train, loaded["loader"])
     if resume and saved is not None: continue_plan(plan, saved, slots)
@@ -243,8 +246,8 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     begin_plan(plan, state, slots)
     if plan.factor != 1 or goes_on and trainer.window_batches:  # the rate that the open window began with
         follow(plan, state, slots)
-    elif goes_on and loaded is not None:                        # the rate of the last one, for the record
-        for key, values in loaded["scheduled"].items(): set_values(slots, values, 1.0, key)
+    elif goes_on:                                               # the rate of the last one, for the record
+        for key, values in reached.items(): set_values(slots, values, 1.0, key)
     trainer.last_train, trainer.open_plan = plan.train, plan
     trainer.result_sets = ("train_", *(f"{name}_" for name in plan.valid_sets))
     state.phase, state.ending, state.interruption = "train", None, None

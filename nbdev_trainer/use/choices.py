@@ -10,6 +10,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/use/choices.html.md"""
 # %% ../../nbs/api/use/03_choices.ipynb #05126921
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -28,7 +29,8 @@ from ..loop.steps import Step, SupervisedStep
 
 # %% auto #0
 __all__ = ['DEFAULT_LR', 'DEFAULT_PEAK', 'DEFAULT_WEIGHT_DECAY', 'Rates', 'first_batch', 'infer_loss', 'make_step', 'check_lr',
-           'submodule', 'trainable', 'make_optimizer', 'has_rate', 'describe_choice', 'make_optimizers', 'rates_for']
+           'submodule', 'trainable', 'make_optimizer', 'check_maker', 'has_rate', 'describe_choice', 'make_optimizers',
+           'rates_for']
 
 # %% ../../nbs/api/use/03_choices.ipynb #e1679cde
 def first_batch(
@@ -92,7 +94,13 @@ def check_lr(
 ) -> float:
     "The learning rate, or an error when it cannot train anything"
     if isinstance(lr, Real) and not isinstance(lr, bool) and 0 < float(lr) < float("inf"): return float(lr)
-    raise ValueError(f"lr is {lr!r}; expected a number above 0")
+    if hasattr(type(lr), "suggestion"):
+        raise ValueError("lr is a range test; expected a number above 0: lr=test.suggestion")
+    several = ". Several are for a fit, such as "
+    if isinstance(lr, slice): several += "fit(1, lr=(1e-5, 1e-3)), for the first and the last part"
+    elif isinstance(lr, (tuple, list, Mapping)): several += f"fit(1, lr={lr!r})"
+    else: several = ""
+    raise ValueError(f"lr is {lr!r}; expected a number above 0{several}")
 
 def submodule(
     model: nn.Module,
@@ -126,14 +134,27 @@ def make_optimizer(
 ) -> optim.Optimizer:
     "An optimizer for a model or a part of it; raises `TypeError` for what makes none"
     if make is not None and not callable(make):
-        raise TypeError(f"optimizer is {make!r}; expected an optimizer, or a function that makes one, "
-                        "such as torch.optim.Adam")
+        raise TypeError(f"optimizer is {describe(make)}; expected an optimizer, such as torch.optim.Adam("
+                        "groups, lr=1e-3), or a function that makes one, such as torch.optim.Adam")
     params, rate = trainable(part), check_lr(DEFAULT_LR if lr is None else lr)
     if make is None:
         strength = DEFAULT_WEIGHT_DECAY if weight_decay is None else weight_decay
         return default_optimizer(weight_decay_groups(part, strength), rate)
     if lr is None and has_rate(make): return make(params)
+    check_maker(make)
     return make(params, lr=rate)
+
+# %% ../../nbs/api/use/03_choices.ipynb #6658da98
+def check_maker(make: Callable[..., Any]) -> None:
+    "Raise `TypeError` for a function that cannot be called with parameters and a learning rate"
+    try: signature = inspect.signature(make)
+    except ValueError: return  # it cannot be looked into
+    try: signature.bind([], lr=0.1)
+    except TypeError as error:
+        name = getattr(make, "__name__", describe(make))
+        raise TypeError(f"optimizer is {name}, which cannot be called as {name}(params, lr=0.1): {error}. "
+                        f"Expected an instance; or a function of params and lr, such as lambda params, lr: "
+                        f"{name}(torch.optim.SGD(params, lr=lr))") from None
 
 def has_rate(make: Any) -> bool:
     "Whether it brings a learning rate of its own, as `functools.partial(SGD, lr=0.1)` does"
@@ -147,7 +168,7 @@ def describe_choice(
     "What was chosen, in one line"
     label = "optimizer" if name == "main" else f"optimizer {name}"
     line = f"{label}: {type(made).__name__}, lr {made.param_groups[0]['lr']:g}"
-    if lr_is_chosen: line += " unless fit is given one"
+    if lr_is_chosen: line += " where fit is given none"
     strength = {group.get("name"): group.get("weight_decay") for group in made.param_groups}
     if not strength.get(DECAYED[0]): return line
     line += f"; weight decay {strength[DECAYED[0]]:g}"

@@ -156,6 +156,7 @@ class RangeTest:
     def __repr__(self) -> str:
         try: rates = ", ".join(f"{name} {lr:.2g}" for name, lr in self.suggestions.items())
         except ValueError: rates = "none, the loss never fell"
+        else: rates = f"suggestion {self.suggestion:.2g}; by rule: {rates}"
         return f"RangeTest({self.range_text()}, {self.ending}; {rates})"
 
     def range_text(self) -> str:
