@@ -10,6 +10,7 @@ Modules:
 - `nbdev_trainer.callbacks.activations`: What the modules of a model give while it trains: spread, share of zeros, dead units, and a picture of all values
 - `nbdev_trainer.callbacks.anomaly`: The line of the model whose gradient is NaN
 - `nbdev_trainer.callbacks.averaging`: Weights averaged over the last steps or epochs, for evaluation and prediction: EMA and SWA
+- `nbdev_trainer.callbacks.bad_batches`: Batches whose loss is no number: left out before they spoil the weights, or the end of the fit
 - `nbdev_trainer.callbacks.checkpoint`: Saves the whole state of a run while it trains, so that it can go on after anything
 - `nbdev_trainer.callbacks.culprits`: Who made the first number that is none: a sample, a parameter, a module, the loss, or a gradient
 - `nbdev_trainer.callbacks.deterministic`: The same numbers each time: operations of torch whose results depend on the order of threads are replaced or refused

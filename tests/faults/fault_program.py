@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from nbdev_trainer import EMA, Accuracy, Callback, Checkpoint, EarlyStopping, Learner, Loaders, digits
-from nbdev_trainer.core.nested import tensors
 from nbdev_trainer.data import Category, Data, Flip, Image, Normalize, RandomCrop, random_split
-from nbdev_trainer.store.checkpoints import list_checkpoints, newest_checkpoint, read_checkpoint
+from nbdev_trainer.store.checkpoints import newest_checkpoint
 
 N, BATCH_SIZE, EPOCHS = 96, 8, 2   # 9 batches of training an epoch, the last one whole; 3 of validation
 WALL_CLOCK = {"seconds", "elapsed", "since_validation", "watching", "settings"}

@@ -1,15 +1,15 @@
 """A run that was cut off anywhere goes on in a new process and ends as the undisturbed one, bit for bit."""
 
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fault_program
 import pytest
+from children import children as children
+from children import nursery as nursery
 from fault_program import KillAt, Slow, final_state, with_checkpoint
 from helpers import differences
 

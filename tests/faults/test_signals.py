@@ -7,6 +7,8 @@ import time
 
 import fault_program
 import pytest
+from children import children as children
+from children import nursery as nursery
 from fault_program import Slow
 from test_going_on import compare
 

@@ -2,18 +2,12 @@
 
 import multiprocessing
 import os
-import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-sys.path[:0] = FOLDERS
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "fault(what, how, held): a row of the table of faults")
 
 
 class Children:
