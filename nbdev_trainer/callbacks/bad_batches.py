@@ -48,7 +48,8 @@ class BadBatches(FiniteLoss):
     ) -> None:
         known = ("skip", "stop", "raise")
         if policy not in known: raise ValueError(f"policy is {policy!r}. {did_you_mean(str(policy), known)}")
-        if limit < 1: raise ValueError(f"limit is {limit}; expected at least 1 batch; policy='raise' allows none")
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1 batch; policy='raise' allows none")
         self.policy, self.limit, self.skipped = policy, limit, 0
 
     def before_batch(self, trainer: Trainer) -> None: self.norms_back = mark_norms(trainer.model)
@@ -61,7 +62,8 @@ class BadBatches(FiniteLoss):
         if self.policy == "raise": raise bad_loss(what, "the weights are those of before it")
         self.skipped += 1
         if self.skipped > self.limit:
-            raise bad_loss(what, f"{counted(self.limit, 'batch was', 'batches were')} skipped before, which is the limit")
+            before = counted(self.limit, "batch was", "batches were")
+            raise bad_loss(what, f"{before} skipped before, which is the limit")
         trainer.skip_batch(what)
         if self.policy == "stop": trainer.stop(what)
 
@@ -70,5 +72,6 @@ class BadBatches(FiniteLoss):
 
 def bad_loss(what: str, state: str) -> FloatingPointError:
     "The error for a loss that is no number"
-    return FloatingPointError(f"{what}, and {state}. Look at these samples, or let NonFinite() find the sample or "
-                              "the module; if the loss has grown before: a smaller learning rate, or clip_norm=1.0")
+    return FloatingPointError(f"{what}, and {state}. Look at these samples, or let NonFinite() find the "
+                              "sample or the module. If the loss has grown before: a smaller learning "
+                              "rate, or clip_norm=1.0")

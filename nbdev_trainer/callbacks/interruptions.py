@@ -30,7 +30,7 @@ from ..loop.callback import Callback
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['watched_signals', 'check_signals', 'requeue', 'Interruptions']
+__all__ = ['watched_signals', 'check_signals', 'requeue', 'in_a_worker', 'ending_of', 'Interruptions']
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #fef5c4b6
 def watched_signals() -> list[str]:
@@ -42,7 +42,8 @@ def check_signals(names: Sequence[str]) -> list[str]:
     "The names; raises `ValueError` for one that is no signal here, or cannot be noted"
     known = [one.name for one in signal.Signals if one.name not in ("SIGKILL", "SIGSTOP")]
     for name in names:
-        if name not in known: raise ValueError(f"there is no signal {name!r} to note. {did_you_mean(name, known)}")
+        if name in known: continue
+        raise ValueError(f"there is no signal {name!r} to note. {did_you_mean(name, known)}")
     return list(names)
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #58945cdd
@@ -58,10 +59,22 @@ def requeue() -> str:  # what happened, for people
     return f"job {job} could not be queued again: {done.stderr.strip() or done.stdout.strip()}"
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #e83be6b3
+def in_a_worker(number: int) -> None:
+    "What a signal does in a process that was forked from the one that trains"
+    if number == signal.SIGINT: return  # a terminal sends it to all; the fit needs its last batch
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+def ending_of(why: str) -> BaseException:
+    "What is raised: Ctrl-C stays what it is, all else ends the process with 128 + 15"
+    return KeyboardInterrupt() if why == "SIGINT" else SystemExit(143)
+
 class Interruptions(Callback):
     "Ends a fit between two batches at SIGINT and SIGTERM, and lets it be saved"
     runs_after, only_watches = (Callback, Checkpoint), True
-    asked: str | None = None  # the signal that has come, or the reason that `interrupt` was given
+    asked: str | None = None       # the signal that has come, or another reason to end
+    trainer: Trainer | None = None
+    before: dict[str, Any] = {}    # the handlers of others
 
     @checked_keywords
     def __init__(self,
@@ -70,46 +83,30 @@ class Interruptions(Callback):
         requeue: bool = False,                 # under SLURM: ask for the job to be started again
     ) -> None:
         self.signals, self.requeue = check_signals(watched_signals() if signals is None else signals), requeue
-        self.before: dict[int, Any] = {}  # the handlers of others
-        self.trainer: Trainer | None = None
 
     def before_fit(self, trainer: Trainer) -> None:
         self.asked, self.trainer, self.process = None, trainer, os.getpid()
         if threading.current_thread() is not threading.main_thread(): return
-        for name in self.signals:
-            number = signal.Signals[name]
-            self.before[number] = signal.signal(number, self.note)
+        self.before = {name: signal.signal(signal.Signals[name], self.note) for name in self.signals}
 
     def note(self, number: int, frame: FrameType | None) -> None:
         "The handler of the signals"
-        if os.getpid() != self.process:  # a worker that was forked
-            if number == signal.SIGINT: return None  # Ctrl-C is sent to all; the fit needs its last batch
-            signal.signal(number, signal.SIG_DFL)
-            return os.kill(os.getpid(), number)
-        if self.asked is not None: raise self.ending_of(self.asked)
+        if os.getpid() != self.process: return in_a_worker(number)
+        if self.asked is not None: raise ending_of(self.asked)
         self.asked = signal.Signals(number).name
         if self.trainer is not None and self.trainer.waits_for_data: self.look(self.trainer)
 
-    def interrupt(self, why: str = "interrupted") -> None:
-        "End the fit between two batches, from any thread"
-        self.asked = why
-
-    def ending_of(self, why: str) -> BaseException:
-        "What is raised: Ctrl-C stays what it is, all else ends the process with 128 + 15"
-        return KeyboardInterrupt() if why == "SIGINT" else SystemExit(143)
-
     def look(self, trainer: Trainer) -> None:
         "End the fit here if that was asked for; the state is whole"
-        if self.asked is None: return
+        if self.asked is None or trainer.plan is None: return
         trainer.state.interruption = self.asked
-        raise self.ending_of(self.asked)
+        raise ending_of(self.asked)
 
     def after_batch(self, trainer: Trainer) -> None: self.look(trainer)
-    def after_evaluate_batch(self, trainer: Trainer) -> None:
-        if trainer.plan is not None: self.look(trainer)
+    def after_evaluate_batch(self, trainer: Trainer) -> None: self.look(trainer)
     def after_epoch(self, trainer: Trainer) -> None: self.look(trainer)
 
     def after_fit(self, trainer: Trainer) -> None:
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        for name, handler in self.before.items(): signal.signal(signal.Signals[name], handler)
         self.before, self.trainer = {}, None
         if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)

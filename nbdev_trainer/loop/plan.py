@@ -71,7 +71,7 @@ class FitPlan:
     accumulate: int = 1                                       # batches per optimizer step
     began: dict[str, int] = field(default_factory=dict)       # the counters when it began, by name
     values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what the groups had, by setting
-    reached: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what they had when the fit was left
+    reached: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what they had when it was left
     factor: float = 1.0                                       # of the learning rates, set by callbacks
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation

@@ -1,6 +1,6 @@
 """What a schedule changes in an optimizer: learning rates, momentum, weight decay
 
-A schedule gives factors, and here is what they are factors of. Each group of an optimizer has a learning rate, and may have a
+A schedule gives factors, and here is what they are factors of, and how they are put to work in a step. Each group of an optimizer has a learning rate, and may have a
 momentum and a weight decay. What they are when a fit begins is noted, multiplied while it runs, and put back when it
 ends, so that schedules compose with groups and leave nothing behind.
 
@@ -33,7 +33,7 @@ Factors = Callable[[float], float] | Mapping[str, Callable[[float], float]]  # o
 def current_values(
     slots: Mapping[str, OptimizerSlot],  # by name
     key: str = "lr",                     # or "momentum", or "weight_decay"
-    may_be_zero: bool = False,           # also a momentum or a weight decay
+    may_be_zero: bool = False,           # as one is at the end of a schedule
 ) -> dict[str, list[Any]]:  # by the name of the optimizer, for each group
     "What each group has now; raises `ValueError` when no group of an optimizer has it, or all have zero"
     values: dict[str, list[Any]] = {}

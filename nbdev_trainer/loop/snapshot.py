@@ -2,7 +2,7 @@
 
 A run can go on exactly when everything that decides its future is saved: weights, optimizer state, counters, the
 random generators, the position in the data, half-full sums of metrics, the gradients of an open window, and what
-callbacks remember. This module collects it. Files are another matter; here everything stays in memory.
+callbacks remember, and how far the schedules have got. This module collects it. Files are another matter; here everything stays in memory.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/snapshot.html.md"""
 
@@ -125,7 +125,7 @@ def trainer_state(
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done, "plan": plan,
-        "scheduled": {key: current_values(slots, key, True) for key in (() if plan is None else plan["values"])}})
+        "scheduled": {key: current_values(slots, key, True) for key in (plan or {"values": ()})["values"]}})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
