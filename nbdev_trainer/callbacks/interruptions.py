@@ -69,6 +69,7 @@ def ending_of(why: str) -> BaseException:
     "What is raised: Ctrl-C stays what it is, all else ends the process with 128 + 15"
     return KeyboardInterrupt() if why == "SIGINT" else SystemExit(143)
 
+# %% ../../nbs/api/callbacks/15_interruptions.ipynb #28c36396
 class Interruptions(Callback):
     "Ends a fit between two batches at SIGINT and SIGTERM, and lets it be saved"
     runs_after, only_watches = (Callback, Checkpoint), True
