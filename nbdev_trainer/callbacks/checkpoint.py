@@ -14,6 +14,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/checkpoint.htm
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #e89eb863
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
@@ -154,6 +155,7 @@ class Checkpoint(Callback):
         remove_leftovers(self.directory)
         self.settings = run_settings(trainer, trainer.plan.train, trainer.plan.valid_sets)
         self.due.step, self.due.clock = trainer.state.step, time.monotonic()
+        self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.state.batch == 0: self.save(trainer)
 
     def after_batch(self, trainer: Trainer) -> None:
@@ -194,6 +196,9 @@ class Checkpoint(Callback):
 
     def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int]) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
+        if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one with half of the run
+            raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
+                                    str(self.directory))
         write_checkpoint(self.directory, state, batch, facts)
         remove_old(self.directory, self.keep_last, best)
 
