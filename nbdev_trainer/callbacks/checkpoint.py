@@ -34,6 +34,7 @@ from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
+from ..loop.plan import cannot_be_positioned
 from ..loop.settings import run_settings
 from ..loop.snapshot import trainer_state
 from ..store.checkpoints import (
@@ -153,7 +154,9 @@ class Checkpoint(Callback):
         self.directory = checkpoint_directory(trainer, self.given)
         if self.best is not None: self.ranking = ranking(trainer, self)
         remove_leftovers(self.directory)
+        assert trainer.plan is not None
         self.settings = run_settings(trainer, trainer.plan.train, trainer.plan.valid_sets)
+        if why := cannot_be_positioned(trainer.plan.train): tell(why, trainer.shown)
         self.due.step, self.due.clock = trainer.state.step, time.monotonic()
         self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.state.batch == 0: self.save(trainer)

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch._dynamo as _  # the first optimizer of a process imports it, which takes longer than the training here
+import torch._dynamo  # noqa: F401  # the first optimizer of a process imports it, which takes longer than the training here
 from helpers import differences
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nbdev_trainer import EMA, Accuracy, Callback, Checkpoint, EarlyStopping, Learner, Loaders, Run, digits
 from nbdev_trainer.data import Category, Data, Flip, Image, Normalize, RandomCrop, random_split
@@ -55,15 +56,69 @@ def arrays():
     return Loaders.from_arrays(images[:N].repeat(1, 3, 1, 1), labels[:N], valid=0.25, batch_size=BATCH_SIZE, seed=0)
 
 
-def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, **options):
+class WithState:
+    """Batches in a new order in each epoch; keeps its position, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self):
+        images, labels = digits()
+        self.images, self.labels = images[:N].repeat(1, 3, 1, 1), labels[:N]
+        self.epoch, self.done, self.read = 0, 0, 0
+
+    def __len__(self):
+        return N // BATCH_SIZE
+
+    def __iter__(self):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch))
+        while self.done < len(self):
+            rows = order[self.done * BATCH_SIZE : (self.done + 1) * BATCH_SIZE]
+            self.done, self.read = self.done + 1, self.read + 1
+            yield self.images[rows], self.labels[rows]
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state):
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class InOrder(IterableDataset):
+    """Samples one after another, the same ones each time it is begun."""
+
+    def __iter__(self):
+        images, labels = digits()
+        return iter(list(zip(images[:N].repeat(1, 3, 1, 1), labels[:N], strict=True)))
+
+    def __len__(self):
+        return N
+
+
+def dataset():
+    images, labels = digits()
+    return TensorDataset(images[:N].repeat(1, 3, 1, 1), labels[:N])
+
+
+FOREIGN = {
+    "a DataLoader": lambda: DataLoader(dataset(), BATCH_SIZE, shuffle=True),
+    "a DataLoader with a generator": lambda: DataLoader(
+        dataset(), BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "an IterableDataset": lambda: DataLoader(InOrder(), BATCH_SIZE),
+    "a loader with a state": WithState,
+    "a list": lambda: list(DataLoader(dataset(), BATCH_SIZE)),
+}
+
+
+def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, data=None, **options):
     torch.set_num_threads(1)
     rich_callbacks = [EMA(0.9), EarlyStopping("valid_loss", patience=2, restore_best=True)] if rich else []
     if rich:
         options = {"precision": "bf16", "accumulate": 4, **options}
     saving = [] if every is None else [Checkpoint(every, keep_last=keep_last, background=background)]
+    own = arrays() if workers is None else loaders(workers)
     return Learner(
         network(),
-        arrays() if workers is None else loaders(workers),
+        own if data is None else (FOREIGN[data](), own.valid),
         nn.CrossEntropyLoss(),
         metrics=[Accuracy()],
         device="cpu",

@@ -1,11 +1,9 @@
 """A run that was cut off anywhere goes on in a new process and ends as the undisturbed one, bit for bit."""
 
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fault_program

@@ -24,7 +24,7 @@ from nbdev_trainer.store.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from nbdev_trainer.store.sealed import MANIFEST, DamagedError, sealed_text, verify
+from nbdev_trainer.store.sealed import MANIFEST, DamagedError, sealed_text
 
 WRITTEN = "model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", MANIFEST, "latest"
 EPOCHS = 3  # 27 batches: a run must not be over before it has been killed at each call that comes after the commit
