@@ -14,6 +14,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/checkpoint.htm
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #e89eb863
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
@@ -33,6 +34,7 @@ from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
+from ..loop.plan import cannot_be_positioned
 from ..loop.settings import run_settings
 from ..loop.snapshot import trainer_state
 from ..store.checkpoints import (
@@ -152,8 +154,11 @@ class Checkpoint(Callback):
         self.directory = checkpoint_directory(trainer, self.given)
         if self.best is not None: self.ranking = ranking(trainer, self)
         remove_leftovers(self.directory)
+        assert trainer.plan is not None
         self.settings = run_settings(trainer, trainer.plan.train, trainer.plan.valid_sets)
+        if why := cannot_be_positioned(trainer.plan.train): tell(why, trainer.shown)
         self.due.step, self.due.clock = trainer.state.step, time.monotonic()
+        self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.state.batch == 0: self.save(trainer)
 
     def after_batch(self, trainer: Trainer) -> None:
@@ -194,6 +199,9 @@ class Checkpoint(Callback):
 
     def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int]) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
+        if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one with half of the run
+            raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
+                                    str(self.directory))
         write_checkpoint(self.directory, state, batch, facts)
         remove_old(self.directory, self.keep_last, best)
 

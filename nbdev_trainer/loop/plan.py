@@ -30,8 +30,8 @@ from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
-           'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'generators', 'loader_state',
-           'load_loader_state', 'open_epoch']
+           'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
+           'cannot_be_positioned', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
@@ -230,27 +230,48 @@ def continue_plan(
     plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6e4648eb
-def generators(loader: Iterable[Any]) -> dict[str, Any]:
-    "The state of all generators that may decide a foreign loader's order"
-    return {"global": rng_state(), "own": [one.get_state() for one in own_generators(loader)]}
+def keeps_position(loader: Any) -> bool:
+    "Whether a foreign loader can say where it stands, and be put there"
+    both = (getattr(loader, name, None) for name in ("state_dict", "load_state_dict"))
+    return not isinstance(loader, EpochLoader) and all(callable(one) for one in both)
 
-def loader_state(loader: Any) -> dict[str, Any]:
+def cannot_be_positioned(train: Any) -> str | None:
+    "Why training data cannot be taken up in the middle of an epoch; None when it can"
+    if not isinstance(train, Iterator): return None
+    return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in the "
+            "middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or Loaders")
+
+def generators(
+    loader: Iterable[Any],
+    done: int = 0,  # batches of the epoch that are done
+) -> dict[str, Any]:
+    "The state of all that may decide a foreign loader's order, at a place in an epoch"
+    position: Any = loader
+    return {"global": rng_state(), "own": [one.get_state() for one in own_generators(loader)], "done": done,
+            "position": position.state_dict() if keeps_position(loader) else None}
+
+def loader_state(
+    loader: Any,
+    begun: Mapping[str, Any] | None = None,  # what `generators` gave, when the batch in hand is its first and half done
+) -> dict[str, Any]:
     "What a loader needs to go on in the next epoch: our own state, or that of a generator of its own"
+    here = begun or generators(loader)
     return {"loader": loader.state_dict() if isinstance(loader, EpochLoader) else None,
-            "own": [one.get_state() for one in own_generators(loader)]}
+            "own": here["own"], "position": here["position"]}
 
 def load_loader_state(loader: Any, saved: Mapping[str, Any]) -> None:
     "Put a loader where a saved one was"
     if saved["loader"] is not None and isinstance(loader, EpochLoader):
         loader.load_state_dict(saved["loader"])
     for one, state in zip(own_generators(loader), saved["own"]): one.set_state(state)
+    if saved["position"] is not None and keeps_position(loader): loader.load_state_dict(saved["position"])
 
-# %% ../../nbs/api/loop/07_plan.ipynb #af776f57
+# %% ../../nbs/api/loop/07_plan.ipynb #c8c07b37
 def open_epoch(
     loader: Any,                               # one of ours, or any iterable
     epoch: int,                                # over the whole run, from 0
     start: int,                                # batches of the epoch that are done
-    at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave then; None: it begins now
+    at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave then, or later in the epoch; None: it begins now
     device: torch.device | None = None,        # where they are going to be used
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
@@ -260,7 +281,8 @@ def open_epoch(
     if at_epoch_start is not None:
         set_rng_state(at_epoch_start["global"])
         for one, state in zip(own_generators(loader), at_epoch_start["own"]): one.set_state(state)
+        if at_epoch_start["position"] is not None: loader.load_state_dict(at_epoch_start["position"])
     batches = iter(loader)
-    for _ in islice(batches, start): pass
+    for _ in islice(batches, start - (at_epoch_start["done"] if at_epoch_start else 0)): pass
     set_rng_state(now)
     return batches

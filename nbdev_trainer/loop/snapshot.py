@@ -22,7 +22,7 @@ from ..core.seeding import rng_state, set_rng_state
 from .callback import Callback
 from .engine import OptimizerSlot
 from .optimizers import load_optimizer_state, optimizer_state
-from .plan import loader_state, plan_state
+from .plan import generators, keeps_position, loader_state, plan_state
 from .scheduled import current_values, set_values
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -111,7 +111,11 @@ def trainer_state(
     engine: Any = trainer.engine
     precision: Any = engine.precision
     plan = loaded.get("plan") if trainer.open_plan is None else plan_state(trainer.open_plan)
-    loader = loaded["loader"] if loaded else loader_state(trainer.last_train)
+    train, at_epoch_start = trainer.last_train, trainer.at_epoch_start
+    begun = None if trainer.whole or trainer.state.epoch_batch else at_epoch_start
+    loader = loaded["loader"] if loaded else loader_state(train, begun)
+    if trainer.whole and not loaded and train is not None and keeps_position(train):
+        at_epoch_start = generators(train, trainer.state.epoch_batch) if trainer.state.epoch_batch else None
     return map_tensors(Tensor.clone if copied else Tensor.detach, {
         "model": model_state(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
@@ -122,7 +126,7 @@ def trainer_state(
         "step": trainer.step.state_dict() if hasattr(trainer.step, "state_dict") else None,
         "precision": precision.state_dict() if hasattr(precision, "state_dict") else None,
         "engine": engine.state_dict() if hasattr(engine, "state_dict") else None,
-        "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
+        "rng": rng_state(), "at_epoch_start": at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done, "plan": plan,
         "scheduled": {key: current_values(slots, key, True) for key in (plan or {"values": ()})["values"]}})

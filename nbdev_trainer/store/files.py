@@ -14,7 +14,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/store/files.html.md"""
 
 # %% ../../nbs/api/store/00_files.ipynb #61d24fb1
 from __future__ import annotations
-import json, os, secrets
+import json, os, re, secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['MAX_DIMENSIONS', 'sync', 'write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'unique_names',
-           'read_json', 'write_tensors', 'read_metadata', 'read_tensors', 'append_lines', 'append_line']
+           'read_json', 'disk_error', 'write_tensors', 'read_metadata', 'read_tensors', 'append_lines', 'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def sync(path: Path) -> None:
@@ -166,6 +166,15 @@ def _separate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         pointers.add(stored[name].data_ptr())
     return stored, aliases
 
+# %% ../../nbs/api/store/00_files.ipynb #e042b3b8
+def disk_error(
+    error: SafetensorError,  # raised while writing
+    path: Path,  # what was written
+) -> Exception:
+    "The `OSError` that an error of safetensors stands for; the error itself when it stands for none."
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
+
 # %% ../../nbs/api/store/00_files.ipynb #11ec5417
 def write_tensors(
     path: str | Path,  # the file, usually named *.safetensors; its directory must exist
@@ -185,7 +194,9 @@ def write_tensors(
     problems.raise_if_any(f"cannot write '{path}'", TypeError)
     stored, aliases = _separate(tensors)
     notes = {**(metadata or {}), **({_ALIASES: json.dumps(aliases)} if aliases else {})}
-    with _replacing(path) as temporary: save_file(stored, temporary, metadata=notes or None)
+    with _replacing(path) as temporary:
+        try: save_file(stored, temporary, metadata=notes or None)
+        except SafetensorError as error: raise disk_error(error, Path(path)) from error
 
 # %% ../../nbs/api/store/00_files.ipynb #e247eedc
 MAX_DIMENSIONS = 64  # of a tensor in a file; as in numpy

@@ -1,16 +1,24 @@
 """The run that the fault tests disturb: all that has state, in one learner. Child processes import it."""
 
+import itertools
 import os
+import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  # the first optimizer of a process imports it, which takes longer than the training here
+from helpers import differences
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from nbdev_trainer import EMA, Accuracy, Callback, Checkpoint, EarlyStopping, Learner, Loaders, digits
+from nbdev_trainer import EMA, Accuracy, Callback, Checkpoint, EarlyStopping, Learner, Loaders, Run, digits
 from nbdev_trainer.data import Category, Data, Flip, Image, Normalize, RandomCrop, random_split
+from nbdev_trainer.store import checkpoints as stored
+from nbdev_trainer.store import sealed
 from nbdev_trainer.store.checkpoints import newest_checkpoint
 
 N, BATCH_SIZE, EPOCHS = 96, 8, 2   # 9 batches of training an epoch, the last one whole; 3 of validation
@@ -48,15 +56,69 @@ def arrays():
     return Loaders.from_arrays(images[:N].repeat(1, 3, 1, 1), labels[:N], valid=0.25, batch_size=BATCH_SIZE, seed=0)
 
 
-def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, **options):
+class WithState:
+    """Batches in a new order in each epoch; keeps its position, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self):
+        images, labels = digits()
+        self.images, self.labels = images[:N].repeat(1, 3, 1, 1), labels[:N]
+        self.epoch, self.done, self.read = 0, 0, 0
+
+    def __len__(self):
+        return N // BATCH_SIZE
+
+    def __iter__(self):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch))
+        while self.done < len(self):
+            rows = order[self.done * BATCH_SIZE : (self.done + 1) * BATCH_SIZE]
+            self.done, self.read = self.done + 1, self.read + 1
+            yield self.images[rows], self.labels[rows]
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state):
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class InOrder(IterableDataset):
+    """Samples one after another, the same ones each time it is begun."""
+
+    def __iter__(self):
+        images, labels = digits()
+        return iter(list(zip(images[:N].repeat(1, 3, 1, 1), labels[:N], strict=True)))
+
+    def __len__(self):
+        return N
+
+
+def dataset():
+    images, labels = digits()
+    return TensorDataset(images[:N].repeat(1, 3, 1, 1), labels[:N])
+
+
+FOREIGN = {
+    "a DataLoader": lambda: DataLoader(dataset(), BATCH_SIZE, shuffle=True),
+    "a DataLoader with a generator": lambda: DataLoader(
+        dataset(), BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "an IterableDataset": lambda: DataLoader(InOrder(), BATCH_SIZE),
+    "a loader with a state": WithState,
+    "a list": lambda: list(DataLoader(dataset(), BATCH_SIZE)),
+}
+
+
+def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, data=None, **options):
     torch.set_num_threads(1)
     rich_callbacks = [EMA(0.9), EarlyStopping("valid_loss", patience=2, restore_best=True)] if rich else []
     if rich:
         options = {"precision": "bf16", "accumulate": 4, **options}
     saving = [] if every is None else [Checkpoint(every, keep_last=keep_last, background=background)]
+    own = arrays() if workers is None else loaders(workers)
     return Learner(
         network(),
-        arrays() if workers is None else loaders(workers),
+        own if data is None else (FOREIGN[data](), own.valid),
         nn.CrossEntropyLoss(),
         metrics=[Accuracy()],
         device="cpu",
@@ -100,6 +162,106 @@ class Slow(Callback):
         time.sleep(self.seconds)
 
 
+# --- faults inside a save; a child process is changed for good, and ends -------------------------------------------------
+
+CHANGES = "mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir"  # calls that change what is on the disk
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_call(run_dir, number, when, **options):
+    """Goes on with a run, and is killed before or after the n-th call of its first save that changes the disk."""
+    count = itertools.count()
+
+    def disturbed(call):
+        def called(*args, **kwargs):
+            here = next(count) if threading.current_thread().name == "checkpoint" else None
+            if here == number and when == "before":
+                die()
+            result = call(*args, **kwargs)
+            if here == number:
+                die()
+            return result
+
+        return called
+
+    for name in CHANGES:
+        setattr(os, name, disturbed(getattr(os, name)))
+    train(run_dir, **options)
+
+
+def limit_file(name, size):
+    """From where a file of a checkpoint is written on, no file of this process can grow beyond so many bytes."""
+
+    def limited(write):
+        def written(path, *args):
+            if Path(path).name == name:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            try:
+                return write(path, *args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        return written
+
+    for module, function in ((stored, "write_tensors"), (stored, "write_text"), (sealed, "write_text")):
+        setattr(module, function, limited(getattr(module, function)))
+
+
+def train_until_byte(run_dir, name, size, **options):
+    """Goes on with a run, and is killed by the kernel when a file of its first save would grow beyond so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_file(name, size)
+    train(run_dir, **options)
+
+
+class FullAt(Callback):
+    """From a batch on, a file of a checkpoint cannot be written; later it can again."""
+
+    only_watches = True
+
+    def __init__(self, batch, name, size, until=None):
+        self.batch, self.name, self.size, self.until = batch, name, size, until
+
+    def after_batch(self, trainer):
+        if trainer.state.batch == self.batch:
+            self.before = stored.write_tensors, stored.write_text, sealed.write_text
+            limit_file(self.name, self.size)
+        if trainer.state.batch == self.until:
+            stored.write_tensors, stored.write_text, sealed.write_text = self.before
+
+
+class DirectoryGoes(Callback):
+    """At a batch, the directory with the checkpoints is removed, or a file takes its place."""
+
+    only_watches = True
+
+    def __init__(self, batch, directory, file=False):
+        self.batch, self.directory, self.file = batch, Path(directory), file
+
+    def after_batch(self, trainer):
+        if trainer.state.batch == self.batch:
+            self.directory.rename(away := self.directory.with_name("away"))  # at once, also when somebody writes to it
+            shutil.rmtree(away, ignore_errors=True)
+            if self.file:
+                self.directory.write_text("a file")
+
+
+def train_and_tell(report, run_dir, *callbacks, **options):
+    """Trains, and writes to a file what was raised."""
+    try:
+        train(run_dir, *callbacks, **options)
+    except BaseException as error:
+        Path(report).write_text("\n".join([type(error).__name__, str(error), *getattr(error, "__notes__", [])]))
+        raise
+
+
+# --- what a run has left ------------------------------------------------------------------------------------------------
+
+
 def final_state(run_dir):
     """What the newest checkpoint of a run holds, without what a clock decides."""
     return without_clock(newest_checkpoint(Path(run_dir) / "checkpoints", strict=True)[1])
@@ -117,3 +279,17 @@ def with_checkpoint(source, target, name):
     """A copy of a run directory as it was when the named checkpoint was its newest."""
     shutil.copytree(source, target, ignore=lambda folder, names: ["checkpoints"] if folder == str(source) else [])
     shutil.copytree(Path(source) / "checkpoints" / name, Path(target) / "checkpoints" / name)
+
+
+def compare(run_dir, reference):
+    """Asserts that two runs ended alike: every tensor, every number, the history."""
+    assert differences(final_state(run_dir), final_state(reference)) == []
+    own, other = (Run.open(one).history for one in (run_dir, reference))
+    for name in ("rows", "steps", "control"):
+        rows = [[{**row, "seconds": 0} for row in getattr(history, name)] for history in (own, other)]
+        assert rows[0] == rows[1], name
+
+
+def leftovers(run_dir):
+    """What a save has begun and not brought to its end."""
+    return sorted(one.name for one in (Path(run_dir) / "checkpoints").iterdir() if one.name.startswith("."))

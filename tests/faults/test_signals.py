@@ -9,8 +9,7 @@ import fault_program
 import pytest
 from children import children as children
 from children import nursery as nursery
-from fault_program import Slow
-from test_going_on import compare
+from fault_program import Slow, compare
 
 from nbdev_trainer import Callback, Interruptions, Run
 from nbdev_trainer.store.checkpoints import newest_checkpoint
