@@ -26,7 +26,7 @@ from .groups import norms_at_rest
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['asks_again', 'unnoticed', 'look_again', 'Repeating', 'SAM']
+__all__ = ['asks_again', 'unnoticed', 'look_again', 'Repeating', 'climb', 'SAM']
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #01041a16
 def asks_again(optimizer: torch.optim.Optimizer) -> bool:
@@ -100,6 +100,20 @@ class Repeating(Engine):
         return True
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #54f9e956
+def climb(
+    params: list[Tensor],  # with gradients; changed in place
+    rho: float,            # the length of the climb
+    adaptive: bool,        # each weight in its own size
+) -> None:
+    "Go in the direction in which the loss rises most"
+    slopes: Any = [p.grad for p in params]
+    sizes = torch._foreach_abs(params) if adaptive else None
+    if sizes is not None: slopes = torch._foreach_mul(slopes, sizes)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
+    if sizes is not None: torch._foreach_mul_(slopes, sizes)
+    torch._foreach_add_(params, torch._foreach_mul(slopes, rho / (norm + 1e-12)))
+
+# %% ../../nbs/api/loop/06c_repeated.ipynb #679639e6
 class SAM(torch.optim.Optimizer):
     "Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412) around another optimizer"
     asks_again = True
@@ -119,15 +133,6 @@ class SAM(torch.optim.Optimizer):
         super().__init__([dict(group) for group in base.param_groups], base.defaults)
         self.param_groups, self.state = base.param_groups, base.state
 
-    def climb(self, params: list[Tensor]) -> None:
-        "Go `rho` in the direction in which the loss rises most"
-        slopes: Any = [p.grad for p in params]
-        sizes = torch._foreach_abs(params) if self.adaptive else None
-        if sizes is not None: slopes = torch._foreach_mul(slopes, sizes)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
-        if sizes is not None: torch._foreach_mul_(slopes, sizes)
-        torch._foreach_add_(params, torch._foreach_mul(slopes, self.rho / (norm + 1e-12)))
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # the loss at the climbed point
         "Climb, ask for the gradient there, come back, step; raises `TypeError` without a closure"
@@ -135,7 +140,7 @@ class SAM(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = [p.clone() for p in params]
         try:
-            self.climb(params)
+            climb(params, self.rho, self.adaptive)
             with torch.enable_grad(): loss = closure()
         finally: torch._foreach_copy_(params, before)
         self.meet_base()
