@@ -1,8 +1,9 @@
 """The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 
-A checkpoint is the whole state of a run at one batch, in a sealed directory named after it, such as `ba-000123`. Weights lie
-in `model.safetensors` under the names that the model gives them, so any program can use them; the optimizers' state
-lies in `optimizer.safetensors`, all other tensors in `state.safetensors`, and the rest in `state.json`.
+A checkpoint is the whole state of a run at one batch, in a sealed directory named after it, such as `ba-000123`.
+Weights lie in `model.safetensors` under the names that the model gives them, so any program can use them; the
+optimizers' state lies in `optimizer.safetensors`, all other tensors in `state.safetensors`, and the rest in
+`state.json`.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/store/checkpoints.html.md"""
 
@@ -30,9 +31,9 @@ from .sealed import DamagedError, sealing, verify
 from .trees import put_together, take_apart
 
 # %% auto #0
-__all__ = ['SCHEMA', 'FILES', 'UPGRADES', 'CHECKPOINT', 'LEFTOVER', 'place', 'checkpoint_name', 'write_checkpoint',
-           'written_with', 'read_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'remove_checkpoint',
-           'is_complete', 'remove_old', 'batch_of', 'remove_leftovers']
+__all__ = ['SCHEMA', 'FILES', 'Upgrade', 'UPGRADES', 'CHECKPOINT', 'LEFTOVER', 'place', 'checkpoint_name', 'write_checkpoint',
+           'written_with', 'read_checkpoint', 'known_schema', 'list_checkpoints', 'newest_checkpoint',
+           'remove_checkpoint', 'is_complete', 'remove_old', 'batch_of', 'remove_leftovers']
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #1f5c3c1c
 SCHEMA = 1  # of the state; a number higher than this was written by a newer version
@@ -54,7 +55,7 @@ def write_checkpoint(
     batch: int,                # batches done
     facts: Mapping[str, Any] | None = None,  # plain data to keep beside it
 ) -> Path:
-    "Write a state whole or not at all; raises `TypeError` for what cannot be kept, `OSError` when the disk refuses"
+    "Write a state whole or not at all; `TypeError` for what cannot be kept, `OSError` when the disk refuses"
     found: dict[str, dict[str, Tensor]] = {}
     problems = Problems()
     plain = take_apart(state, place, found, problems)
@@ -76,24 +77,34 @@ def written_with() -> dict[str, str]:
     return {"nbdev_trainer": version("nbdev_trainer"), "torch": str(torch.__version__)}
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #68c9e413
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # the state of a version to that of the next
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # the state of one version to that of the next
+UPGRADES: dict[int, Upgrade] = {}  # by the version that they begin with
 
 def read_checkpoint(
     path: str | Path,  # of one checkpoint
 ) -> dict[str, Any]:   # the state
-    "Verify a checkpoint and read its state; raises `DamagedError`, or `ValueError` for one of a newer version"
+    "Verify a checkpoint and read its state; `DamagedError`, or `ValueError` for one of a newer version"
     path = Path(path)
     manifest = verify(path)
-    schema = manifest["schema"]
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise ValueError(f"'{path}' was written by nbdev_trainer {manifest['versions']['nbdev_trainer']}, in a form "
-                         f"({schema}) that this version does not know (it knows {SCHEMA}); install a newer one")
-    names = [name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors")]
-    state = put_together(read_json(path / "state.json"), {name: read_tensors(path / f"{name}.safetensors") for name in names})
+    schema, files = known_schema(path, manifest), manifest["files"]
+    if "state.json" not in files:
+        raise DamagedError(f"'{path}' is sealed without state.json (it has {', '.join(files)}); it is no "
+                           "checkpoint")
+    names = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    found = {name: read_tensors(path / f"{name}.safetensors") for name in names}
+    state = put_together(read_json(path / "state.json"), found)
     for old in range(schema, SCHEMA): state = UPGRADES[old](state)
     return state
 
-# %% ../../nbs/api/store/06c_checkpoints.ipynb #7e9e3db5
+def known_schema(path: Path, manifest: Mapping[str, Any]) -> int:
+    "The version of a state; raises `ValueError` for one that is not known here"
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and (schema == SCHEMA or schema in UPGRADES): return schema
+    raise ValueError(f"'{path}' was written in the form {schema!r}, by {manifest.get('versions')}; "
+                     f"this version knows forms up to {SCHEMA}. Install the version that wrote it, or a "
+                     "newer one")
+
+# %% ../../nbs/api/store/06c_checkpoints.ipynb #9a04a654
 CHECKPOINT = re.compile(r"ba-(\d{6,})(?:-(\d+))?")
 LEFTOVER = re.compile(r"\.(ba-\d{6,}(-\d+)?|latest)\.[0-9a-f]{8}\.tmp")
 
@@ -102,7 +113,8 @@ def list_checkpoints(
 ) -> list[Path]:  # oldest first
     "The checkpoints in a directory, by their names"
     directory = Path(directory)
-    found = [(one, CHECKPOINT.fullmatch(one.name)) for one in directory.iterdir()] if directory.is_dir() else []
+    inside = directory.iterdir() if directory.is_dir() else ()
+    found = [(one, CHECKPOINT.fullmatch(one.name)) for one in inside]
     order = {one: (int(match[1]), int(match[2] or 1)) for one, match in found if match}
     return sorted(order, key=order.__getitem__)
 
@@ -116,12 +128,12 @@ def newest_checkpoint(
     listed = list_checkpoints(directory)
     for path in reversed(listed):
         try: return path, read_checkpoint(path)
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
             if strict: raise
             told(f"passed over: {error}")
-    if listed: raise DamagedError(f"none of the {len(listed)} checkpoints in '{directory}' is sound; the run cannot go on. "
-                                  "To begin anew, choose another run_dir or remove this one")
-    return None
+    if not listed: return None
+    raise DamagedError(f"none of the {len(listed)} checkpoints in '{directory}' is sound; the run cannot go "
+                       "on. To begin anew, choose another run_dir or remove this one")
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #c9eb23a4
 def remove_checkpoint(path: Path) -> None:
@@ -140,9 +152,11 @@ def remove_old(
     directory: Path,              # that holds the checkpoints of a run
     keep_last: int = 2,           # the newest that stay
     batches: Iterable[int] = (),  # the newest of each of these stays too
+    written: Path | None = None,  # the last one written; later ones are left alone
 ) -> list[Path]:                  # what was removed
     "Remove the other checkpoints; of the complete ones the newest two stay in any case"
     listed = list_checkpoints(directory)
+    if written in listed: listed = listed[:listed.index(written) + 1]
     at_batch = {batch_of(one): one for one in listed}
     stay = {*listed[-keep_last:], *(at_batch[batch] for batch in batches if batch in at_batch)}
     stay.update([one for one in reversed(listed) if is_complete(one)][:2])

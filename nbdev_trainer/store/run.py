@@ -25,8 +25,8 @@ from .lines import read_lines
 from .tables import format_value, table_html
 
 # %% auto #0
-__all__ = ['CONFIG', 'FITS', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'Run', 'check_run', 'best_value', 'summary_row',
-           'in_order', 'aligned', 'RunTable', 'read_table']
+__all__ = ['CONFIG', 'FITS', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'ending_of', 'read_config', 'run_text', 'Run',
+           'check_run', 'best_value', 'summary_row', 'in_order', 'aligned', 'RunTable', 'read_table']
 
 # %% ../../nbs/api/store/05_run.ipynb #a05bdf54
 CONFIG, FITS, CHECKPOINTS = "config.json", "fits.jsonl", "checkpoints"  # names in the directory of a run
@@ -48,6 +48,28 @@ def check_new_run(
                               f"remove this one; Run.open('{path}') shows it.")
 
 # %% ../../nbs/api/store/05_run.ipynb #92beec3c
+def ending_of(fits: Sequence[Mapping[str, Any]]) -> str:
+    "How the last of some fits ended"
+    if not fits: return "unknown"
+    last = fits[-1]
+    if last.get("event") != "end": return "killed, or still running"
+    return f"{last['ending']}: {last['why']}" if last.get("why") else str(last["ending"])
+
+def read_config(path: Path) -> dict[str, Any]:
+    "How a run was made; empty where it does not say; raises `ValueError` for damage"
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if isinstance(config, dict): return config
+    raise ValueError(f"'{path / CONFIG}' holds {describe(config)}; expected an object with names")
+
+def run_text(run: Run) -> str:
+    "A run as text: what it was made with, how it ended, and its table"
+    plain = {key: value for key, value in run.config.items() if isinstance(value, (str, int, float))}
+    facts = [f"{key}: {value}" for key, value in plain.items()]
+    if run.fits: facts.append(f"ending: {run.ending}")
+    notes = [f"cut off, and left out: {', '.join(run.cut_off)}"] if run.cut_off else []
+    return "\n".join([f"run {run.name}", *facts, *notes, "", repr(run.history)])
+
+# %% ../../nbs/api/store/05_run.ipynb #cd4058ca
 @dataclass(frozen=True)
 class Run:
     "What a run directory tells"
@@ -57,21 +79,14 @@ class Run:
     cut_off: tuple[str, ...] = ()  # lines that a kill has left incomplete: "history.jsonl line 3"
 
     @classmethod
-    def open(cls,
-        directory: str | Path,  # of one run
-    ) -> Run:
+    def open(cls, directory: str | Path) -> Run:
         "Read the directory of a run; raises `FileNotFoundError` when it is none, `ValueError` for damage"
         path = check_run(Path(directory))
-        config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"'{path / CONFIG}' holds {describe(config)}; expected an object with names")
         history, cut_off = read_history(path)
-        return cls(path, config, history, tuple(cut_off))
+        return cls(path, read_config(path), history, tuple(cut_off))
 
     @classmethod
-    def table(cls,
-        directory: str | Path = "runs",  # that holds directories of runs
-    ) -> RunTable:
+    def table(cls, directory: str | Path = "runs") -> RunTable:
         "All runs directly in a directory, as a table"
         return read_table(Path(directory))
 
@@ -87,9 +102,7 @@ class Run:
     @property
     def ending(self) -> str:
         "How the last fit ended: finished, stopped, interrupted or failed, and why; or that it did not end"
-        last = self.fits[-1] if self.fits else {}
-        if last.get("event") != "end": return "killed, or still running" if last else "unknown"
-        return f"{last['ending']}: {last['why']}" if last.get("why") else str(last["ending"])
+        return ending_of(self.fits)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -101,12 +114,7 @@ class Run:
         "The file of the weights; raises `FileNotFoundError` when they were not saved"
         return existing_file(self.directory / "model.safetensors")
 
-    def __repr__(self) -> str:
-        plain = {key: value for key, value in self.config.items() if isinstance(value, (str, int, float))}
-        facts = [f"{key}: {value}" for key, value in plain.items()]
-        if self.fits: facts.append(f"ending: {self.ending}")
-        notes = [f"cut off, and left out: {', '.join(self.cut_off)}"] if self.cut_off else []
-        return "\n".join([f"run {self.name}", *facts, *notes, "", repr(self.history)])
+    def __repr__(self) -> str: return run_text(self)
 
     def _repr_html_(self) -> str:
         head, _, _ = repr(self).partition("\n\n")

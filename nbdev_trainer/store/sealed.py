@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problems, describe
-from .files import existing_file, sync, write_text
+from .files import sync, write_text
 
 # %% auto #0
 __all__ = ['MANIFEST', 'LARGEST_MANIFEST', 'FILE_NAME', 'sum_of', 'sealed_text', 'check_space', 'seal', 'sealing', 'DamagedError',
-           'read_manifest', 'verify']
+           'read_manifest', 'is_list', 'verify']
 
 # %% ../../nbs/api/store/06b_sealed.ipynb #9abef5c7
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 2**20  # bytes; it holds a line for each file, and is read before anything is known to be sound
+LARGEST_MANIFEST = 2**20  # bytes; it has a few lines for each file, and is read before anything is known
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no directory in it, and nothing hidden
 
 def sum_of(path: Path) -> str:
@@ -48,7 +48,7 @@ def sealed_text(content: Mapping[str, Any]) -> str:
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "seal": seal}, indent=1) + "\n"
 
-# %% ../../nbs/api/store/06b_sealed.ipynb #22d9be2f
+# %% ../../nbs/api/store/06b_sealed.ipynb #4f10a30d
 def check_space(
     directory: Path,  # an existing one
     needed: int,      # bytes
@@ -75,7 +75,7 @@ def sealing(
     facts: Mapping[str, Any],  # plain data to keep in the list
     needed: int = 0,           # bytes that are going to be written
 ) -> Iterator[Path]:           # the directory to write to
-    "A directory that takes its name when the block is done; raises `OSError` and leaves nothing if that fails"
+    "A directory that takes its name when the block is done; if that fails, nothing is left"
     if path.exists(): raise FileExistsError(f"'{path}' exists; a sealed directory is never changed")
     check_space(path.parent, needed)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -107,9 +107,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         content = json.loads(text)
         found = sealed_text({key: value for key, value in content.items() if key != "seal"}).encode()
     except (ValueError, AttributeError, RecursionError): pass  # then it is not what was written either
-    if found != text: raise DamagedError(f"'{path}' does not have the sum that it was sealed with: it was changed")
+    if found != text:
+        raise DamagedError(f"'{path}' does not have the sum that it was sealed with: it was changed")
+    if not is_list(content.get("files")):
+        raise DamagedError(f"'{path}' lists {describe(content.get('files'))}; expected files with size and "
+                           "sha256")
     return content
 
+def is_list(files: Any) -> bool:
+    "Whether this is what `seal` writes about files"
+    return isinstance(files, dict) and all(
+        isinstance(one, dict) and one.keys() == {"size", "sha256"} for one in files.values())
+
+# %% ../../nbs/api/store/06b_sealed.ipynb #e3297d30
 def verify(
     directory: str | Path,  # a sealed one
     *,

@@ -2,7 +2,9 @@
 
 The state of a run is a nesting of dicts and lists, with tensors and plain values at its ends. JSON holds everything but
 the tensors, and safetensors holds the tensors. So the nesting is taken apart: each tensor goes under a name into a
-file, and JSON keeps its place. What comes back is equal to what was given, bit for bit, types included.
+file, and JSON keeps its place. What comes back is equal to what was given, bit for bit, types included: a tuple is
+no list, and a key that was a number is no text. Only subclasses come back as what they are built on, an `OrderedDict`
+as a dict.
 
 A value that is neither is an error when it is *saved*, with the path to it. Python's usual way out is to pickle it, and
 then reading a file means running it.
@@ -41,7 +43,9 @@ def take_apart(
 
     if isinstance(value, Tensor):
         file, name = place(path)
-        tensors.setdefault(file, {})[name] = value
+        named = tensors.setdefault(file, {})
+        while name in named: name += "'"  # another path that reads the same
+        named[name] = value
         return {"$tensor": [file, name]}
     if isinstance(value, PLAIN): return value
     if isinstance(value, float): return value if math.isfinite(value) else {"$float": str(value)}
@@ -68,11 +72,12 @@ def put_together(
     if mark is None: return {key: put_together(one, tensors) for key, one in value.items()}
     read, held = READERS.get(mark), value[mark]
     if read is None or len(value) != 1:
-        raise ValueError(f"the state holds {describe(value)}; expected one of {', '.join(READERS)} alone. It was "
-                         "written by a newer version, or by something else")
+        raise ValueError(f"the state holds {describe(value)}; expected one of {', '.join(READERS)} alone. "
+                         "It was written by a newer version, or by something else")
     try: return read(held, tensors)
-    except (TypeError, KeyError, ValueError) as error:
-        if mark != "$tensor": raise ValueError(f"the state holds {describe(value)}, which is nothing: {error}") from error
+    except (TypeError, LookupError, ValueError) as error:
+        if mark != "$tensor":
+            raise ValueError(f"the state holds {describe(value)}, which is nothing: {error}") from error
         raise ValueError(f"the state refers to the tensor {describe(held)}, which is in none of the files "
                          f"({', '.join(tensors)})") from None
 
