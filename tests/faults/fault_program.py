@@ -109,9 +109,9 @@ FOREIGN = {
 }
 
 
-def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, data=None, **options):
+def learner(run_dir, *callbacks, every="1ba", workers=None, keep_last=2, background=False, rich=True, data=None, patience=2, **options):
     torch.set_num_threads(1)
-    rich_callbacks = [EMA(0.9), EarlyStopping("valid_loss", patience=2, restore_best=True)] if rich else []
+    rich_callbacks = [EMA(0.9), EarlyStopping("valid_loss", patience=patience, restore_best=True)] if rich else []
     if rich:
         options = {"precision": "bf16", "accumulate": 4, **options}
     saving = [] if every is None else [Checkpoint(every, keep_last=keep_last, background=background)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fault_program
 import pytest
+from children import FOLDERS
 from children import children as children
 from children import nursery as nursery
 from fault_program import KillAt, Slow, compare, with_checkpoint
@@ -54,12 +55,15 @@ def test_a_run_that_was_killed_goes_on(children, saved_often, tmp_path, batch):
     compare(tmp_path / "run", saved_often / "items")
 
 
+LONG = {"background": True, "epochs": 40, "patience": 40}
+
+
 def kill_at_random(children, run_dir, times, seed=0):
     """How often the run was killed before it came to its end; it is started anew each time."""
     moments, kills = random.Random(seed), 0
     while kills < times:
-        child = children.start(fault_program.train, run_dir, Slow(0.02), workers=None, background=True, epochs=6)
-        child.join(moments.uniform(0.02, 0.7))
+        child = children.start(fault_program.train, run_dir, Slow(0.04), **LONG)
+        child.join(moments.uniform(0.02, 0.5))
         if not child.is_alive():
             break
         child.kill()
@@ -74,16 +78,15 @@ def kill_at_random(children, run_dir, times, seed=0):
 @pytest.mark.fault("SIGKILL at random moments", "50 kills of one run that saves at each batch, restarted each time",
                    "a sound checkpoint at all times; the end is that of the undisturbed run")  # fmt: skip
 def test_fifty_kills_of_one_run(children, tmp_path):
-    assert children.run(fault_program.train, tmp_path / "undisturbed", background=True, epochs=6) == 0
-    kills = kill_at_random(children, tmp_path / "run", 50)
-    assert kills >= 20
-    assert children.run(fault_program.train, tmp_path / "run", background=True, epochs=6) == 0
+    assert children.run(fault_program.train, tmp_path / "undisturbed", **LONG) == 0
+    assert kill_at_random(children, tmp_path / "run", 50) == 50
+    assert children.run(fault_program.train, tmp_path / "run", **LONG) == 0
     compare(tmp_path / "run", tmp_path / "undisturbed")
 
 
 PROGRAM = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import fault_program as f
 f.train({run_dir!r}, *([f.KillAt({batch})] if {batch} else []), workers=0)
 """
@@ -92,7 +95,7 @@ f.train({run_dir!r}, *([f.KillAt({batch})] if {batch} else []), workers=0)
 @pytest.mark.fault("SIGKILL, then another interpreter", "two programs started afresh", "every tensor, the history")
 def test_a_fresh_interpreter_goes_on_as_well(saved_often, tmp_path):
     def program(batch):
-        text = PROGRAM.format(folder=str(Path(__file__).parent), run_dir=str(tmp_path / "run"), batch=batch)
+        text = PROGRAM.format(folders=FOLDERS, run_dir=str(tmp_path / "run"), batch=batch)
         return subprocess.run([sys.executable, "-c", text], timeout=120).returncode
 
     assert program(7) == -signal.SIGKILL

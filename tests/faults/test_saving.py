@@ -195,7 +195,7 @@ def test_a_newer_form_is_refused(undisturbed, tmp_path):
     del content["seal"]
     content["schema"] += 1
     (newest / MANIFEST).write_text(sealed_text(content))
-    with pytest.raises(ValueError, match="that this version does not know.*install a newer one"):
+    with pytest.raises(ValueError, match="form 2.*Install the version that wrote it"):
         newest_checkpoint(newest.parent)
 
 
