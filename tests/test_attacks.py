@@ -6,6 +6,7 @@ taken on its word. `LOADERS` lists what a user can hand a file to; a new reader 
 
 import io
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -22,7 +23,9 @@ from nbdev_trainer import Learner, Run, import_weights
 from nbdev_trainer.apps.models import model_of_run
 from nbdev_trainer.apps.predict import predict_with
 from nbdev_trainer.data import Data
+from nbdev_trainer.store.checkpoints import read_checkpoint
 from nbdev_trainer.store.files import read_json, read_metadata, read_tensors, write_tensors
+from nbdev_trainer.store.sealed import MANIFEST, sealed_text, sum_of
 from nbdev_trainer.testing import tiny_loaders, tiny_model
 
 REFUSALS = ValueError, TypeError, KeyError, FileNotFoundError  # the errors for something that was passed in
@@ -599,7 +602,63 @@ def test_a_load_that_is_refused_changes_nothing(tmp_path):
 
 
 # Directories of state: a reader of them joins LOADERS, and its files join these, by the loader and the name in it.
-SEALED = {}
+def sealed_by_an_attacker(files):
+    """Makes a checkpoint whose manifest is right: who writes one can seal it too."""
+
+    def make(folder, canary):
+        checkpoint = folder / "run" / "checkpoints" / "ba-000001"
+        checkpoint.mkdir(parents=True)
+        for name, content in files.items():
+            (checkpoint / name).write_bytes(content(canary) if callable(content) else content)
+        listed = {one.name: {"size": one.stat().st_size, "sha256": sum_of(one)} for one in checkpoint.iterdir()}
+        facts = {"schema": 1, "batch": 1, "versions": {"nbdev_trainer": "0.1.0"}}
+        (checkpoint / MANIFEST).write_text(sealed_text({**facts, "files": listed}))
+        return checkpoint
+
+    return make
+
+
+def state_json(value):
+    return {"state.json": json.dumps(value).encode()}
+
+
+def listed_elsewhere(folder, canary):
+    checkpoint = sealed_by_an_attacker(state_json({}))(folder, canary)
+    (folder / "secret").write_text("not yours")
+    listed = {name: {"size": 9, "sha256": ""} for name in ("../../../secret", "/etc/passwd")}
+    (checkpoint / MANIFEST).write_text(sealed_text({"schema": 1, "files": listed}))
+    return checkpoint
+
+
+BAD_STATES = {
+    "a call": {"$call": ["os.system", "true"]},
+    "a class": {"model": {"$tensor": ["os", "system"]}},
+    "a float that is a program": {"$float": "__import__('os')"},
+    "pairs that are none": {"$items": [1, 2]},
+    "a key that is a dict": {"$items": [[{"a": 1}, 2]]},
+    "a tensor by a negative place": {"$tensor": [-1, -1]},
+}
+SEALED = {
+    "a pickle for tensors": (
+        sealed_by_an_attacker({"model.safetensors": lambda canary: pickle.dumps(Calls(os.system, f"touch '{canary}'")),
+                               "state.json": b"{}"}), read_checkpoint, "not a readable safetensors file"),
+    "a shape bomb": (
+        sealed_by_an_attacker({"model.safetensors": safetensors_file({"a": tensor([2**40])}, 4), "state.json": b"{}"}),
+        read_checkpoint, "not a readable safetensors file|bytes"),
+    "a path out of the directory": (listed_elsewhere, read_checkpoint, "no name of a file"),
+    "nested deeply": (
+        sealed_by_an_attacker({"state.json": b'{"a":' + b"[" * 700 + b"]" * 700 + b"}"}), read_checkpoint, "nested too deeply"),
+    "nested very deeply": (
+        sealed_by_an_attacker({"state.json": b"[" * 200_000}), read_checkpoint, "nested too deeply"),
+    "no state": (sealed_by_an_attacker({"model.safetensors": b""}), read_checkpoint, "state.json|readable"),
+    **{name: (sealed_by_an_attacker(state_json(value)), read_checkpoint, "the state (holds|refers)|unhashable")
+       for name, value in BAD_STATES.items()},
+}  # fmt: skip
+
+
+def test_names_of_classes_in_a_state_are_texts(canary, tmp_path):
+    named = {"_target_": "os.system", "class_path": "antigravity.fly", "__class__": "this.s"}
+    assert read_checkpoint(sealed_by_an_attacker(state_json(named))(tmp_path, canary)) == named
 
 
 @pytest.mark.parametrize("attack", SEALED)
