@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import fault_program
 import pytest
