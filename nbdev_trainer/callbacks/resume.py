@@ -11,12 +11,13 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/resume.html.md
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #0fed5256
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, checkpoint_directory
+from .checkpoint import Checkpoint, cannot_be_positioned, checkpoint_directory
 from .run_directory import RunDirectory
+from ..core.errors import counted
 from ..core.messages import tell
 from ..loop.settings import check_settings, run_settings
 from ..store.checkpoints import newest_checkpoint
@@ -26,14 +27,7 @@ from ..store.run import holds_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['cannot_be_positioned', 'resume_run', 'take_up']
-
-# %% ../../nbs/api/callbacks/14b_resume.ipynb #f867d246
-def cannot_be_positioned(train: Any) -> str | None:
-    "Why training data cannot be taken up in the middle of an epoch; None when it can"
-    if not isinstance(train, Iterator): return None
-    return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in the middle; a run "
-            "saved with it cannot be continued exactly. Pass a DataLoader, a list or Loaders")
+__all__ = ['resume_run', 'take_up']
 
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #b922bc99
 def resume_run(
@@ -72,7 +66,8 @@ def take_up(
         found = resume_run(trainer, directory, train, valid_sets)
     if run is not None and holds_run(run.directory):
         if found is None and (rows := len(read_history(run.directory)[0])):
-            raise FileExistsError(f"'{run.directory}' holds a run ({rows} rows) and no checkpoint to go on from; "
+            held = counted(rows, "row", "rows")
+            raise FileExistsError(f"'{run.directory}' holds a run ({held}) and no checkpoint to go on from; "
                                   "choose another run_dir, or remove this one")
         run.go_on()
     if found is None: tell("nothing was saved to go on from: the run begins", trainer.shown)

@@ -125,7 +125,7 @@ def trainer_state(
         "rng": rng_state(), "at_epoch_start": trainer.at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done, "plan": plan,
-        "scheduled": {key: current_values(slots, key, True) for key in (() if plan is None else plan["values"])}})
+        "scheduled": {key: current_values(slots, key, True) for key in plan["values"]} if plan else {}})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:

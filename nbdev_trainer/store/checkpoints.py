@@ -106,7 +106,7 @@ def known_schema(path: Path, manifest: Mapping[str, Any]) -> int:
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #9a04a654
 CHECKPOINT = re.compile(r"ba-(\d{6,})(?:-(\d+))?")
-LEFTOVER = re.compile(r"\.ba-\d{6,}(-\d+)?\.[0-9a-f]{8}\.tmp")
+LEFTOVER = re.compile(r"\.(ba-\d{6,}(-\d+)?|latest)\.[0-9a-f]{8}\.tmp")
 
 def list_checkpoints(
     directory: str | Path,  # that holds the checkpoints of a run; it need not exist
@@ -171,5 +171,5 @@ def batch_of(path: Path) -> int:
 def remove_leftovers(directory: Path) -> list[Path]:
     "Remove what processes left half-written that died over it"
     left = [one for one in directory.iterdir() if LEFTOVER.fullmatch(one.name)] if directory.is_dir() else []
-    for one in left: shutil.rmtree(one)
+    for one in left: shutil.rmtree(one) if one.is_dir() else one.unlink()
     return left
