@@ -243,6 +243,8 @@ MAY_RUN = {
     ("data.datasets", "numpy.load"): "with allow_pickle=False",
     ("data.sending", "pickle.loads"): "an error of this process, to see whether it can be sent",
     ("data.streams", "pickle.loads"): "items that the parent process sent to its worker",
+    ("callbacks.run_directory", "subprocess.run"): "git, with fixed arguments and without its extensions",
+    ("callbacks.run_directory", "subprocess.TimeoutExpired"): "the error of the line above",
     ("use.reproduce", "subprocess.run"): "git, with fixed arguments and without its extensions",
     ("use.reproduce", "subprocess.SubprocessError"): "the error of the line above",
     ("store.foreign", "torch.load"): "with weights_only=True, after the names in the file were looked at",

@@ -18,7 +18,7 @@ import errno
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +38,14 @@ from ..loop.plan import cannot_be_positioned
 from ..loop.settings import run_settings
 from ..loop.snapshot import trainer_state
 from ..store.checkpoints import (
-    list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
+    batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Copies', 'Beside', 'Due', 'Best', 'Checkpoint', 'checkpoint_directory', 'ranking', 'take_back']
+__all__ = ['Copies', 'Beside', 'Due', 'Best', 'Checkpoint', 'checkpoint_directory', 'check_directory', 'ranking', 'take_back']
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6549fb9
 class Copies:
@@ -57,8 +57,9 @@ class Copies:
         found, places = list(tensors(state)), self.places
         if [(one.shape, one.dtype) for one in places] != [(one.shape, one.dtype) for one in found]:
             pinned = any(one.is_cuda for one in found)
-            self.places = places = [torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned) for one in found]
-        for place, one in zip(places, found): place.copy_(one, non_blocking=True)
+            places = [torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned) for one in found]
+            self.places = places
+        for place, one in zip(places, found): place.copy_(one, non_blocking=one.is_cuda)  # the others: now
         if any(one.is_cuda for one in found): torch.cuda.synchronize()
         rest = iter(places)
         return map_tensors(lambda one: next(rest), state)
@@ -66,7 +67,8 @@ class Copies:
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #62129ee9
 class Beside:
     "Does one thing at a time in a thread"
-    def __init__(self) -> None: self.thread: threading.Thread | None = None; self.error: BaseException | None = None
+    thread: threading.Thread | None = None
+    error: BaseException | None = None  # raised there, and not here yet
 
     def start(self, work: Callable[[], Any]) -> None:
         "Begin with something; what was begun before must be over"
@@ -109,15 +111,16 @@ class Best:
     def read(self, directory: Path) -> None:
         "Take in the checkpoints of a directory"
         for path in list_checkpoints(directory):
-            try: facts = verify(path, thorough=False)
-            except DamagedError: continue
+            try: facts = verify(path)
+            except (DamagedError, OSError): continue
             if facts.get("monitor") == self.monitor: self.put(facts["batch"], facts["value"])
 
     def put(self, batch: int, value: float | None) -> bool:  # whether it is among the best
         "Take in a value"
         if value is None or not math.isfinite(value): return batch in self.values
         others = {one: other for one, other in self.values.items() if one != batch}
-        self.values = dict(sorted({**others, batch: value}.items(), key=lambda item: self.sign * item[1])[:self.number])
+        by_value = sorted({**others, batch: value}.items(), key=lambda item: self.sign * item[1])
+        self.values = dict(by_value[:self.number])  # of equal ones the earlier
         return batch in self.values
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6d05cae
@@ -127,10 +130,12 @@ class Checkpoint(Callback):
     directory: Path                # of the checkpoints; known when a fit begins
     ranking: Best | None = None    # where a result is watched
     best_is_due = False            # what was just measured is to be kept
+    in_fit = False                 # a fit has begun, and was not refused
+    holds: Path | None = None      # the directory that is known to be this run's
 
     @checked_keywords
     def __init__(self,
-        every: str | int | Duration = "1ep",  # from one to the next: epochs, or such as "500ba", "100st", "10m"
+        every: str | int | Duration = "1ep",  # from one to the next: epochs, or "500ba", "100st", "10m"
         *,
         keep_last: int = 2,                   # the newest that stay, at least 2: the last may be damaged
         best: str | None = None,              # a result, such as "valid_loss"; its best stay too
@@ -144,6 +149,9 @@ class Checkpoint(Callback):
             raise ValueError(f"keep_last is {keep_last}; expected at least 2: if the newest is damaged, the run "
                              "goes on from the one before it")
         if keep_best < 1: raise ValueError(f"keep_best is {keep_best}; expected at least 1")
+        if best is None and (keep_best != 1 or higher_is_better is not None):
+            raise ValueError("keep_best and higher_is_better say what to do with the best, and nothing says by "
+                             "which result; pass best, such as best='valid_loss'")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'warn'")
         self.due, self.keep_last, self.best, self.keep_best = Due(every), keep_last, best, keep_best
@@ -152,11 +160,13 @@ class Checkpoint(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         self.directory = checkpoint_directory(trainer, self.given)
+        if self.holds != self.directory: check_directory(trainer, self.directory)
+        self.holds, plan = self.directory, trainer.plan
         if self.best is not None: self.ranking = ranking(trainer, self)
+        if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
+        if plan is not None and (why := cannot_be_positioned(plan.train)): tell(why, trainer.shown)
         remove_leftovers(self.directory)
-        assert trainer.plan is not None
-        self.settings = run_settings(trainer, trainer.plan.train, trainer.plan.valid_sets)
-        if why := cannot_be_positioned(trainer.plan.train): tell(why, trainer.shown)
+        self.in_fit = True
         self.due.step, self.due.clock = trainer.state.step, time.monotonic()
         self.directory.mkdir(parents=True, exist_ok=True)
         if trainer.state.batch == 0: self.save(trainer)
@@ -171,7 +181,8 @@ class Checkpoint(Callback):
         if self.best_is_due or self.due.after_epoch(trainer.state): self.save(trainer)
 
     def after_fit(self, trainer: Trainer) -> None:
-        state = trainer.state
+        if not self.in_fit: return  # it was refused, and what lies there is not ours
+        self.in_fit, state = False, trainer.state
         try:
             if state.ending in ("finished", "stopped") or state.interruption: self.save(trainer)
         finally: self.settle()
@@ -199,11 +210,11 @@ class Checkpoint(Callback):
 
     def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int]) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
-        if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one with half of the run
+        if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one
             raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
                                     str(self.directory))
-        write_checkpoint(self.directory, state, batch, facts)
-        remove_old(self.directory, self.keep_last, best)
+        written = write_checkpoint(self.directory, state, batch, facts)
+        remove_old(self.directory, self.keep_last, best, written)
 
     def settle(self) -> None:
         "Until what is being written is on the disk; what went wrong is raised or told"
@@ -224,6 +235,15 @@ def checkpoint_directory(
     raise ValueError("Checkpoint() has no directory to write to; pass Learner(run_dir=...), or "
                      "Checkpoint(directory=...)")
 
+def check_directory(trainer: Trainer, directory: Path) -> None:
+    "Raise `FileExistsError` when it holds the checkpoints of another run"
+    if trainer.loaded is not None: return  # a saved state: later checkpoints were passed over
+    later = [one for one in list_checkpoints(directory) if batch_of(one) > trainer.state.batch]
+    if not later: return
+    raise FileExistsError(f"'{directory}' holds the checkpoints of a run (the last is {later[-1].name}). To go on "
+                          "with it: learner.fit(..., resume=True). Else choose another directory or remove this "
+                          "one")
+
 def ranking(trainer: Trainer, checkpoint: Checkpoint) -> Best:
     "The best so far by the result of a `Checkpoint`; raises `ValueError` when its direction is not known"
     monitor, given = str(checkpoint.best), checkpoint.higher_is_better
@@ -236,8 +256,10 @@ def ranking(trainer: Trainer, checkpoint: Checkpoint) -> Best:
     return best
 
 def take_back(directory: Path) -> None:
-    "Remove the checkpoints of a run that failed before its first batch, and the directory if nothing else is there"
-    for one in list_checkpoints(directory): remove_checkpoint(one)
+    "Remove what a run saved that failed before its first batch, and the directory if nothing else is there"
+    listed = list_checkpoints(directory)
+    if any(batch_of(one) for one in listed): return
+    for one in listed: remove_checkpoint(one)
     (directory / "latest").unlink(missing_ok=True)
     for one in (directory, directory.parent):
         if one.is_dir() and not any(one.iterdir()): one.rmdir()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, checkpoint_directory
 from .run_directory import RunDirectory
+from ..core.errors import counted
 from ..core.messages import tell
 from ..loop.plan import cannot_be_positioned
 from ..loop.settings import check_settings, run_settings
@@ -66,7 +67,8 @@ def take_up(
         found = resume_run(trainer, directory, train, valid_sets)
     if run is not None and holds_run(run.directory):
         if found is None and (rows := len(read_history(run.directory)[0])):
-            raise FileExistsError(f"'{run.directory}' holds a run ({rows} rows) and no checkpoint to go on from; "
+            held = counted(rows, "row", "rows")
+            raise FileExistsError(f"'{run.directory}' holds a run ({held}) and no checkpoint to go on from; "
                                   "choose another run_dir, or remove this one")
         run.go_on()
     if found is None: tell("nothing was saved to go on from: the run begins", trainer.shown)

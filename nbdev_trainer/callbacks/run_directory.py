@@ -37,10 +37,14 @@ from ..store.run import CONFIG, FITS, check_new_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'git', 'place_and_program',
-           'check_config', 'RunDirectory']
+__all__ = ['now', 'versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'git', 'whole_description',
+           'place_and_program', 'check_config', 'RowFiles', 'RunDirectory']
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #c6b3bdeb
+def now() -> str:
+    "Date and time, to the second"
+    return datetime.now().isoformat(timespec="seconds")
+
 def versions() -> dict[str, str]:
     "What the run was made with"
     return {"nbdev_trainer": version("nbdev_trainer"), "torch": str(torch.__version__),
@@ -67,7 +71,7 @@ def describe_training(
     step, engine, train = trainer.step, trainer.engine, trainer.plan and trainer.plan.train
     parameters = list(trainer.model.parameters())
     metrics = trainer.train_metrics.metrics
-    return {"began": datetime.now().isoformat(timespec="seconds"), "model": type(trainer.model).__name__,
+    return {"began": now(), "model": type(trainer.model).__name__,
             "n_parameters": sum(p.numel() for p in parameters),
             "n_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "step": type(step).__name__,
@@ -86,9 +90,14 @@ def loss_text(loss_fn: Any) -> str:
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #23d7ac51
 def git(*arguments: str) -> str | None:
     "What git says of the working directory; None where it says nothing"
-    try: answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5)
+    command = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", *arguments]
+    try: answer = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired): return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+def whole_description(trainer: Trainer, config: dict[str, Any]) -> dict[str, Any]:
+    "What a directory tells of how its run was made; what the user gave comes last, and wins"
+    return describe_training(trainer) | place_and_program() | config
 
 def place_and_program() -> dict[str, Any]:
     "Machine, command, and commit of the working directory"
@@ -105,37 +114,17 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #a73109c5
-class RunDirectory(RowWriter):
-    "Keeps `config.json`, `fits.jsonl` and the lines of the history in a directory"
-    only_watches = True
+class RowFiles(RowWriter):
+    "Keeps the history in files of a directory, a line for each row and record"
+    directory: Path
 
-    def __init__(self,
-        directory: str | Path,                    # of one run; made when a fit begins
-        config: Mapping[str, Any] | None = None,  # facts to add to the description, or to put in its place
-    ) -> None:
-        self.directory, self.config, self.begun = Path(directory), check_config(config or {}), False
+    def open_files(self) -> None:
+        "Cut off what the history does not have, and note what the files hold"
         self.counts: dict[str, int] = {}  # by file: how many entries of the history it holds
-
-    def before_fit(self, trainer: Trainer) -> None:
-        super().before_fit(trainer)
-        if not self.begun:
-            check_new_run(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / CONFIG, describe_training(trainer) | place_and_program() | self.config)
-            self.begun = True
         for name, part in parts_of(self.history).items():
             hold_rows(self.directory / f"{name}.jsonl", part)
             self.counts[name] = len(part)
         self.written = self.counts.pop("history")
-        self.note(event="begin", batch=trainer.state.batch, host=platform.node(), versions=versions())
-
-    def go_on(self) -> None:
-        "What the directory holds is this run: the next fit adds to it"
-        self.begun = True
-
-    def note(self, **facts: Any) -> None:
-        "Add a line about a fit"
-        append_line(self.directory / FITS, as_json({"at": datetime.now().isoformat(timespec="seconds"), **facts}))
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         "Append one row, and what was recorded since the last one"
@@ -149,13 +138,46 @@ class RunDirectory(RowWriter):
             append_lines(self.directory / f"{name}.jsonl", (as_json(one) for one in part[self.counts[name]:]))
             self.counts[name] = len(part)
 
+# %% ../../nbs/api/callbacks/04_run_directory.ipynb #d8145311
+class RunDirectory(RowFiles):
+    "Keeps `config.json`, `fits.jsonl` and the lines of the history in a directory"
+    only_watches = True
+    begun, in_fit = False, False  # the directory is this run's; a fit of it is going on
+
+    def __init__(self,
+        directory: str | Path,                    # of one run; made when a fit begins
+        config: Mapping[str, Any] | None = None,  # facts to add to the description, or to put in its place
+    ) -> None:
+        self.directory, self.config = Path(directory), check_config(config or {})
+
+    def before_fit(self, trainer: Trainer) -> None:
+        super().before_fit(trainer)
+        if not self.begun:
+            check_new_run(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / CONFIG, whole_description(trainer, self.config))
+            self.begun = True
+        self.in_fit = True
+        self.open_files()
+        self.note(event="begin", batch=trainer.state.batch, host=platform.node(), versions=versions())
+
+    def go_on(self) -> None:
+        "What the directory holds is this run: the next fit adds to it"
+        self.begun = True
+
+    def note(self, **facts: Any) -> None:
+        "Add a line about a fit"
+        append_line(self.directory / FITS, as_json({"at": now(), **facts}))
+
     def after_fit(self, trainer: Trainer) -> None:
+        if not self.in_fit: return  # it was refused
+        self.in_fit = False
         super().after_fit(trainer)
         self.write_records()
         state = trainer.state
         why = state.interruption or (state.control[-1]["why"] if state.ending == "stopped" else None)
         self.note(event="end", batch=state.batch, ending=state.ending, why=why)
-        if self.begun and state.batch == 0 and state.ending == "failed": self.take_back()
+        if state.batch == 0 and state.ending == "failed": self.take_back()
 
     def take_back(self) -> None:
         "Remove what was written for a run that has not trained anything"

@@ -65,14 +65,13 @@ class Callback:
 
     def __str__(self) -> str: return type(self).__name__
 
-    def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:  # by name
-        "What evaluation and `predict` use instead of parameters and buffers of the model; None: these"
-        return None
+    def evaluation_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:  # by name; None: the model's
+        "What evaluation and `predict` use instead of the parameters and buffers of the model"
 
     def handles(self) -> dict[Event, Callable[[Trainer], None]]:
         "The events this callback acts at, and what to call"
-        own = [event for event in Event if not has_empty_body(getattr(type(self), event))]
-        return {event: getattr(self, event) for event in own}
+        kind = type(self)
+        return {event: getattr(self, event) for event in Event if not has_empty_body(getattr(kind, event))}
 
 def has_empty_body(
     method: Callable[..., Any],

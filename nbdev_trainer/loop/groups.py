@@ -1,7 +1,7 @@
 """Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 
-To train only a part of a model, or its parts at different rates, one has to say which parameters are meant. Names, types and
-depth are the three ways to say it, and all of them end in one thing: parameters, in the order of the model. What is frozen
+To train only a part of a model, or its parts at different rates, one has to say which parameters are meant. Names, types
+and depth are the three ways to say it, and all of them end in one thing: parameters, in the order of the model. What is frozen
 is told by `requires_grad` and by nothing else, so that no list of ours can disagree with the model.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/groups.html.md"""

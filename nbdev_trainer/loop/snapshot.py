@@ -129,7 +129,7 @@ def trainer_state(
         "rng": rng_state(), "at_epoch_start": at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done, "plan": plan,
-        "scheduled": {key: current_values(slots, key, True) for key in (plan or {"values": ()})["values"]}})
+        "scheduled": {key: current_values(slots, key, True) for key in plan["values"]} if plan else {}})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
