@@ -54,7 +54,8 @@ def settings_of(one: Any, depth: int = 2) -> dict[str, Any]:
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 NOT_DECISIVE = frozenset({  # what a fit compares itself, names, and how it is computed
-    "params", "lr", "initial_lr", "max_lr", "min_lr", "name", "fused", "foreach", "capturable", "differentiable"})
+    "params", "lr", "initial_lr", "max_lr", "min_lr", "name",
+    "fused", "foreach", "capturable", "differentiable"})
 
 def group_values(optimizer: Any) -> dict[str, list[Any]]:
     "What the groups of an optimizer are set to, without rates; each value once"
@@ -117,5 +118,5 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     "Raise `ValueError` naming everything that decides the result and has changed"
     if not (found := differences(dict(before), dict(now))): return
     raise ValueError(f"the run cannot go on, because it would not end as it began: {'; '.join(found)}. Build "
-                     "it as it was; or, to train on from these weights in a new run, choose another run_dir and "
-                     "load them")
+                     "it as it was; or, to train on from these weights in a new run, choose another run_dir "
+                     "and load them")
