@@ -180,10 +180,11 @@ def train_until_call(run_dir, number, when, **options):
             here = next(count) if threading.current_thread().name == "checkpoint" else None
             if here == number and when == "before":
                 die()
-            result = call(*args, **kwargs)
-            if here == number:
-                die()
-            return result
+            try:
+                return call(*args, **kwargs)
+            finally:  # also when the call fails, as that which makes a directory that is there
+                if here == number:
+                    die()
 
         return called
 
