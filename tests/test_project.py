@@ -245,8 +245,7 @@ MAY_RUN = {
     ("data.streams", "pickle.loads"): "items that the parent process sent to its worker",
     ("callbacks.run_directory", "subprocess.run"): "git, with fixed arguments and without its extensions",
     ("callbacks.run_directory", "subprocess.TimeoutExpired"): "the error of the line above",
-    ("use.reproduce", "subprocess.run"): "git, with fixed arguments and without its extensions",
-    ("use.reproduce", "subprocess.SubprocessError"): "the error of the line above",
+    ("callbacks.interruptions", "subprocess.run"): "scontrol, with a job number that was looked at",
     ("store.foreign", "torch.load"): "with weights_only=True, after the names in the file were looked at",
 }
 MODULES_THAT_RUN_CODE = {

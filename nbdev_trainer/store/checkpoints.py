@@ -83,7 +83,7 @@ UPGRADES: dict[int, Upgrade] = {}  # by the version that they begin with
 def read_checkpoint(
     path: str | Path,  # of one checkpoint
 ) -> dict[str, Any]:   # the state
-    "Verify a checkpoint and read its state; `DamagedError`, or `ValueError` for one of a newer version"
+    "Verify a checkpoint and read its state; `DamagedError`, or `ValueError` for what is no state here"
     path = Path(path)
     manifest = verify(path)
     schema, files = known_schema(path, manifest), manifest["files"]
@@ -92,7 +92,8 @@ def read_checkpoint(
                            "checkpoint")
     names = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
     found = {name: read_tensors(path / f"{name}.safetensors") for name in names}
-    state = put_together(read_json(path / "state.json"), found)
+    try: state = put_together(read_json(path / "state.json"), found)
+    except RecursionError: raise ValueError(f"'{path / 'state.json'}' is nested too deeply") from None
     for old in range(schema, SCHEMA): state = UPGRADES[old](state)
     return state
 

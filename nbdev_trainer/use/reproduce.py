@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import subprocess
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from ..callbacks.deterministic import WORKSPACES, Deterministic
+from ..callbacks.run_directory import git
 from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import isolated_rng, rng_state
@@ -134,13 +134,9 @@ def memory_findings(callbacks: Iterable[Callback]) -> list[Finding]:
 # %% ../../nbs/api/use/06_reproduce.ipynb #d1dab3c3
 def git_state(folder: str = ".") -> tuple[str, int] | None:  # the commit, and how many files differ from it
     "What git says about the folder; None if it is in no repository, or there is no git"
-    command = ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", "-C", folder]
-    try:
-        answers = [subprocess.run([*command, *words], capture_output=True, text=True, timeout=5,
-                                  check=True).stdout
-                   for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))]
-    except (OSError, subprocess.SubprocessError): return None
-    return answers[0].strip(), len(answers[1].splitlines())
+    commit = git("-C", folder, "rev-parse", "--short", "HEAD")
+    changed = git("-C", folder, "status", "--porcelain")
+    return None if commit is None or changed is None else (commit, len(changed.splitlines()))
 
 def code_findings(state: tuple[str, int] | None) -> list[Finding]:
     "Code that no commit holds"
