@@ -24,7 +24,7 @@ from nbdev_trainer.store.run import Run
 from nbdev_trainer.store.weights import load_weights
 
 COMMAND = Path(sys.executable).with_name("nbdev-trainer")
-FILES = ["config.json", "curves.svg", "history.jsonl", "model.safetensors", "steps.jsonl"]
+FILES = ["checkpoints", "config.json", "curves.svg", "fits.jsonl", "history.jsonl", "model.safetensors", "steps.jsonl"]
 
 
 def run(words, folder, *, timeout=60):
@@ -255,7 +255,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert process.returncode == 130 and "Traceback" not in error
     expected = r"interrupted after \d+ of 5000 epochs; kept config.json and history.jsonl in run\n"
     assert re.fullmatch(expected, error)
-    assert files_of(tmp_path / "run") == ["config.json", "history.jsonl", "steps.jsonl"]
+    assert files_of(tmp_path / "run") == ["checkpoints", "config.json", "fits.jsonl", "history.jsonl", "steps.jsonl"]
     assert len(history.read_text().splitlines()) >= 1
 
 

@@ -407,7 +407,7 @@ def test_a_callback_of_the_class_of_a_default_one_replaces_it():
     one = learner(default_callbacks=True, callbacks=[recorder])
     one.fit(1)
     kinds = [type(callback) for callback in one.trainer.callbacks]
-    assert sorted(kind.__name__ for kind in kinds) == ["FiniteLoss", "Progress", "Recorder"]
+    assert sorted(kind.__name__ for kind in kinds) == ["FiniteLoss", "Interruptions", "Progress", "Recorder"]
     assert one.history is recorder.history and len(one.history.steps) == 4
 
 
@@ -425,7 +425,7 @@ def test_plan_prints_optimizer_step_device_and_who_acts_when(capsys):
     out = capsys.readouterr().out
     assert "main optimizer: SGD, 323 parameters at lr 0.1" in out and "device: cpu" in out
     line = next(line for line in out.splitlines() if line.startswith("after_epoch"))
-    assert line.split()[1:] == ["EarlyStopping", ">", "Recorder", ">", "FiniteLoss", ">", "Progress"]
+    assert line.split()[1:] == ["EarlyStopping", ">", "Recorder", ">", "FiniteLoss", ">", "Progress", ">", "Interruptions"]
 
 
 def test_an_attached_function_is_called(capsys):

@@ -186,7 +186,7 @@ class Checkpoint(Callback):
         try:
             if state.ending in ("finished", "stopped") or state.interruption: self.save(trainer)
         finally: self.settle()
-        if state.batch == 0 and state.ending == "failed": take_back(self.directory)
+        if state.batch == 0 and not state.interruption: take_back(self.directory)
 
     def is_among_best(self, trainer: Trainer) -> bool:
         "Whether the result that was just measured is among the best so far"

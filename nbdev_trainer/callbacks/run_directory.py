@@ -177,7 +177,7 @@ class RunDirectory(RowFiles):
         state = trainer.state
         why = state.interruption or (state.control[-1]["why"] if state.ending == "stopped" else None)
         self.note(event="end", batch=state.batch, ending=state.ending, why=why)
-        if state.batch == 0 and state.ending == "failed": self.take_back()
+        if state.batch == 0 and not state.interruption: self.take_back()
 
     def take_back(self) -> None:
         "Remove what was written for a run that has not trained anything"
