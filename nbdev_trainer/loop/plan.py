@@ -238,8 +238,8 @@ def keeps_position(loader: Any) -> bool:
 def cannot_be_positioned(train: Any) -> str | None:
     "Why training data cannot be taken up in the middle of an epoch; None when it can"
     if not isinstance(train, Iterator): return None
-    return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in the "
-            "middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or Loaders")
+    return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in "
+            "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or Loaders")
 
 def generators(
     loader: Iterable[Any],
@@ -252,7 +252,7 @@ def generators(
 
 def loader_state(
     loader: Any,
-    begun: Mapping[str, Any] | None = None,  # what `generators` gave, when the batch in hand is its first and half done
+    begun: Mapping[str, Any] | None = None,  # by `generators`, if its first batch is half done
 ) -> dict[str, Any]:
     "What a loader needs to go on in the next epoch: our own state, or that of a generator of its own"
     here = begun or generators(loader)
@@ -271,7 +271,7 @@ def open_epoch(
     loader: Any,                               # one of ours, or any iterable
     epoch: int,                                # over the whole run, from 0
     start: int,                                # batches of the epoch that are done
-    at_epoch_start: Mapping[str, Any] | None,  # what `generators` gave then, or later in the epoch; None: it begins now
+    at_epoch_start: Mapping[str, Any] | None,  # by `generators`, then or later; None: it begins now
     device: torch.device | None = None,        # where they are going to be used
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
