@@ -239,7 +239,8 @@ def cannot_be_positioned(train: Any) -> str | None:
     "Why training data cannot be taken up in the middle of an epoch; None when it can"
     if not isinstance(train, Iterator): return None
     return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in "
-            "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or Loaders")
+            "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or "
+            "Loaders")
 
 def generators(
     loader: Iterable[Any],
