@@ -137,6 +137,7 @@ from nbdev_trainer.callbacks.activation_checkpointing import ActivationCheckpoin
 from nbdev_trainer.callbacks.activations import ActivationStatistics
 from nbdev_trainer.callbacks.anomaly import AnomalyDetection
 from nbdev_trainer.callbacks.averaging import EMA, SWA
+from nbdev_trainer.callbacks.bad_batches import BadBatches
 from nbdev_trainer.callbacks.checkpoint import Checkpoint
 from nbdev_trainer.callbacks.deterministic import Deterministic
 from nbdev_trainer.callbacks.gradients import GradientNorms
@@ -206,12 +207,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AUROC", "Accuracy", "ActivationCheckpointing", "ActivationStatistics", "Additive", "AnomalyDetection",
-    "AveragePrecision", "BLEU", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss", "BrierScore",
-    "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint", "CohenKappa",
-    "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss", "Duration", "EMA",
-    "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding", "FiniteLoss",
-    "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU", "JSONLines", "Kept",
-    "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
+    "AveragePrecision", "BLEU", "BadBatches", "Batch", "BatchSizes", "BinaryAccuracy", "BinaryFocalLoss",
+    "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint",
+    "CohenKappa", "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss",
+    "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
+    "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU", "JSONLines",
+    "Kept", "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
     "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError",
     "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
     "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
