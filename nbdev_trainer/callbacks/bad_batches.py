@@ -58,7 +58,7 @@ class BadBatches(FiniteLoss):
         output = trainer.state.output
         if output is None or output.loss is None or bool(torch.isfinite(output.loss)): return
         if self.norms_back is not None: self.norms_back()
-        what = f"the loss of {name_batch(trainer)} is {float(output.loss)}"
+        what = f"the loss of {name_batch(trainer)} is {float(output.loss.detach())}"
         if self.policy == "raise": raise bad_loss(what, "the weights are those of before it")
         self.skipped += 1
         if self.skipped > self.limit:
