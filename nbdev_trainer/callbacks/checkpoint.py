@@ -18,7 +18,7 @@ import errno
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from torch import Tensor
 from .run_directory import RunDirectory
 from .stopping import not_measured
 from ..core.duration import Duration
-from ..core.errors import checked_keywords
+from ..core.errors import checked_keywords, counted
 from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
@@ -45,7 +45,8 @@ from ..store.sealed import DamagedError, verify
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Copies', 'Beside', 'Due', 'Best', 'Checkpoint', 'checkpoint_directory', 'check_directory', 'ranking', 'take_back']
+__all__ = ['Copies', 'Beside', 'Due', 'Best', 'Checkpoint', 'checkpoint_directory', 'check_directory', 'ranking', 'check_finite',
+           'take_back']
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6549fb9
 class Copies:
@@ -205,11 +206,14 @@ class Checkpoint(Callback):
         self.best_is_due, self.due.clock = False, time.monotonic()
         best = {} if ranking is None else dict(ranking.values)
         facts = {} if ranking is None else {"monitor": self.best, "value": best.get(batch)}
-        self.beside.start(partial(self.write, state, batch, facts, list(best)))
+        trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        self.beside.start(partial(self.write, state, batch, facts, list(best), trained))
         if not self.background: self.settle()
 
-    def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int]) -> None:
+    def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int],
+              trained: list[str]) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
+        check_finite(state["model"]["state"], trained, batch)
         if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one
             raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
                                     str(self.directory))
@@ -254,6 +258,19 @@ def ranking(trainer: Trainer, checkpoint: Checkpoint) -> Best:
     best = Best(monitor, checkpoint.keep_best, better)
     best.read(checkpoint.directory)
     return best
+
+def check_finite(
+    weights: Mapping[str, Any],  # of the model, by name
+    trained: Iterable[str],      # which of them training changes
+    batch: int,
+) -> None:
+    "Raise `FloatingPointError` for weights that are no numbers: a run that goes on from them is lost"
+    broken = [name for name in trained if name in weights and not bool(weights[name].isfinite().all())]
+    if not broken: return
+    raise FloatingPointError(f"the weights after batch {batch} are no numbers "
+                             f"({counted(len(broken), 'tensor', 'tensors')}, such as {broken[0]}), and were not "
+                             "saved; the checkpoints before are untouched. Find the cause with NonFinite(), or go "
+                             "on with resume=True and BadBatches()")
 
 def take_back(directory: Path) -> None:
     "Remove what a run saved that failed before its first batch, and the directory if nothing else is there"
