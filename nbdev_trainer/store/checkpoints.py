@@ -67,8 +67,9 @@ def write_checkpoint(
     needed = len(text) + sum(one.nbytes for one in tensors(found))
     about = {"schema": SCHEMA, "batch": batch, "versions": written_with(), **(facts or {})}
     with sealing(path, about, needed) as temporary:
-        for file, named in found.items(): write_tensors(temporary / f"{file}.safetensors", named)
-        write_text(temporary / "state.json", text)
+        for file, named in found.items():
+            write_tensors(temporary / f"{file}.safetensors", named, durable=False)
+        write_text(temporary / "state.json", text, durable=False)
     write_text(directory / "latest", path.name + "\n")
     return path
 

@@ -39,6 +39,15 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def _in_place(path: Path) -> Iterator[None]:
+    "A new file with the rights that new files have: safetensors makes some that only their owner can read."
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
+@contextmanager
 def _replacing(path: str | Path) -> Iterator[Path]:
     "A temporary path to write to; when the block is done it takes the place of `path`."
     path = Path(path)
@@ -47,10 +56,7 @@ def _replacing(path: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"cannot write '{path}': there is no directory '{path.parent}'. Make it.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        with _in_place(temporary): yield temporary
         sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
@@ -59,21 +65,38 @@ def _replacing(path: str | Path) -> Iterator[Path]:
         raise
     sync(path.parent)
 
+# %% ../../nbs/api/store/00_files.ipynb #b550268c
+@contextmanager
+def _writing(path: str | Path, durable: bool) -> Iterator[Path]:
+    "The path to write a file to."
+    if durable:
+        with _replacing(path) as temporary: yield temporary
+        return
+    try:
+        with _in_place(Path(path)): yield Path(path)
+    except BaseException as error:
+        error.add_note(f"This happened while writing '{path}'.")
+        raise
+
 # %% ../../nbs/api/store/00_files.ipynb #df1b3b05
 def write_bytes(
     path: str | Path,  # the file; its directory must exist
     data: bytes,  # the whole content
+    *,
+    durable: bool = True,  # False: in place, where whoever seals the directory brings it to the disk
 ) -> None:
     "Write a file whole or not at all."
-    with _replacing(path) as temporary: temporary.write_bytes(data)
+    with _writing(path, durable) as place: place.write_bytes(data)
 
 
 def write_text(
     path: str | Path,  # the file; its directory must exist
     text: str,  # the whole content, written as UTF-8
+    *,
+    durable: bool = True,  # as in `write_bytes`
 ) -> None:
     "Write a text file whole or not at all."
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), durable=durable)
 
 # %% ../../nbs/api/store/00_files.ipynb #36d39d0e
 def find_unplain(
@@ -180,6 +203,8 @@ def write_tensors(
     path: str | Path,  # the file, usually named *.safetensors; its directory must exist
     tensors: Mapping[str, Tensor],  # by name; any device, any strides
     metadata: Mapping[str, str] | None = None,  # texts to keep with them
+    *,
+    durable: bool = True,  # as in `write_bytes`
 ) -> None:
     "Write tensors in one file, whole or not at all."
     problems = Problems()
@@ -194,8 +219,8 @@ def write_tensors(
     problems.raise_if_any(f"cannot write '{path}'", TypeError)
     stored, aliases = _separate(tensors)
     notes = {**(metadata or {}), **({_ALIASES: json.dumps(aliases)} if aliases else {})}
-    with _replacing(path) as temporary:
-        try: save_file(stored, temporary, metadata=notes or None)
+    with _writing(path, durable) as place:
+        try: save_file(stored, place, metadata=notes or None)
         except SafetensorError as error: raise disk_error(error, Path(path)) from error
 
 # %% ../../nbs/api/store/00_files.ipynb #e247eedc

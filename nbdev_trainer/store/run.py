@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import describe, did_you_mean
-from .checkpoints import list_checkpoints
+from .checkpoints import is_complete, list_checkpoints
 from .files import existing_file, read_json
 from .history import History, plot_histories, read_history
 from .lines import read_lines
+from .sealed import verify
 from .tables import format_value, table_html
 
 # %% auto #0
-__all__ = ['CONFIG', 'FITS', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'ending_of', 'read_config', 'run_text', 'Run',
-           'check_run', 'best_value', 'summary_row', 'in_order', 'aligned', 'RunTable', 'read_table']
+__all__ = ['CONFIG', 'FITS', 'LOG', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'ending_of', 'read_config', 'run_text',
+           'best_checkpoint', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order', 'aligned', 'RunTable',
+           'read_table']
 
 # %% ../../nbs/api/store/05_run.ipynb #a05bdf54
-CONFIG, FITS, CHECKPOINTS = "config.json", "fits.jsonl", "checkpoints"  # names in the directory of a run
+CONFIG, FITS, LOG, CHECKPOINTS = "config.json", "fits.jsonl", "log.txt", "checkpoints"  # names in it
 
 def holds_run(directory: str | Path) -> bool:
     "Whether a directory is that of a run"
@@ -69,7 +71,20 @@ def run_text(run: Run) -> str:
     notes = [f"cut off, and left out: {', '.join(run.cut_off)}"] if run.cut_off else []
     return "\n".join([f"run {run.name}", *facts, *notes, "", repr(run.history)])
 
-# %% ../../nbs/api/store/05_run.ipynb #cd4058ca
+# %% ../../nbs/api/store/05_run.ipynb #4c1edb62
+def best_checkpoint(
+    checkpoints: Sequence[Path],
+    directory: Path,  # that they belong to, for the error
+) -> Path:
+    "The one with the best result; raises `FileNotFoundError` when none is known to be"
+    found = [(verify(one, thorough=False), one) for one in checkpoints if is_complete(one)]
+    known = [(facts, one) for facts, one in found if facts.get("value") is not None]
+    if not known:
+        raise FileNotFoundError(f"'{directory}' holds no checkpoint that is known to be the best; "
+                                "Checkpoint(best='valid_loss') keeps them, by that result or another")
+    return min(known, key=lambda one: one[0]["value"] * (-1 if one[0]["higher_is_better"] else 1))[1]
+
+# %% ../../nbs/api/store/05_run.ipynb #99504eb2
 @dataclass(frozen=True)
 class Run:
     "What a run directory tells"
@@ -108,6 +123,11 @@ class Run:
     def checkpoints(self) -> list[Path]:
         "The directories of the checkpoints, oldest first"
         return list_checkpoints(self.directory / CHECKPOINTS)
+
+    @property
+    def best(self) -> Path:
+        "The checkpoint with the best result, as `Checkpoint(best=...)` ranks them"
+        return best_checkpoint(self.checkpoints, self.directory)
 
     @property
     def weights(self) -> Path:

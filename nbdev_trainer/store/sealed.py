@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,17 @@ def check_space(
                   f"{free / 1e6:,.1f} MB are free (a fifth more than needed is expected). Make room, or keep "
                   "fewer", str(directory))
 
+# %% ../../nbs/api/store/06b_sealed.ipynb #bddae7b5
 def seal(
-    directory: Path,           # with files, all on the disk already
+    directory: Path,           # with files
     facts: Mapping[str, Any],  # plain data to keep in the list
 ) -> None:
-    "Write the list of a directory's files into it"
-    files = {path.name: {"size": path.stat().st_size, "sha256": sum_of(path)}
-             for path in sorted(directory.iterdir())}
+    "Bring a directory's files to the disk, and write the list of them into it"
+    paths = sorted(directory.iterdir())
+    with ThreadPoolExecutor(1) as beside:  # the disk is at work while the sums are made
+        synced = beside.map(sync, paths)
+        files = {path.name: {"size": path.stat().st_size, "sha256": sum_of(path)} for path in paths}
+        for _ in synced: pass  # raises what was raised there
     write_text(directory / MANIFEST, sealed_text({**facts, "files": files}))
 
 @contextmanager
