@@ -24,6 +24,7 @@ import nbdev_trainer
 from nbdev_trainer.callbacks.activations import ActivationStatistics
 from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.bad_batches import BadBatches
+from nbdev_trainer.callbacks.deterministic import Deterministic
 from nbdev_trainer.callbacks.gradients import GradientNorms
 from nbdev_trainer.callbacks.mixing import MixOneOf, Mixup
 from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
@@ -388,6 +389,7 @@ MAKERS = {  # by class name, how to make a fresh one with the same settings; a c
     "Answers": lambda: Accuracy(),
     "ClassAnswers": lambda: Accuracy("kept", ignore_index=1),
     "BadBatches": BadBatches,
+    "Deterministic": Deterministic,
     "AttachedFunction": lambda: attach("after_step", lambda trainer: None, every="2ba"),
     "ByEpoch": lambda: ByEpoch(lambda epoch: own_loader()),
     "Combined": lambda: Combined({"one": own_loader(), "other": sample_loader()}),

@@ -12,17 +12,21 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/messages.html.md"""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 # %% auto #0
-__all__ = ['LOGGER', 'tell']
+__all__ = ['LOGGER', 'LISTENERS', 'tell']
 
 # %% ../../nbs/api/core/04_messages.ipynb #a0ab7d2c
 LOGGER = logging.getLogger("nbdev_trainer")
+LISTENERS: list[Callable[[str], object]] = []  # who wants each line as well, such as the directory of a run
 
 def tell(
     text: str,           # one or more lines
     shown: bool = True,  # also print it
 ) -> None:
     "Say something to the log, at level INFO, and to the screen"
-    for line in text.splitlines(): LOGGER.info(line)
+    for line in text.splitlines():
+        LOGGER.info(line)
+        for listener in LISTENERS: listener(line)
     if shown: print(text)

@@ -26,7 +26,7 @@ from ..core.errors import counted, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'chosen_modules', 'Changed', 'set_trainable',
-           'all_but_last', 'frozen_norms', 'train_mode', 'mark_norms', 'norms_at_rest', 'undecayed',
+           'all_but_last', 'frozen_parts', 'frozen_norms', 'train_mode', 'mark_norms', 'norms_at_rest', 'undecayed',
            'weight_decay_groups', 'regroup', 'replace_groups', 'add_missing', 'by_depth', 'by_selector']
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #6fe98484
@@ -137,6 +137,20 @@ def all_but_last(
                          f"{len(parts) - 1}")
     last = tuple(f"{name}." for name in parts[-n:])
     return [name for name, _ in model.named_parameters() if not f"{name}.".startswith(last)]
+
+# %% ../../nbs/api/loop/05b_groups.ipynb #83c22473
+def frozen_parts(
+    model: nn.Module,
+    prefix: str = "",  # the name of the model within a larger one
+) -> list[str]:
+    "The parts that do not train, by the shortest names; empty when all of the model does"
+    training = [p.requires_grad for p in model.parameters()]
+    if all(training): return []
+    if not any(training) and prefix: return [prefix]
+    start = f"{prefix}." if prefix else ""
+    own = [f"{start}{name}" for name, p in model.named_parameters(recurse=False) if not p.requires_grad]
+    return [*own, *(name for child, module in model.named_children()
+                    for name in frozen_parts(module, f"{start}{child}"))]
 
 # %% ../../nbs/api/loop/05b_groups.ipynb #cae01a92
 def frozen_norms(

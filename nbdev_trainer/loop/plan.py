@@ -30,7 +30,7 @@ from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
-           'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
+           'check_resume', 'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
            'cannot_be_positioned', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
@@ -164,6 +164,13 @@ def make_plan(
     return FitPlan(train, valid_sets, duration, schedules, every, limit_batches, accumulate)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
+def check_resume(resume: Any) -> None:
+    "Raise `TypeError` for what is neither True nor False"
+    if isinstance(resume, bool): return
+    raise TypeError(f"resume is {describe(resume)}; expected True or False. True goes on from the newest "
+                    "checkpoint in the run_dir that is sound; to train on from the weights of another one, "
+                    "learner.load(its directory)")
+
 def check_limit(limit_batches: Any) -> None:
     "Raise `ValueError` for what is neither None nor a number of batches"
     number = isinstance(limit_batches, int) and not isinstance(limit_batches, bool)
@@ -237,6 +244,10 @@ def keeps_position(loader: Any) -> bool:
 
 def cannot_be_positioned(train: Any) -> str | None:
     "Why training data cannot be taken up in the middle of an epoch; None when it can"
+    if getattr(train, "persistent_workers", False):
+        return ("the training data is a DataLoader with persistent_workers=True, which draws its seed at "
+                "another moment in a new process; a run saved with it cannot be continued exactly. Leave "
+                "persistent_workers out")
     if not isinstance(train, Iterator): return None
     return (f"the training data is {type(train).__name__}, an iterator, which a new process cannot begin in "
             "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or "

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .callback import Callback
 from .optimizers import kind_of
-from .snapshot import keyed
+from .plan import length_of
+from .snapshot import keyed, sum_of_tensors
 from .steps import SupervisedStep
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -40,6 +41,8 @@ def as_plain(
 ) -> Any:
     "A value as JSON has it; an object by class and settings, a function by its name"
     if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, Tensor) and value.numel() <= 32: return value.tolist()
+    if isinstance(value, Tensor): return sum_of_tensors({"": value})
     if isinstance(value, (list, tuple)): return [as_plain(one, depth) for one in value]
     if isinstance(value, Mapping): return {str(key): as_plain(one, depth) for key, one in value.items()}
     if hasattr(value, "__qualname__"): return value.__qualname__
@@ -71,7 +74,7 @@ def data_settings(loader: Any) -> dict[str, Any]:
     rows = getattr(loader, "rows", getattr(loader, "dataset", None))
     known = {name: as_plain(getattr(loader, name)) for name in ("batch_size", "shuffle", "drop_last")
              if hasattr(loader, name)}
-    if isinstance(loader, Sized): known["batches"] = len(loader)
+    if (length := length_of(loader)) is not None: known["batches"] = length
     if isinstance(rows, Sized): known["samples"] = len(rows)
     if isinstance(rows, Tensor) and rows.dtype == torch.int64:
         known["which samples"] = int((rows * torch.arange(1, len(rows) + 1)).sum())
@@ -89,7 +92,8 @@ def run_settings(
 ) -> dict[str, Any]:
     "What decides the result of a run"
     step, engine = trainer.step, trainer.engine
-    loss = {"loss": ADDRESS.sub("", str(step.loss.loss_fn))} if isinstance(step, SupervisedStep) else {}
+    loss_fn = step.loss.loss_fn if isinstance(step, SupervisedStep) else None
+    loss = {} if loss_fn is None else {"loss": ADDRESS.sub("", str(loss_fn)), "loss with": as_plain(loss_fn)}
     optimizers = {f"optimizer {name}": {"kind": kind_of(slot.optimizer), **group_values(slot.optimizer)}
                   for name, slot in engine.slots.items()}
     return {"model": ADDRESS.sub("", str(trainer.model)), "step": type(step).__name__, **loss, **optimizers,
@@ -104,7 +108,12 @@ def run_settings(
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     "What differs between two settings, a text for each"
     if before == now: return []
+    if name.endswith(" which samples"):
+        return [f"{name.removesuffix(' which samples')} has other samples: it was split without a seed (pass "
+                "seed= to the loaders), or the data have changed"]
     if isinstance(before, dict) and isinstance(now, dict):
+        kinds = {"kind": before.get("kind")}, {"kind": now.get("kind")}
+        if kinds[0] != kinds[1]: before, now = kinds  # whose settings have nothing to do with each other
         names = list(dict.fromkeys([*before, *now]))
         return [text for key in names for text in
                 differences(before.get(key), now.get(key), f"{name} {key}".strip())]

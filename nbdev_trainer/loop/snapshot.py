@@ -11,7 +11,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/snapshot.html.md"""
 # %% ../../nbs/api/loop/10_snapshot.ipynb #ada0cd01
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +22,16 @@ from ..core.nested import map_tensors
 from ..core.seeding import rng_state, set_rng_state
 from .callback import Callback
 from .engine import OptimizerSlot
+from .groups import frozen_parts
 from .optimizers import load_optimizer_state, optimizer_state
-from .plan import generators, keeps_position, loader_state, plan_state
+from .plan import FitPlan, generators, keeps_position, loader_state, plan_state
 from .scheduled import current_values, set_values
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['model_state', 'load_model_state', 'window_state', 'load_window_state', 'laid_out_like', 'keyed', 'load_callbacks',
-           'trainer_state', 'load_trainer_state']
+__all__ = ['model_state', 'load_model_state', 'with_left_out', 'sum_of_tensors', 'check_finished', 'check_frozen', 'window_state',
+           'load_window_state', 'laid_out_like', 'keyed', 'load_callbacks', 'trainer_state', 'load_trainer_state']
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #348fdccc
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -47,8 +49,42 @@ def load_model_state(
     if missing := sorted(saved["buffers"].keys() - buffers.keys()):
         raise ValueError(f"the saved model has the buffers {missing}, which are missing here; build the "
                          "model as it was")
-    model.load_state_dict(saved["state"])
+    model.load_state_dict(with_left_out(model, saved))
     for name, buffer in saved["buffers"].items(): buffers[name].copy_(buffer)
+
+
+def with_left_out(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    "The saved weights, and the model's own for those left out; `ValueError` when these are not the same"
+    if "left_out" not in saved: return saved["state"]
+    names, expected = saved["left_out"]["names"], saved["left_out"]["sha256"]
+    own = {name: one for name, one in model.state_dict().items() if name in names}
+    if len(own) == len(names) and sum_of_tensors(own) == expected: return {**own, **saved["state"]}
+    raise ValueError("the weights that did not train were left out when this was saved "
+                     f"({len(names)}, such as {names[0]}), and the model here has others. Build it with the "
+                     "same pretrained weights")
+
+def sum_of_tensors(named: Mapping[str, Tensor]) -> str:
+    "The SHA-256 of tensors, with their names, types and shapes"
+    digest = hashlib.sha256()
+    for name, one in sorted(named.items()):
+        digest.update(f"{name} {one.dtype} {tuple(one.shape)};".encode())
+        digest.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+# %% ../../nbs/api/loop/10_snapshot.ipynb #0d53c08a
+def check_finished(asked: Sequence[str], number: int, plan: FitPlan) -> None:
+    "Raise `ValueError` when a fit that is done, the `number`-th, was for another duration than this one"
+    if len(asked) < number or asked[number - 1] == str(plan.duration): return
+    raise ValueError(f"fit {number} of this run was for {asked[number - 1]} and is finished; this one is for "
+                     f"{plan.duration}. Leave it as it was, and train on by another fit after it")
+
+def check_frozen(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    "Raise `ValueError` when other parts train now than did in the fit that was saved"
+    now, then = frozen_parts(model), saved.get("frozen")
+    if saved["plan"] is None or then is None or then == now: return
+    was, is_now = (", ".join(names) or "nothing" for names in (then, now))
+    raise ValueError(f"this fit cannot go on where the saved one stopped: {was} was frozen then, {is_now} is "
+                     "now. Freeze and unfreeze as it was, then fit(..., resume=True)")
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #dc32411d
 def window_state(slots: Mapping[str, OptimizerSlot]) -> dict[str, Any]:
@@ -118,6 +154,7 @@ def trainer_state(
         at_epoch_start = generators(train, trainer.state.epoch_batch) if trainer.state.epoch_batch else None
     return map_tensors(Tensor.clone if copied else Tensor.detach, {
         "model": model_state(trainer.model),
+        "frozen": frozen_parts(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
         "windows": window_state(slots), "window_batches": trainer.window_batches, "stepped": trainer.stepped,
         "state": trainer.state.state_dict(), "train_metrics": trainer.train_metrics.state_dict(),
@@ -128,7 +165,7 @@ def trainer_state(
         "engine": engine.state_dict() if hasattr(engine, "state_dict") else None,
         "rng": rng_state(), "at_epoch_start": at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
-        "fits_done": trainer.fits_done, "plan": plan,
+        "fits_done": trainer.fits_done, "fits_asked": list(trainer.fits_asked), "plan": plan,
         "scheduled": {key: current_values(slots, key, True) for key in plan["values"]} if plan else {}})
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
@@ -157,6 +194,7 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     engine: Any = trainer.engine
     if hasattr(engine, "load_state_dict") and saved["engine"]: engine.load_state_dict(saved["engine"])
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
+    trainer.fits_asked = saved.get("fits_asked", ())
     trainer.fits_answered, trainer.noted, trainer.whole, trainer.open_plan = 0, (-1, {}), True, None
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
     present = {name: state for name, state in saved["callbacks"].items() if name in here}

@@ -34,11 +34,11 @@ from .evaluation import Evaluation, module_modes
 from .events import EVALUATION_EVENTS, Event
 from .micro_batches import make_engine
 from .optimizers import check_optimizers
-from .plan import (FitPlan, begin_plan, continue_plan, follow, generators, load_loader_state,
+from .plan import (FitPlan, begin_plan, check_resume, continue_plan, follow, generators, load_loader_state,
                                      make_plan, open_epoch, plan_state, unfollow, validation_due)
 from .scheduled import Factors, set_values
 from .settings import callback_settings
-from .snapshot import load_callbacks, load_trainer_state, trainer_state
+from .snapshot import check_finished, check_frozen, load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
 from ..metrics.adapters import as_metrics
@@ -237,6 +237,10 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         state.stop = state.end_epoch = None
         state.epoch_is_counted, state.sets_evaluated = False, 0
         if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0
+    if resume and saved is not None and not trainer.whole:
+        tell("the last fit was cut off inside a batch, which cannot be taken up: this one goes on at the next, and "
+             "does not end exactly as an undisturbed one. A new process goes on from the last checkpoint, and does",
+             trainer.shown)
     goes_on = resume and saved is not None and trainer.whole  # a batch that was cut off spoils its window
     if not goes_on:
         trainer.window_batches, trainer.stepped = 0, False
@@ -282,12 +286,15 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         trainer.evaluation_handlers = handler_table(ordered, EVALUATION_EVENTS)
         try:
             trainer.call("before_fit")
-            if trainer.loaded: set_rng_state(trainer.loaded["rng"])
+            if trainer.loaded:
+                if resume: check_frozen(trainer.model, trainer.loaded)
+                set_rng_state(trainer.loaded["rng"])
             trainer.loaded = None
             yield
             state.ending = "finished" if state.stop is None else "stopped"
             if state.stop is not None: trainer.took_effect("stop")
             trainer.fits_done, trainer.fits_answered = trainer.fits_done + 1, trainer.fits_answered + 1
+            trainer.fits_asked = [*trainer.fits_asked, str(plan.duration)]
             trainer.open_plan = None
         except BaseException as error:
             asked = state.interruption is not None or isinstance(error, KeyboardInterrupt)
@@ -305,6 +312,7 @@ class Trainer(Loop):
     open_plan: FitPlan | None = None              # of a fit that has begun and not come to its end
     loaded: Mapping[str, Any] | None = None       # saved state that the next fit starts from
     shown = True                                  # what it says is printed, not only logged
+    fits_asked: Sequence[str] = ()                # the durations of those that are done
     fits_done, fits_answered = 0, 0               # fits of the whole run; fits called since the run was loaded
 
     @checked_keywords
@@ -360,6 +368,7 @@ class Trainer(Loop):
         resume: bool = False,                              # go on with the fit that the loaded state was in
     ) -> None:
         "Train `n` more; counters, optimizer state and data order go on from the last fit"
+        check_resume(resume)
         if self.plan is not None:
             raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
         plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches,
@@ -369,6 +378,7 @@ class Trainer(Loop):
                              "validation data; define it, or pass valid=None")
         if resume and self.fits_answered < self.fits_done:
             self.fits_answered += 1
+            check_finished(self.fits_asked, self.fits_answered, plan)
             return tell(f"fit {self.fits_answered} of this run is finished: nothing to do", self.shown)
         with fitting(self, plan, check_callbacks(callbacks), resume): self.run_epochs(plan)
 
