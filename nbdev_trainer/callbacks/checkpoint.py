@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .run_directory import RunDirectory
-from .stopping import not_measured
+from .stopping import not_measured, watched_set
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, counted
 from ..core.messages import tell
@@ -36,17 +36,18 @@ from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
 from ..loop.plan import cannot_be_positioned
 from ..loop.settings import run_settings
-from ..loop.snapshot import trainer_state
+from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
     batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
+from ..store.lock import DirectoryLock
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Copies', 'Beside', 'Due', 'Best', 'Checkpoint', 'checkpoint_directory', 'check_directory', 'ranking', 'check_finite',
-           'take_back']
+__all__ = ['Copies', 'Beside', 'Due', 'Best', 'LeftOut', 'frozen_weights', 'Checkpoint', 'checkpoint_directory',
+           'check_directory', 'ranking', 'check_finite', 'take_back']
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6549fb9
 class Copies:
@@ -116,6 +117,10 @@ class Best:
             except (DamagedError, OSError): continue
             if facts.get("monitor") == self.monitor: self.put(facts["batch"], facts["value"])
 
+    def facts(self, batch: int) -> dict[str, Any]:
+        "What to keep beside the checkpoint of a batch"
+        return {"monitor": self.monitor, "value": self.values.get(batch), "higher_is_better": self.sign < 0}
+
     def put(self, batch: int, value: float | None) -> bool:  # whether it is among the best
         "Take in a value"
         if value is None or not math.isfinite(value): return batch in self.values
@@ -124,12 +129,43 @@ class Best:
         self.values = dict(by_value[:self.number])  # of equal ones the earlier
         return batch in self.values
 
+# %% ../../nbs/api/callbacks/14_checkpoint.ipynb #eba29444
+class LeftOut:
+    "The weights that have never trained, which need not be saved, and a sum of them"
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {"names": [], "sha256": ""}
+
+    def begin(self, trainer: Trainer) -> None:
+        "Take in what is frozen when a fit begins; in a run that goes on only what was left out before"
+        if trainer.loaded: self.facts = trainer.loaded["model"].get("left_out", self.facts)
+        if trainer.state.batch == 0: self.keep(trainer.model, frozen_weights(trainer.model))
+
+    def keep(self, model: nn.Module, names: Iterable[str]) -> None:
+        "Leave out these"
+        state = model.state_dict()
+        self.facts = {"names": list(names), "sha256": sum_of_tensors({name: state[name] for name in names})}
+
+    def take_from(self, saved: dict[str, Any], model: nn.Module) -> None:
+        "Leave out of the state of a model what is frozen still"
+        frozen = frozen_weights(model)
+        names = [name for name in self.facts["names"] if name in frozen]
+        if names != self.facts["names"]: self.keep(model, names)
+        if not names: return
+        saved["state"] = {name: one for name, one in saved["state"].items() if name not in names}
+        saved["left_out"] = self.facts
+
+def frozen_weights(model: nn.Module) -> list[str]:
+    "The names of the parameters that do not train, as `state_dict` has them"
+    return [name for name, one in model.state_dict(keep_vars=True).items()
+            if isinstance(one, nn.Parameter) and not one.requires_grad]
+
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6d05cae
 class Checkpoint(Callback):
     "Saves the state of a run in `checkpoints/` of its directory"
     runs_after, only_watches = (Callback,), True
     directory: Path                # of the checkpoints; known when a fit begins
     ranking: Best | None = None    # where a result is watched
+    watched = ""                   # the set it is measured on
     best_is_due = False            # what was just measured is to be kept
     in_fit = False                 # a fit has begun, and was not refused
     holds: Path | None = None      # the directory that is known to be this run's
@@ -144,6 +180,7 @@ class Checkpoint(Callback):
         higher_is_better: bool | None = None, # None: as the metric says
         directory: str | Path | None = None,  # None: "checkpoints" in the directory of the run
         background: bool = True,              # write beside the training
+        trainable_only: bool = False,         # leave out weights that have never trained
         on_error: str = "raise",              # or "warn", and train on
     ) -> None:
         if keep_last < 2:
@@ -158,27 +195,34 @@ class Checkpoint(Callback):
         self.due, self.keep_last, self.best, self.keep_best = Due(every), keep_last, best, keep_best
         self.higher_is_better, self.given, self.background = higher_is_better, directory, background
         self.on_error, self.copies, self.beside = on_error, Copies(), Beside()
+        self.left_out = LeftOut() if trainable_only else None
 
     def before_fit(self, trainer: Trainer) -> None:
         self.directory = checkpoint_directory(trainer, self.given)
         if self.holds != self.directory: check_directory(trainer, self.directory)
         self.holds, plan = self.directory, trainer.plan
         if self.best is not None: self.ranking = ranking(trainer, self)
+        if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
         if plan is not None and (why := cannot_be_positioned(plan.train)): tell(why, trainer.shown)
-        remove_leftovers(self.directory)
-        self.in_fit = True
-        self.due.step, self.due.clock = trainer.state.step, time.monotonic()
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = DirectoryLock(self.directory)
+        self.lock.take()
+        self.in_fit = True
+        remove_leftovers(self.directory)
+        if self.left_out is not None: self.left_out.begin(trainer)
+        self.due.step, self.due.clock = trainer.state.step, time.monotonic()
         if trainer.state.batch == 0: self.save(trainer)
 
     def after_batch(self, trainer: Trainer) -> None:
         if self.due.after_batch(trainer.state): self.save(trainer)
 
     def after_validate(self, trainer: Trainer) -> None:
+        if self.watched == "train": return  # complete at the end of the epoch only
         if self.is_among_best(trainer) and not trainer.state.epoch_is_counted: self.save(trainer)
 
     def after_epoch(self, trainer: Trainer) -> None:
+        if self.watched == "train": self.is_among_best(trainer)
         if self.best_is_due or self.due.after_epoch(trainer.state): self.save(trainer)
 
     def after_fit(self, trainer: Trainer) -> None:
@@ -186,7 +230,9 @@ class Checkpoint(Callback):
         self.in_fit, state = False, trainer.state
         try:
             if state.ending in ("finished", "stopped") or state.interruption: self.save(trainer)
-        finally: self.settle()
+        finally:
+            try: self.settle()
+            finally: self.lock.release()
         if state.batch == 0 and not state.interruption: take_back(self.directory)
 
     def is_among_best(self, trainer: Trainer) -> bool:
@@ -202,10 +248,11 @@ class Checkpoint(Callback):
         self.settle()
         state, batch, ranking = trainer_state(trainer, copied=False), trainer.state.batch, self.ranking
         state["settings"] = self.settings
+        if self.left_out is not None: self.left_out.take_from(state["model"], trainer.model)
         if self.background: state = self.copies.take(state)
         self.best_is_due, self.due.clock = False, time.monotonic()
         best = {} if ranking is None else dict(ranking.values)
-        facts = {} if ranking is None else {"monitor": self.best, "value": best.get(batch)}
+        facts = {} if ranking is None else ranking.facts(batch)
         trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
         self.beside.start(partial(self.write, state, batch, facts, list(best), trained))
         if not self.background: self.settle()
@@ -265,7 +312,9 @@ def check_finite(
     batch: int,
 ) -> None:
     "Raise `FloatingPointError` for weights that are no numbers: a run that goes on from them is lost"
-    broken = [name for name in trained if name in weights and not bool(weights[name].isfinite().all())]
+    def is_finite(one: Tensor) -> bool: return bool(one.sum().isfinite() or one.isfinite().all())  # a sum is quick
+
+    broken = [name for name in trained if name in weights and not is_finite(weights[name])]
     if not broken: return
     raise FloatingPointError(f"the weights after batch {batch} are no numbers "
                              f"({counted(len(broken), 'tensor', 'tensors')}, such as {broken[0]}), and were not "

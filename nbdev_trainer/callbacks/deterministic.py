@@ -12,8 +12,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/deterministic.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,3 +67,6 @@ class Deterministic(Callback):
     def after_fit(self, trainer: Trainer) -> None:
         if self.put_back is not None: self.put_back()
         self.put_back = None
+
+    def state_dict(self) -> dict[str, Any]: return {}  # that it is there: a saved run goes on with it
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -30,7 +30,7 @@ from ..loop.callback import Callback
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['watched_signals', 'check_signals', 'requeue', 'in_a_worker', 'ending_of', 'Interruptions']
+__all__ = ['watched_signals', 'check_signals', 'slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'Interruptions']
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #fef5c4b6
 def watched_signals() -> list[str]:
@@ -47,13 +47,18 @@ def check_signals(names: Sequence[str]) -> list[str]:
     return list(names)
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #58945cdd
+def slurm_job() -> tuple[str, str]:  # the program to ask, and the number of the job
+    "What can be asked to start this job again; raises `RuntimeError` outside of a job"
+    job, program = os.environ.get("SLURM_JOB_ID", ""), shutil.which("scontrol")
+    if not re.fullmatch(r"\d{1,20}(_\d{1,10})?", job):
+        raise RuntimeError(f"cannot requeue: SLURM_JOB_ID is {job!r}; expected the number of a job. Leave "
+                           "out requeue=True where SLURM did not start the program")
+    if program is None: raise RuntimeError("cannot requeue: there is no scontrol on this machine")
+    return program, job
+
 def requeue() -> str:  # what happened, for people
     "Ask SLURM to start this job again; raises `RuntimeError` outside of a job"
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if not re.fullmatch(r"\d{1,20}(_\d{1,10})?", job):
-        raise RuntimeError(f"cannot requeue: SLURM_JOB_ID is {job!r}; expected the number of a job")
-    program = shutil.which("scontrol")
-    if program is None: raise RuntimeError("cannot requeue: there is no scontrol on this machine")
+    program, job = slurm_job()
     done = subprocess.run([program, "requeue", job], capture_output=True, text=True, timeout=60)
     if done.returncode == 0: return f"job {job} is queued again"
     return f"job {job} could not be queued again: {done.stderr.strip() or done.stdout.strip()}"
@@ -86,6 +91,7 @@ class Interruptions(Callback):
         self.signals, self.requeue = check_signals(watched_signals() if signals is None else signals), requeue
 
     def before_fit(self, trainer: Trainer) -> None:
+        if self.requeue: slurm_job()
         self.asked, self.trainer, self.process = None, trainer, os.getpid()
         if threading.current_thread() is not threading.main_thread(): return
         self.before = {name: signal.signal(signal.Signals[name], self.note) for name in self.signals}

@@ -11,7 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/resume.html.md
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #0fed5256
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint, checkpoint_directory
 from .run_directory import RunDirectory
 from ..core.errors import counted
 from ..core.messages import tell
+from ..loop.callback import Callback
 from ..loop.plan import cannot_be_positioned
 from ..loop.settings import check_settings, run_settings
 from ..store.checkpoints import newest_checkpoint
@@ -45,6 +46,9 @@ def resume_run(
     if found is None: return None
     path, state = found
     if why := cannot_be_positioned(train): raise ValueError(why)
+    if "settings" not in state:
+        raise ValueError(f"'{path}' was not written by Checkpoint: what it was made with is not known. To go "
+                         "on with it all the same: learner.trainer.load_state_dict(read_checkpoint(path))")
     check_settings(state["settings"], run_settings(trainer, train, valid_sets))
     trainer.load_state_dict(state)
     counters = trainer.state
@@ -56,11 +60,13 @@ def take_up(
     trainer: Trainer,
     train: Any,                     # the training data
     valid_sets: Mapping[str, Any],  # the validation data, by name
+    callbacks: Sequence[Callback] = (),  # of the fit, besides the trainer's
 ) -> None:
-    "Load the run that was kept by the trainer's callbacks, if this process does not have it yet"
+    "Load the run that was kept by a callback, if this process does not have it yet"
     if trainer.state.batch or trainer.loaded is not None: return
-    run = next((one for one in trainer.callbacks if isinstance(one, RunDirectory)), None)
-    checkpoint = next((one for one in trainer.callbacks if isinstance(one, Checkpoint)), None)
+    present = [*trainer.callbacks, *callbacks]
+    run = next((one for one in present if isinstance(one, RunDirectory)), None)
+    checkpoint = next((one for one in present if isinstance(one, Checkpoint)), None)
     found = None
     if checkpoint is not None:
         directory = checkpoint_directory(trainer, checkpoint.given)

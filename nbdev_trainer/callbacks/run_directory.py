@@ -27,18 +27,20 @@ import torch
 
 from .recorder import RowWriter
 from ..core.errors import Problems
+from ..core.messages import LISTENERS
 from ..data.loaders import Loader
 from ..loop.steps import SupervisedStep
 from ..store.files import append_line, append_lines, find_unplain, write_json
 from ..store.history import parts_of
 from ..store.lines import as_json, hold_rows
-from ..store.run import CONFIG, FITS, check_new_run
+from ..store.lock import DirectoryLock
+from ..store.run import CONFIG, FITS, LOG, check_new_run
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['now', 'versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'git', 'whole_description',
-           'place_and_program', 'check_config', 'RowFiles', 'RunDirectory']
+           'place_and_program', 'check_config', 'RowFiles', 'reason', 'RunDirectory']
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #c6b3bdeb
 def now() -> str:
@@ -139,6 +141,14 @@ class RowFiles(RowWriter):
             self.counts[name] = len(part)
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #d8145311
+def reason(trainer: Trainer) -> str | None:
+    "Why a fit ended, where it did not simply finish"
+    state, error = trainer.state, sys.exception()
+    if state.interruption: return state.interruption
+    if state.ending == "failed" and error is not None: return f"{type(error).__name__}: {error}".strip(": ")
+    return state.control[-1]["why"] if state.ending == "stopped" else None
+
+# %% ../../nbs/api/callbacks/04_run_directory.ipynb #5c86a86c
 class RunDirectory(RowFiles):
     "Keeps `config.json`, `fits.jsonl` and the lines of the history in a directory"
     only_watches = True
@@ -152,12 +162,14 @@ class RunDirectory(RowFiles):
 
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
-        if not self.begun:
-            check_new_run(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / CONFIG, whole_description(trainer, self.config))
-            self.begun = True
+        if not self.begun: check_new_run(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = DirectoryLock(self.directory)
+        self.lock.take()
         self.in_fit = True
+        if not self.begun: write_json(self.directory / CONFIG, whole_description(trainer, self.config))
+        self.begun = True
+        LISTENERS.append(self.hear)
         self.open_files()
         self.note(event="begin", batch=trainer.state.batch, host=platform.node(), versions=versions())
 
@@ -165,22 +177,28 @@ class RunDirectory(RowFiles):
         "What the directory holds is this run: the next fit adds to it"
         self.begun = True
 
+    def hear(self, line: str) -> None:
+        "Add what is told to the log"
+        append_line(self.directory / LOG, f"{now()} {line}")
+
     def note(self, **facts: Any) -> None:
         "Add a line about a fit"
         append_line(self.directory / FITS, as_json({"at": now(), **facts}))
 
     def after_fit(self, trainer: Trainer) -> None:
         if not self.in_fit: return  # it was refused
-        self.in_fit = False
-        super().after_fit(trainer)
-        self.write_records()
-        state = trainer.state
-        why = state.interruption or (state.control[-1]["why"] if state.ending == "stopped" else None)
-        self.note(event="end", batch=state.batch, ending=state.ending, why=why)
+        self.in_fit, state = False, trainer.state
+        try:
+            super().after_fit(trainer)
+            self.write_records()
+            self.note(event="end", batch=state.batch, ending=state.ending, why=reason(trainer))
+        finally:
+            if self.hear in LISTENERS: LISTENERS.remove(self.hear)
+            self.lock.release()
         if state.batch == 0 and not state.interruption: self.take_back()
 
     def take_back(self) -> None:
         "Remove what was written for a run that has not trained anything"
-        for name in (CONFIG, FITS): (self.directory / name).unlink(missing_ok=True)
+        for name in (CONFIG, FITS, LOG): (self.directory / name).unlink(missing_ok=True)
         if not any(self.directory.iterdir()): self.directory.rmdir()
         self.begun = False

@@ -25,11 +25,13 @@ from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
 from ..loop.snapshot import keyed, load_model_state, model_state
 
-if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
+if TYPE_CHECKING:
+    from nbdev_trainer.loop.plan import FitPlan
+    from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'told_of', 'Watching', 'averaging', 'weights_of', 'put_weights', 'EarlyStopping',
-           'not_measured', 'FiniteLoss']
+__all__ = ['is_better', 'Patience', 'told_of', 'watched_set', 'Watching', 'averaging', 'weights_of', 'put_weights',
+           'EarlyStopping', 'not_measured', 'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
@@ -76,6 +78,15 @@ def told_of(
     return True
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #eaafe9ed
+def watched_set(
+    plan: FitPlan,
+    monitor: str,  # the name of a result
+) -> str:
+    "The set that a result is measured on; `train` when it is none of the evaluation sets"
+    sets = [name for name in ("train", *plan.valid_sets) if monitor.startswith(f"{name}_")]
+    return max(sets, key=len, default="train")
+
+# %% ../../nbs/api/callbacks/01_stopping.ipynb #78d7141b
 class Watching(Callback):
     "Looks at a result whenever it is new; a base for callbacks that act when it has not improved"
     def __init__(self,
@@ -93,8 +104,7 @@ class Watching(Callback):
         if better is None:
             raise ValueError(f"whether a higher {self.monitor!r} is better is unknown: pass higher_is_better")
         if plan is None: return
-        sets = [name for name in ("train", *plan.valid_sets) if self.monitor.startswith(f"{name}_")]
-        self.watched, self.higher_is_better = max(sets, key=len, default="train"), better
+        self.watched, self.higher_is_better = watched_set(plan, self.monitor), better
         if plan.began["batch"] == trainer.state.batch: self.begin_anew()
 
     def begin_anew(self) -> None:
