@@ -13,7 +13,7 @@ import torch
 from helpers import one_thread as one_thread
 from torch import nn
 
-from nbdev_trainer import Accuracy, History, Learner, Loaders, Progress, Run, TensorBoard
+from nbdev_trainer import EMA, Accuracy, Checkpoint, History, Learner, Loaders, Progress, Run, TensorBoard
 from nbdev_trainer.callbacks import progress
 from nbdev_trainer.core.errors import MissingPackage
 from nbdev_trainer.store import history as history_module
@@ -261,3 +261,99 @@ def test_an_interrupted_fit_leaves_table_and_curves_but_no_bar(loaders, notebook
     assert table.data[-1]["text/html"].count("<tr>") == 1 + len(learner.history)
     assert "image/svg+xml" in curves.data[-1]
     assert bar.data[-1] == {"text/html": "", "text/plain": ""}
+
+
+def test_the_best_checkpoint_is_known_and_loaded_with_its_averages(loaders, tmp_path):
+    learner = make(loaders, tmp_path / "run", callbacks=[EMA(0.5), Checkpoint(best="valid_loss", higher_is_better=True)])
+    learner.fit(4)
+    run = Run.open(tmp_path / "run")
+    worst = max(range(4), key=lambda k: learner.history["valid_loss"][k])
+    assert run.best.name == f"ba-{learner.history['batch'][worst]:06}"
+    fresh = make(loaders)
+    assert fresh.load(run.best, averaged=True).complete
+    assert fresh.validate()["loss"] == pytest.approx(learner.history["valid_loss"][worst], rel=1e-6)
+    with pytest.raises(IsADirectoryError, match="directory of a run; expected one of its checkpoints"):
+        fresh.load(tmp_path / "run")
+    best = run.best
+    (best / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged: model.safetensors has 7 bytes"):
+        fresh.load(best)
+
+
+def test_a_finished_fit_of_another_length_is_refused(loaders, tmp_path):
+    make(loaders, tmp_path / "run").fit(2)
+    with pytest.raises(ValueError, match="fit 1 of this run was for 2ep and is finished; this one is for 3ep"):
+        make(loaders, tmp_path / "run").fit(3, resume=True)
+    again = make(loaders, tmp_path / "run")
+    again.fit(2, resume=True)
+    again.fit(1, resume=True)
+    assert again.trainer.state.epoch == 3
+
+
+@pytest.mark.parametrize("resume", ["runs/old", 1, None])
+def test_resume_is_true_or_false(loaders, resume):
+    with pytest.raises(TypeError, match="resume is .*expected True or False"):
+        make(loaders).fit(1, resume=resume)
+
+
+def test_the_arguments_of_a_loss_decide_the_result(loaders, tmp_path):
+    make(loaders, tmp_path / "run").fit(1)
+    for loss, found in (
+        (nn.CrossEntropyLoss(label_smoothing=0.1), "loss with label_smoothing was 0.0, is now 0.1"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0])), r"loss with weight was None, is now \[1.0, 2.0, 1.0\]"),
+    ):
+        other = Learner(nn.Linear(4, 3), loaders, loss, run_dir=tmp_path / "run", verbose=0, device="cpu", lr=0.1,
+                        metrics=[Accuracy()], optimizer=torch.optim.SGD)  # fmt: skip
+        with pytest.raises(ValueError, match=found):
+            other.fit(1, resume=True)
+
+
+def test_another_optimizer_is_one_difference(loaders, tmp_path):
+    make(loaders, tmp_path / "run").fit(1)
+    with pytest.raises(ValueError, match="began: optimizer main kind was 'SGD', is now 'Adam'. Build"):
+        make(loaders, tmp_path / "run", optimizer=torch.optim.Adam).fit(1, resume=True)
+
+
+def test_persistent_workers_cannot_be_continued(tmp_path):
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+    make((list(loader), None), tmp_path / "run").fit(1)
+    with pytest.raises(ValueError, match="persistent_workers=True, which draws its seed at another moment"):
+        make((loader, None), tmp_path / "run").fit(1, resume=True)
+
+
+def test_what_is_frozen_is_part_of_a_fit(loaders, tmp_path):
+    def two_layers(run_dir):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+        return Learner(model, loaders, nn.CrossEntropyLoss(), run_dir=run_dir, verbose=0, device="cpu", lr=0.1)
+
+    first = two_layers(tmp_path / "run")
+    first.freeze("0")
+    first.on("after_batch", lambda trainer: 1 / 0, after="3ba")
+    with pytest.raises(ZeroDivisionError):
+        first.fit(2, callbacks=[])
+    again = two_layers(tmp_path / "run")
+    again.on("after_batch", lambda trainer: None, after="3ba")
+    with pytest.raises(ValueError, match="0 was frozen then, nothing is now"):
+        again.fit(2, resume=True)
+
+
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_fine_tuning_goes_on_in_the_same_process(loaders, batch):
+    def tuned(cut):
+        torch.manual_seed(0)
+        learner = Learner(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), loaders, nn.CrossEntropyLoss(), verbose=0, device="cpu",
+                          seed=0)  # fmt: skip
+
+        def cut_off(trainer):
+            raise KeyboardInterrupt
+
+        if cut:
+            learner.on("after_batch", cut_off, once=True, after=f"{cut}ba")
+            with pytest.raises(KeyboardInterrupt):
+                learner.fine_tune(2)
+        learner.fine_tune(2, resume=bool(cut))
+        return learner.model[0].weight
+
+    assert torch.equal(tuned(batch), tuned(None))

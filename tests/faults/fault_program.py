@@ -197,11 +197,11 @@ def limit_file(name, size):
     """From where a file of a checkpoint is written on, no file of this process can grow beyond so many bytes."""
 
     def limited(write):
-        def written(path, *args):
+        def written(path, *args, **options):
             if Path(path).name == name:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             try:
-                return write(path, *args)
+                return write(path, *args, **options)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -293,4 +293,5 @@ def compare(run_dir, reference):
 
 def leftovers(run_dir):
     """What a save has begun and not brought to its end."""
-    return sorted(one.name for one in (Path(run_dir) / "checkpoints").iterdir() if one.name.startswith("."))
+    inside = (Path(run_dir) / "checkpoints").iterdir()
+    return sorted(one.name for one in inside if one.name.startswith(".") and one.name != ".lock")

@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import fault_program
 import pytest
@@ -52,6 +53,23 @@ def test_a_run_that_was_killed_goes_on(children, saved_often, tmp_path, batch):
     assert Run.open(tmp_path / "run").ending == "killed, or still running"
     assert children.run(fault_program.train, tmp_path / "run", workers=0) == 0
     compare(tmp_path / "run", saved_often / "items")
+
+
+@pytest.mark.fault("started twice", "a second process with the same run_dir while the first trains",
+                   "refused, the first named; the first ends as if alone")  # fmt: skip
+def test_a_second_process_is_refused(children, saved_often, tmp_path):
+    run_dir, report = tmp_path / "run", tmp_path / "report"
+    first = children.start(fault_program.train, run_dir, Slow(0.5))
+    deadline = time.monotonic() + 30
+    while not (run_dir / "checkpoints" / "latest").exists():
+        assert time.monotonic() < deadline and first.is_alive()
+        time.sleep(0.02)
+    assert children.run(fault_program.train_and_tell, report, run_dir) == 1
+    kind, text, *_ = report.read_text().splitlines()
+    assert kind == "BlockingIOError" and f"is being written by process {first.pid}" in text
+    first.join(60)
+    assert first.exitcode == 0
+    compare(run_dir, saved_often / "arrays")
 
 
 LONG = {"background": True, "epochs": 40, "patience": 40}
