@@ -111,6 +111,7 @@ Modules:
 - `nbdev_trainer.store.foreign`: Weights out of files that others have made, also those of `torch.save`, without running anything in them
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
 - `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
+- `nbdev_trainer.store.lock`: One process at a time in a directory
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.sealed`: Directories that are complete or not there, and prove it
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML

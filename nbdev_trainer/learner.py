@@ -44,13 +44,17 @@ from .loop.evaluation import Predictions, averaged_weights
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
 from .loop.scheduled import Factors, set_values
+from .loop.plan import check_resume
 from .loop.schedules import one_cycle
+from .loop.snapshot import with_left_out
 from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
 from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
 from .store.files import read_tensors, write_tensors
+from .store.checkpoints import read_checkpoint
 from .store.history import History
+from .store.run import holds_run
 from .store.weights import FOREIGN, LoadReport, check_suffix, load_weights
 from .use.batch_sizes import BatchSizes, batch_size_find
 from .use.check import check
@@ -63,8 +67,8 @@ from .use.summary import ModelSummary, summarize
 from .use.tune import RangeTest, lr_find
 
 # %% auto #0
-__all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'split_averages', 'describe_optimizer',
-           'only_valid', 'Learner']
+__all__ = ['AVERAGED', 'as_loaders', 'with_defaults', 'check_replacements', 'keepers', 'split_averages', 'kept_tensors',
+           'describe_optimizer', 'only_valid', 'Learner']
 
 # %% ../nbs/api/learner.ipynb #f630e8d8
 def as_loaders(
@@ -125,6 +129,21 @@ def split_averages(
     "What of a file is the model, and what are averages of its weights"
     averages = {name.removeprefix(AVERAGED): one for name, one in tensors.items() if name.startswith(AVERAGED)}
     return {name: one for name, one in tensors.items() if not name.startswith(AVERAGED)}, averages
+
+# %% ../nbs/api/learner.ipynb #de7609ec
+def kept_tensors(
+    model: nn.Module,  # they are for
+    path: Path,        # a file of weights, or the directory of a checkpoint
+) -> dict[str, Tensor]:  # averages under the names that `save` gives them
+    "The weights and averages that are kept somewhere; of a checkpoint all is verified before"
+    if not path.is_dir(): return read_tensors(check_suffix(path))
+    if holds_run(path):
+        raise IsADirectoryError(f"'{path}' is the directory of a run; expected one of its checkpoints, such as "
+                                f"load(Run.open('{path}').checkpoints[-1])")
+    state = read_checkpoint(path)
+    averages = {AVERAGED + name: value for one in state["callbacks"].values()
+                if "averages" in one and any(one["counts"].values()) for name, value in one["averages"].items()}
+    return {**with_left_out(model, state["model"]), **averages}
 
 # %% ../nbs/api/learner.ipynb #8b8e0f02
 def describe_optimizer(
@@ -223,7 +242,8 @@ class Learner:
     ) -> None:
         "Train `n` more; an epoch that the last fit left open is finished first, and counts as one of them"
         check_replacements(callbacks := check_callbacks(callbacks), self.trainer.callbacks)
-        if resume: take_up(self.trainer, self.loaders.train, self.loaders.valid_sets)
+        check_resume(resume)
+        if resume: take_up(self.trainer, self.loaders.train, self.loaders.valid_sets, callbacks)
         if not resume: check_overruled(lr, [*self.trainer.callbacks, *callbacks])
         if self.seed is not None and self.trainer.state.batch == 0: seed_everything(self.seed)
         tell(self.describe(), self.verbose > 1)
@@ -317,9 +337,12 @@ class Learner:
         check_lr(lr)
         options: dict[str, Any] = {"validate_every": validate_every, "limit_batches": limit_batches,
                                    "callbacks": list(callbacks), "resume": resume}
-        body = self.freeze(except_last=except_last)
-        try: self.fit(frozen, lr=lr, **options)
-        finally: self.unfreeze(*body.names)
+        trainer = self.trainer
+        if not (resume and trainer.open_plan is not None): self.tuning_since = trainer.fits_done
+        if trainer.fits_done == self.tuning_since:  # else its second part was interrupted, in this process
+            body = self.freeze(except_last=except_last)
+            try: self.fit(frozen, lr=lr, **options)
+            finally: self.unfreeze(*body.names)
         self.fit_one_cycle(n, lr=(lr / 100, lr), **options)
 
     def validate(self,
@@ -440,14 +463,14 @@ class Learner:
         write_tensors(path, {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}})
 
     def load(self,
-        path: str | Path | Mapping[str, Tensor],  # as `save` wrote it, or tensors by name
+        path: str | Path | Mapping[str, Tensor],  # as `save` wrote it; a checkpoint; or tensors by name
         *,
         averaged: bool = False,  # make the averages in the file the weights of the model
         strict: bool = True,     # False: load what fits, and tell the rest
     ) -> LoadReport:
         "Read weights, buffers and averages; when strict, `ValueError` naming all that does not fit, and no change"
         given, source = (path, "the tensors") if isinstance(path, Mapping) else (None, str(path))
-        if not isinstance(path, Mapping): given = read_tensors(check_suffix(path))
+        if not isinstance(path, Mapping): given = kept_tensors(self.model, Path(path))
         weights, averages = split_averages(given or {})
         if averaged and not averages: raise ValueError(f"{source} holds no averaged weights; leave out averaged=True")
         tensors = {**weights, **averages} if averaged else weights
