@@ -134,6 +134,7 @@ class NotebookItem(pytest.Item):
             finally:
                 if Shell.current:
                     Shell.current.close()
+                    Shell.current = None  # what the page has made, such as worker processes, ends with it
         if not passed:
             raise NotebookFailed
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def nursery():
     children = Children()
     yield children
     children.end()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # it would wait for whoever was forked meanwhile
     forkserver._forkserver._stop()
 
 
