@@ -48,7 +48,8 @@ def nursery():
     children = Children()
     yield children
     children.end()
-    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # it would wait for whoever was forked meanwhile
+    if (server := forkserver._forkserver._forkserver_pid) is not None:  # each file has a nursery, and one ends first
+        os.kill(server, signal.SIGKILL)  # else it would wait for whoever was forked meanwhile
     forkserver._forkserver._stop()
 
 
