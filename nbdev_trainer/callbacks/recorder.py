@@ -162,7 +162,7 @@ def may_grow(trainer: Trainer) -> bool:
 
 class RowWriter(Callback):
     "Calls `write_row` once for each complete row of the recorder"
-    runs_after = (Recorder,)
+    runs_after, only_on_rank_0 = (Recorder,), True
     history = History()  # the recorder's, as soon as a fit begins
     written = 0          # rows of it that were written
 

@@ -39,6 +39,7 @@ class Callback:
     runs_before: ClassVar[tuple[type[Callback], ...]] = ()  # act before callbacks of these classes
 
     only_watches: ClassVar[bool] = False  # True: a run ends the same without it, so it may come and go
+    only_on_rank_0: ClassVar[bool] = False  # True: of several processes that train together the first has it
 
     def before_fit(self, trainer: Trainer) -> None: "Once, before the first batch"
     def before_epoch(self, trainer: Trainer) -> None: "At the start of a pass over the training data"

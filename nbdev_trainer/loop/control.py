@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.batch import StepOutput
 from .callback import Callback, attach, describe_plan, handler_table, in_order
+from .engine import Engine
 from .events import EVALUATION_EVENTS, STEP_EVENTS, Event
 from .plan import FitPlan
 from .state import State
@@ -37,6 +38,8 @@ class Requests:
     measuring: MetricSet | None = None          # of the pass that is going on, if it measures
     result_sets: tuple[str, ...] = ("train_",)  # how the names of results begin
     past_skip, past_step = True, True           # too late for `skip_batch`, for `skip_step`
+    together = False                            # several processes train, and follow all but `skip_batch` together
+    engine: Engine
 
     def skip_batch(self, why: str) -> None:
         "Leave out the batch in hand; until its loss is there, later it raises `RuntimeError`"
@@ -51,22 +54,27 @@ class Requests:
         text = reason("skip_step", why)
         if self.past_step or self.state.phase != "train":
             raise RuntimeError("skip_step comes too late here; call it from before_batch to before_step")
-        self.state.skip_step = text
+        self.ask("skip_step", text)
 
     def end_epoch(self, why: str) -> None:
         "End the epoch after this batch; it is evaluated as usual"
-        self.state.end_epoch = reason("end_epoch", why, self.state)
+        self.ask("end_epoch", reason("end_epoch", why, self.state))
 
     def stop(self, why: str) -> None:
         "End the fit after this batch or epoch; an epoch that is not done stays open for the next fit"
-        self.state.stop = reason("stop", why, self.state)
+        self.ask("stop", reason("stop", why, self.state))
+
+    def ask(self, what: str, why: str) -> None:
+        "Note a request; where several processes train, all will follow it at the same point"
+        if self.together: self.engine.strategy.ask(what, why)
+        else: setattr(self.state, what, why)
 
     def took_effect(self, what: str) -> None:
         "Record a request that the loop has followed, and clear it"
-        state = self.state
-        entry = {"what": what, "why": getattr(state, what), "epoch": state.epoch, "batch": state.batch}
-        state.control.append(entry)
+        state, why = self.state, getattr(self.state, what)
         setattr(state, what, None)
+        if what == "skip_batch" and self.together: return self.ask(what, why)  # for the record of all
+        state.control.append({"what": what, "why": why, "epoch": state.epoch, "batch": state.batch})
 
     def log(self, name: str, value: Tensor | float) -> None:
         "Record a scalar: its mean over the epoch, under this name; in a pass over `valid`, as `valid_<name>`"
@@ -130,7 +138,11 @@ class Control(Requests):
         attached = attach(event, fn, every=every, once=once, after=after, before=before)
         attached.begin_at(self.state)
         self.callbacks.append(attached)
-        self.evaluation_handlers = handler_table(in_order(self.callbacks), EVALUATION_EVENTS)
+        self.evaluation_handlers = handler_table(self.acting(in_order(self.callbacks)), EVALUATION_EVENTS)
+
+    def acting(self, callbacks: list[Callback]) -> list[Callback]:
+        "Those that act in this process"
+        return callbacks if self.engine.strategy.rank == 0 else [one for one in callbacks if not one.only_on_rank_0]
 
     def describe_callbacks(self) -> str:
         "A line for each event in use: who acts, in which order"

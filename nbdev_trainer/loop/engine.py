@@ -11,7 +11,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/engine.html.md"""
 # %% ../../nbs/api/loop/06_engine.ipynb #1458e8e5
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -96,19 +97,75 @@ def convert(batch: Batch, dtype: torch.dtype) -> None:
     batch.inputs, batch.targets = (map_tensors(to_type, part) for part in (batch.inputs, batch.targets))
     if batch.weights is not None: batch.weights = to_type(batch.weights)
 
+# %% ../../nbs/api/loop/06_engine.ipynb #daaf3b24
 class Strategy:
-    "How many processes train together; this one is alone"
-    rank: int = 0
-    world_size: int = 1
+    "How many processes train together, and what they settle with each other; this one is alone"
+    rank: int = 0        # of this process
+    world_size: int = 1  # processes; above 1 the loop asks for the rest
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        "The model that the step calls, such as one that averages gradients over the processes"
+        "The model that the step calls, with the same weights everywhere"
         return model
+
+    def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
+        "What is set up for the time of a fit"
+        return nullcontext()
+
+    def length(self, own: int | None) -> int | None:
+        "Batches of an epoch, from those that this process has"
+        return own
+
+    def part(self, loader: Any) -> Any:
+        "The part of a loader that is for this process"
+        return loader
+
+    def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        "Batches, as many on each process"
+        return batches
+
+    def train(self, run: Callable[..., Any], method: Callable[..., Any], trainer: Any, batch: Batch) -> Any:
+        "Call the step by `run(method, trainer, batch)`"
+        return run(method, trainer, batch)
+
+    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        "Take part in a step to which this process has nothing to add"
+
+    def largest(self, count: int | float | Tensor) -> float:
+        "The largest of the counts of all processes"
+        return float(count)
+
+    def nothing(self, slot: OptimizerSlot) -> Tensor | None:  # () None: nobody waits for its gradient
+        "A loss whose gradient is zero"
+        return None
+
+    def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
+        "Begin to tell the others what is in the window, with what is in hand"
+
+    def meet(self, slot: OptimizerSlot) -> float | Tensor:
+        "Average the gradients of a window over the processes; what they count together"
+        return sum(slot.window.counts)
+
+    def ask(self, what: str, why: str) -> None:
+        "Note a request, which all processes will follow at the same point"
+
+    def agree(self) -> None:
+        "Settle all requests now"
+
+    def same_buffers(self) -> None:
+        "Give the model of each process the buffers of the first one, such as the statistics of batch norms"
+
+    def measured(self, metrics: Any) -> Any:
+        "Metrics over what all processes have seen"
+        return metrics
+
+    def now(self) -> float:  # seconds
+        "The time, the same everywhere"
+        return time.monotonic()
 
 # %% ../../nbs/api/loop/06_engine.ipynb #ec71a3fb
 class Window:
     "The batches whose gradients add up to one optimizer step"
-    __slots__ = ("size", "counts", "divisor", "weights")
+    __slots__ = ("size", "counts", "divisor", "weights", "usual")
 
     def __init__(self,
         size: int = 1,  # batches in a full window
@@ -117,6 +174,7 @@ class Window:
         self.counts: list[int | float | Tensor] = []
         self.divisor: float | Tensor | None = None
         self.weights: dict[Any, Tensor] = {}
+        self.usual: float | None = None  # what a batch counts on all processes, more or less; None: the first of each window
 
     def weight(self,
         count: int | float | Tensor,  # what the loss of this batch is a mean over
@@ -128,7 +186,7 @@ class Window:
         if not isinstance(count, Tensor) and count == 0: return None
         if self.divisor is None:  # a count on the device may be zero, which the host cannot see
             first = torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
-            self.divisor = self.size * first
+            self.divisor = self.size * (first if self.usual is None else self.usual)
         share = count / self.divisor
         if isinstance(share, Tensor): return share.to(loss.dtype)
         key = share, loss.dtype, loss.device
@@ -137,13 +195,17 @@ class Window:
             self.weights[key] = torch.full((), share, dtype=loss.dtype, device=loss.device)  # never waits
         return self.weights[key]
 
-    def correction(self) -> float | Tensor | None:  # None: the gradients are right as they are
+    def correction(self,
+        total: float | Tensor | None = None,  # what counts on all processes; None: this one is alone
+        world_size: int = 1,                  # processes, over which the gradients are averaged
+    ) -> float | Tensor | None:  # None: the gradients are right as they are
         "What to multiply the summed gradients with at the end of the window"
-        if self.divisor is None: return None
-        total = sum(self.counts)
-        known = not isinstance(total, Tensor) and not isinstance(self.divisor, Tensor)
-        if known: return None if total == self.divisor else self.divisor / total
-        return self.divisor / torch.clamp(torch.as_tensor(total), min=torch.finfo(torch.float32).tiny)
+        divisor = self.divisor if self.usual is None else self.size * self.usual * world_size
+        if divisor is None: return None
+        if total is None: total = sum(self.counts)
+        known = not isinstance(total, Tensor) and not isinstance(divisor, Tensor)
+        if known: return None if total == divisor else divisor / total
+        return divisor / torch.clamp(torch.as_tensor(total), min=torch.finfo(torch.float32).tiny)
 
     def clear(self) -> None:
         "Begin the next window"
@@ -174,7 +236,7 @@ class OptimizerSlot:
         for group in self.optimizer.param_groups:
             for p in group["params"]: p.grad = None
         self.pending = False
-        if self.window.size > 1: self.window.clear()
+        if self.window.counts: self.window.clear()
 
 # %% ../../nbs/api/loop/06_engine.ipynb #34b99878
 class EngineParts:
@@ -211,6 +273,7 @@ class EngineParts:
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step for a training batch; an engine may do more around it"
+        if self.strategy.world_size > 1: return self.strategy.train(self.run, method, trainer, batch)
         return self.run(method, trainer, batch)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
@@ -225,19 +288,30 @@ class Engine(EngineParts):
     ) -> None:
         "Add the gradient of one batch, weighted by its share of the window"
         inputs = [p for p in slot.params if p.requires_grad] if only_its_parameters else None
-        weight = slot.window.weight(count, loss) if slot.window.size > 1 else None
-        if weight is None and slot.window.size > 1: return
+        together, window = self.strategy.world_size > 1, slot.window
+        if together and window.usual is None: window.usual = self.strategy.largest(count) or None
+        weight = window.weight(count, loss) if window.size > 1 or together else None
+        if weight is None and (window.size > 1 or together):
+            nothing = self.strategy.nothing(slot) if together else None
+            if nothing is not None: nothing.backward()
+            return
         slot.pending = True
         self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
 
-    def finish(self, slot: OptimizerSlot) -> None:
+    def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"
-        if slot.window.size > 1:
-            correction = slot.window.correction()
+        together, correction = self.strategy.world_size > 1, None
+        if together:
+            total = self.strategy.meet(slot)
+            if not isinstance(total, Tensor) and total == 0: return False
+            correction = slot.window.correction(total, self.strategy.world_size)
+        elif slot.window.size > 1: correction = slot.window.correction()
+        if correction is not None:
             gradients = [p.grad for p in slot.params if p.grad is not None]
-            if correction is not None and gradients: torch._foreach_mul_(gradients, correction)
+            if gradients: torch._foreach_mul_(gradients, correction)
         self.precision.unscale(slot.optimizer)
         if self.clip is not None: slot.norm = self.clip(slot.params)
+        return True
 
     def step(self, slot: OptimizerSlot) -> bool:
         "Step one optimizer; whether its weights changed"

@@ -115,9 +115,13 @@ def outputs(
     try:
         source = loader
         if isinstance(loader, EpochLoader):
-            source = loader.in_order().batches(0, device=trainer.engine.device)
+            own = loader.in_order()
+            if state.phase != "predict": own = trainer.engine.strategy.part(own)
+            source = own.batches(0, device=trainer.engine.device)
         for n, raw in enumerate(source, 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
+            if trainer.together and batch.size == 0 and n != limit_batches: continue  # all of it is for others
+            if trainer.together and batch.size == 0: break
             state.current_batch = batch
             if on.before_evaluate_batch:
                 trainer.call("before_evaluate_batch")
@@ -174,11 +178,12 @@ class Evaluation(Control):
         "Loss and metrics over a loader"
         results = self.measuring = MetricSet(self.metrics)
         with ExitStack() as undo:
+            if self.together: self.engine.strategy.same_buffers()
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
             for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
-            values, self.measuring = results.compute(), None  # what is logged now is not of this pass
+            values, self.measuring = self.engine.strategy.measured(results).compute(), None  # what is logged now is not of this pass
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
         return values
 
@@ -206,7 +211,8 @@ def evaluates_loss(trainer: Evaluation, loader: Iterable[Any]) -> bool:
     trainer.measuring = MetricSet([])  # what the step logs now is not wanted
     try:
         with evaluating(trainer, "valid", "valid", quiet=True):
-            return next(outputs(trainer, trainer.step.evaluate, loader, 1))[1].loss is not None
+            first = next(outputs(trainer, trainer.step.evaluate, loader), None)
+            return first is None or first[1].loss is not None
     finally: trainer.measuring = None
 
 def check_monitor(

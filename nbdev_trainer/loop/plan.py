@@ -75,12 +75,13 @@ class FitPlan:
     factor: float = 1.0                                       # of the learning rates, set by callbacks
     clock: float = field(default_factory=time.monotonic)      # seconds, when it began
     validated: float = field(default_factory=time.monotonic)  # seconds, the last validation
+    now: Callable[[], float] = time.monotonic                 # seconds, the same on all processes
     length: int | None = None                                 # batches in an epoch; None: not known
     total_steps: int | None = None                            # optimizer steps; None: the fit ends by time
 
     def is_over(self, state: State) -> bool:
         "Whether the fit has run for its duration"
-        if self.duration.is_time: return time.monotonic() - self.clock >= self.duration.seconds
+        if self.duration.is_time: return self.now() - self.clock >= self.duration.seconds
         if self.duration.unit == "ep": return state.epoch >= self.began["epoch"] + self.duration.value
         if self.duration.unit == "ba": return state.batch >= self.began["batch"] + self.duration.value
         return state.step >= self.began["step"] + self.duration.value
@@ -102,16 +103,21 @@ class FitPlan:
     def progress(self, state: State) -> float:  # in [0, 1]
         "How far the fit is, for the schedule"
         if self.total_steps is not None: return progress_of(state.step - self.began["step"], self.total_steps)
-        return min(1.0, (time.monotonic() - self.clock) / self.duration.seconds)
+        return min(1.0, (self.now() - self.clock) / self.duration.seconds)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #3ff65aca
-def begin_plan(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> None:
+def begin_plan(
+    plan: FitPlan,
+    state: State,
+    slots: Mapping[str, OptimizerSlot],
+    length: Callable[[int | None], int | None] = lambda own: own,  # of what this process has, to that of all
+) -> None:
     "Note where the run stands, and count what lies ahead"
     if not plan.began:
         plan.began = {name: getattr(state, name) for name in ("epoch", "batch", "step", "epoch_batch")}
     if not plan.values: plan.values = {key: current_values(slots, key) for key in ("lr", *plan.schedules)}
     if "momentum" in plan.schedules: check_momentum(plan.schedules["momentum"], plan.values["momentum"])
-    plan.length = length_of(plan.train, plan.limit_batches)
+    plan.length = length(length_of(plan.train, plan.limit_batches))
     done, unit, value = plan.began["epoch_batch"], plan.duration.unit, int(plan.duration.value)
     if unit == "ep": value = value * (plan.length or 0) - done
     if unit in ("ep", "ba"): plan.total_steps = count_steps(value, plan.length, done, plan.accumulate)
@@ -140,7 +146,7 @@ def validation_due(
     "Whether to validate now; asked after each batch and at the end of each epoch"
     every = plan.validate_every
     if every is None or not plan.valid_sets or state.evaluated_at == state.batch: return False
-    if every.is_time: return time.monotonic() - plan.validated >= every.seconds
+    if every.is_time: return plan.now() - plan.validated >= every.seconds
     if every.unit == "ep": return state.epoch_batch == 0 and state.epoch % every.value == 0
     if every.unit == "ba": return state.batch % every.value == 0
     return state.step > state.evaluated_step and state.step % every.value == 0
@@ -204,7 +210,7 @@ def check_data(
 # %% ../../nbs/api/loop/07_plan.ipynb #1b59e9d3
 def plan_state(plan: FitPlan) -> dict[str, Any]:
     "What was asked and where it began, as plain data"
-    now, every = time.monotonic(), plan.validate_every
+    now, every = plan.now(), plan.validate_every
     texts = {key: re.sub(" at 0x[0-9a-fA-F]+", "", repr(one)) for key, one in plan.schedules.items()}
     asked = {"n": str(plan.duration), "schedule": "; ".join(f"{key}: {text}" for key, text in texts.items()),
              "limit_batches": plan.limit_batches, "validate_every": every and str(every),
@@ -224,7 +230,7 @@ def continue_plan(
     slots: Mapping[str, OptimizerSlot] = {},  # whose rates must be those that the fit began with
 ) -> None:
     "Begin where a saved fit began; raises `ValueError` when something else was asked"
-    asked, before, now = plan_state(plan)["asked"], dict(saved["asked"]), time.monotonic()
+    asked, before, now = plan_state(plan)["asked"], dict(saved["asked"]), plan.now()
     if slots and saved["values"]:
         asked["lr"], before["lr"] = rates_text(current_values(slots)), rates_text(saved["values"]["lr"])
     other = [name for name in before if asked[name] != before[name]]

@@ -55,7 +55,10 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     if state.epoch_batch == 0:
         in_fixed_order = isinstance(loader, (EpochLoader, Sequence))
         trainer.at_epoch_start = None if in_fixed_order else generators(loader)
-    batches = open_epoch(loader, state.epoch, state.epoch_batch, trainer.at_epoch_start, trainer.engine.device)
+    strategy = trainer.engine.strategy
+    batches = open_epoch(strategy.part(loader), state.epoch, state.epoch_batch, trainer.at_epoch_start,
+                         trainer.engine.device)
+    if strategy.world_size > 1: batches = strategy.in_step(batches)
     trainer.waits_for_data = True
     first = next(batches, None)
     if first is None and state.epoch_batch == 0:
@@ -105,6 +108,7 @@ class Results(Evaluation):
         state.epoch_is_counted = False
         self.call("after_epoch")
         if self.logged.logs: self.note_results()  # what was logged there belongs to this epoch too
+        self.engine.strategy.agree()
 
     def validate(self, plan: FitPlan) -> None:
         "Evaluate on every validation set"
@@ -114,14 +118,16 @@ class Results(Evaluation):
             self.evaluate(plan.valid_sets[name], name=name, limit_batches=plan.limit_batches)
             state.sets_evaluated += 1
         state.evaluated_at, state.evaluated_step, state.sets_evaluated = state.batch, state.step, 0
-        plan.validated = time.monotonic()
+        plan.validated = plan.now()
         self.call("after_validate")
+        self.engine.strategy.agree()
 
     def note_results(self) -> None:
         "Put what was measured in training so far, and what was logged, into `state.metrics`"
-        if self.noted[0] != self.state.batch: self.noted = self.state.batch, self.train_metrics.compute()
+        measured = self.engine.strategy.measured
+        if self.noted[0] != self.state.batch: self.noted = self.state.batch, measured(self.train_metrics).compute()
         results = {f"train_{name}": value for name, value in self.noted[1].items()}
-        self.state.metrics |= results | self.logged.compute()
+        self.state.metrics |= results | measured(self.logged).compute()
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #92e9c36f
 class Loop(Results):
@@ -130,6 +136,7 @@ class Loop(Results):
     at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
     whole = True                                       # no batch is half done
     waits_for_data = False                             # between two batches, for the next one
+    together = False                                   # several processes train
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -172,14 +179,15 @@ class Loop(Results):
         if plan.schedules and not self.window_batches: follow(plan, state, engine.slots)
         self.window_batches += 1
         self.closing = plan.closes_window(state, self.window_batches)
-        if state.skip_batch is None:
+        absent = self.together and batch.size == 0 and self.step.automatic
+        if state.skip_batch is None and not absent:
             output = state.output = engine.train(self.step.train, self, batch)
             if type(output) is not StepOutput: raise no_output(self.step, "train", output)
-        if state.skip_batch is None:
+        if state.skip_batch is None and not absent:
             if self.step.automatic: self.optimize(output.loss, count=output.count)
             self.train_metrics.update(output, batch)
             state.samples += batch.size
-        else: self.took_effect("skip_batch")
+        else: self.pass_over(batch)
         if self.closing: self.close_window()
         state.batch += 1
         state.epoch_batch += 1
@@ -199,15 +207,27 @@ class Loop(Results):
         if self.engine.accumulate > 1 and slot.batch == self.state.batch: raise twice_in_a_window(name)
         self.past_skip, slot.batch = True, self.state.batch
         if count is None: count = self.state.current_batch.size  # type: ignore[union-attr]  # one is in hand
+        if self.together and self.closing: self.engine.strategy.announce(slot, count)
         self.engine.backward(loss, count, slot, not self.step.automatic, retain_graph)
         if self.handlers.after_backward: self.call("after_backward")
-        if self.closing and slot.pending: self.step_optimizer(slot)
+        if self.closing and (slot.pending or self.together): self.step_optimizer(slot)
+
+    def pass_over(self, batch: Batch) -> None:
+        "Leave out a batch that is to be skipped, or of which nothing is for this process"
+        if self.state.skip_batch is not None: self.took_effect("skip_batch")
+        if not self.together: return
+        if not self.step.automatic:
+            raise RuntimeError(f"{type(self.step).__name__} optimizes by itself, and a batch was skipped on rank "
+                               f"{self.engine.strategy.rank} alone: the others wait for its gradients. Skip on all ranks")
+        for slot in self.engine.slots.values(): self.engine.strategy.absent(slot, self.closing)
 
     def step_optimizer(self, slot: OptimizerSlot) -> None:
         state, on = self.state, self.handlers
-        self.engine.finish(slot)
+        if not self.engine.finish(slot): return slot.zero()
         state.optimizer, self.past_step = slot.name, False
-        if on.before_step: self.call("before_step")
+        if on.before_step:
+            self.call("before_step")
+            self.engine.strategy.agree()
         self.past_step = True
         if state.skip_step is not None: self.took_effect("skip_step")
         elif self.engine.step(slot):
@@ -217,7 +237,7 @@ class Loop(Results):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if not slot.pending: continue
+            if not slot.pending: continue  # and so on all processes
             self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
             if self.state.evaluated_at == self.state.batch: self.state.evaluated_at = -1  # other weights were
         self.window_batches, self.stepped = 0, False
@@ -226,6 +246,8 @@ class Loop(Results):
 def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     "Begin a fit, or go on with one that was saved or interrupted; `ValueError` when something else is asked"
     state, loaded, slots = trainer.state, trainer.loaded, trainer.engine.slots
+    plan.now = trainer.engine.strategy.now
+    if trainer.together: plan.clock = plan.validated = plan.now()
     saved: Mapping[str, Any] | None = None if trainer.open_plan is None else plan_state(trainer.open_plan)
     reached = {} if trainer.open_plan is None else trainer.open_plan.reached
     if loaded is not None:
@@ -247,7 +269,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         for slot in slots.values(): slot.zero()
     trainer.whole = True
     for slot in slots.values(): slot.batch = -1
-    begin_plan(plan, state, slots)
+    begin_plan(plan, state, slots, trainer.engine.strategy.length)
     if plan.factor != 1 or goes_on and trainer.window_batches:  # the rate that the open window began with
         follow(plan, state, slots)
     elif goes_on:                                               # the rate of the last one, for the record
@@ -266,7 +288,7 @@ def leave_fit(trainer: Trainer) -> None:
     if state.epoch_batch == 0 and trainer.plan is not None: trainer.train_metrics.reset()  # may hold whole outputs
     trainer.plan, trainer.fit_callbacks = None, ()
     trainer.handlers = handler_table([])
-    trainer.evaluation_handlers = handler_table(in_order(trainer.callbacks), EVALUATION_EVENTS)
+    trainer.evaluation_handlers = handler_table(trainer.acting(in_order(trainer.callbacks)), EVALUATION_EVENTS)
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #2da2e756
 @contextmanager
@@ -278,8 +300,9 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         undo.enter_context(module_modes(trainer.model, training=True))
         undo.callback(leave_fit, trainer)
         trainer.fit_callbacks, trainer.plan = list(callbacks), plan
-        ordered = trainer.all_callbacks()
+        ordered = trainer.acting(trainer.all_callbacks())
         check_events(ordered, trainer.step)
+        undo.enter_context(trainer.engine.strategy.during(trainer, plan))
         enter_plan(trainer, plan, resume)
         undo.callback(unfollow, plan, slots)
         trainer.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
@@ -353,6 +376,7 @@ class Trainer(Loop):
         self.callback_settings = callback_settings(self.callbacks)
         self.state, self.plan = State(), None
         self.train_metrics, self.logged = MetricSet(self.metrics), MetricSet([])
+        self.together = self.engine.strategy.world_size > 1
         leave_fit(self)
 
     @checked_keywords

@@ -100,6 +100,8 @@ class FunctionMetric(Metric):
 # %% ../../nbs/api/metrics/02_adapters.ipynb #4f4c3682
 class TorchMetric(Metric):
     "A metric of torchmetrics"
+    adds_up_itself = True
+
     @checked_keywords
     def __init__(self,
         metric: Any,              # a `torchmetrics.Metric` with update(predictions, targets)

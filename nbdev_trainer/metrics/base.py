@@ -98,6 +98,7 @@ class RunningMean:
 class Metric:
     "Sees every batch of a pass over the data and answers once; by default the weighted mean of what it added"
     higher_is_better: bool | None = None  # None: not known
+    adds_up_itself = False                # over several processes, in `compute`
 
     def __init__(self,
         name: str | None = None,  # as in `valid_<name>`; None: the class name in snake case

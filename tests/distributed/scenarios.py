@@ -1,0 +1,206 @@
+"""Runs whose result must not depend on the number of processes; each returns what is compared."""
+
+from functools import partial
+
+import torch
+from torch import nn, optim
+from torch.nn import functional as F
+
+from nbdev_trainer.callbacks.averaging import EMA
+from nbdev_trainer.callbacks.stopping import EarlyStopping
+from nbdev_trainer.data.batch import StepOutput
+from nbdev_trainer.data.loaders import Loaders
+from nbdev_trainer.loop.callback import Callback
+from nbdev_trainer.loop.repeated import SAM
+from nbdev_trainer.loop.schedules import one_cycle
+from nbdev_trainer.loop.steps import ManualStep, Step, SupervisedStep
+from nbdev_trainer.loop.trainer import Trainer
+from nbdev_trainer.metrics.classification import Accuracy
+from nbdev_trainer.metrics.confusion import F1Score
+from nbdev_trainer.metrics.ranking import AUROC
+from nbdev_trainer.scale.processes import has_group, join
+from nbdev_trainer.scale.replicas import Replicas
+
+
+def model_of(width=8):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
+
+
+def data(n=37, batch_size=8, valid=11):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n + valid, 5, generator=generator).double()
+    targets = torch.randint(3, (n + valid,), generator=generator)
+    return Loaders.from_arrays(inputs[:n], targets[:n], valid=(inputs[n:], targets[n:]), batch_size=batch_size, seed=3)
+
+
+def strategy(**options):
+    return Replicas(join(timeout="30s"), **options) if has_group() else None
+
+
+
+
+def result(trainer, *more):
+    state = trainer.state
+    weights = {name: one.detach().clone() for name, one in trainer.model.state_dict().items()}
+    return {"weights": weights, "metrics": dict(state.metrics), "control": [(one["what"], one["batch"]) for one in state.control],
+            "counters": (state.epoch, state.batch, state.step, state.samples), "more": more}
+
+
+def supervised(loss=F.cross_entropy, loaders=None, epochs=2, step=None, optimizer=None, metrics=(), callbacks=(), schedule=None,
+               model=None, overlap=True, accuracy=Accuracy, **options):
+    model, loaders = model or model_of(), loaders or data()
+    optimizer = optim.Adam(model.parameters(), lr=0.05) if optimizer is None else optimizer(model)
+    trainer = Trainer(model, step or SupervisedStep(loss), optimizer, metrics=[accuracy(), *metrics], callbacks=callbacks,
+                      strategy=strategy(overlap=overlap), **options)
+    trainer.fit(loaders.train, loaders.valid_sets, epochs, schedule=schedule)
+    return result(trainer)
+
+
+def plain():
+    return supervised()
+
+
+def after_the_backward_pass():
+    return supervised(overlap=False)
+
+
+def empty_shards():
+    return supervised(loaders=data(n=13, batch_size=4, valid=1))
+
+
+def one_sample_a_batch():
+    return supervised(loaders=data(n=5, batch_size=1, valid=2))
+
+
+def accumulated_and_clipped():
+    return supervised(accumulate=3, clip_norm=0.1, schedule=one_cycle())
+
+
+def clipped_by_unit():
+    return supervised(clip_adaptive=0.01, loaders=data(n=29, batch_size=9))
+
+
+def averaged():
+    model = model_of()
+    ema = EMA(0.9)
+    found = supervised(model=model, callbacks=[ema])
+    return {**found, "more": [one.clone() for one in ema.averages.values()]}
+
+
+def ignored_targets():
+    loaders = data(n=41, batch_size=7)
+    fetch = loaders.train.fetch
+
+    def with_holes(ids):
+        batch = fetch(ids)
+        batch.targets = torch.where(ids % 3 == 0, -100, batch.targets)
+        return batch
+
+    loaders.train.fetch = with_holes
+    return supervised(nn.CrossEntropyLoss(), loaders, accumulate=2, accuracy=partial(Accuracy, ignore_index=-100))
+
+
+def class_weights():
+    return supervised(nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double()), accumulate=2)
+
+
+def sample_weights():
+    loaders = data(n=30, batch_size=7)
+    for loader in (loaders.train, loaders.valid):
+        fetch = loader.fetch
+
+        def weighted(ids, fetch=fetch):
+            batch = fetch(ids)
+            batch.weights = (ids % 4).double()
+            return batch
+
+        loader.fetch = weighted
+    return supervised(loaders=loaders)
+
+
+def micro_batches():
+    return supervised(micro_batch_size=2, accumulate=2)
+
+
+def sharpness_aware():
+    return supervised(optimizer=lambda model: SAM(optim.SGD(model.parameters(), lr=0.1), rho=0.05))
+
+
+def lbfgs():
+    return supervised(optimizer=lambda model: optim.LBFGS(model.parameters(), lr=0.2, max_iter=4))
+
+
+class ByParts(Step):
+    """Calls parts of the model, and leaves one out in the first epoch."""
+
+    def train(self, trainer, batch):
+        hidden = trainer.model[0](batch.inputs)
+        predictions = trainer.model[2](torch.tanh(hidden))
+        return StepOutput(F.cross_entropy(predictions, batch.targets), predictions)
+
+
+def a_step_of_ones_own():
+    return supervised(step=ByParts())
+
+
+class Duel(ManualStep):
+    def train(self, trainer, batch):
+        model = trainer.model
+        hidden = torch.tanh(model[0](batch.inputs))
+        one = F.cross_entropy(model[2](hidden), batch.targets)
+        trainer.optimize(one, "first", retain_graph=True)
+        if trainer.state.batch % 2:
+            trainer.optimize((hidden**2).mean(), "second")
+        return StepOutput(one.detach(), model[2](hidden).detach())
+
+    def evaluate(self, trainer, batch):
+        predictions = trainer.model(batch.inputs)
+        return StepOutput(F.cross_entropy(predictions, batch.targets), predictions)
+
+
+def several_optimizers():
+    model, loaders = model_of(), data(n=24)
+    optimizers = {"first": optim.Adam(model[2].parameters(), lr=0.05), "second": optim.SGD(model[0].parameters(), lr=0.1)}
+    trainer = Trainer(model, Duel(), optimizers, metrics=[Accuracy()], strategy=strategy())
+    trainer.fit(loaders.train, loaders.valid_sets, 2)
+    return result(trainer)
+
+
+def kept_outputs():
+    loaders = data()
+    return supervised(loaders=loaders, metrics=[F1Score("multiclass", 3), AUROC("multiclass", 3)])
+
+
+def stopped_early():
+    return supervised(callbacks=[EarlyStopping("valid_loss", patience=1)], epochs=30,
+                      optimizer=lambda model: optim.Adam(model.parameters(), lr=1.0))
+
+
+class Logs(Callback):
+    def after_batch(self, trainer):
+        trainer.log("loss_again", trainer.state.output.loss)
+
+
+def logged():
+    return supervised(callbacks=[Logs()], loaders=data(n=24, batch_size=12))
+
+
+def by_batches():
+    model, loaders = model_of(), data()
+    trainer = Trainer(model, SupervisedStep(F.cross_entropy), optim.Adam(model.parameters(), lr=0.05), metrics=[Accuracy()],
+                      accumulate=2, strategy=strategy())
+    trainer.fit(loaders.train, loaders.valid_sets, "7ba", validate_every="2st")
+    trainer.fit(loaders.train, loaders.valid_sets, "5ba", validate_every="3ba")
+    return result(trainer)
+
+
+SCENARIOS = [plain, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
+             ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs, a_step_of_ones_own,
+             several_optimizers, kept_outputs, stopped_early, logged, by_batches]
+
+
+def run_all():
+    """The results of all scenarios, by name, in the processes of a launch."""
+    join(timeout="30s")
+    return {one.__name__: one() for one in SCENARIOS}
