@@ -15,11 +15,12 @@ import logging
 from collections.abc import Callable
 
 # %% auto #0
-__all__ = ['LOGGER', 'LISTENERS', 'tell']
+__all__ = ['LOGGER', 'LISTENERS', 'QUIET', 'tell']
 
 # %% ../../nbs/api/core/04_messages.ipynb #a0ab7d2c
 LOGGER = logging.getLogger("nbdev_trainer")
 LISTENERS: list[Callable[[str], object]] = []  # who wants each line as well, such as the directory of a run
+QUIET: list[str] = []                          # why this process prints nothing, such as being one of several
 
 def tell(
     text: str,           # one or more lines
@@ -29,4 +30,4 @@ def tell(
     for line in text.splitlines():
         LOGGER.info(line)
         for listener in LISTENERS: listener(line)
-    if shown: print(text)
+    if shown and not QUIET: print(text)

@@ -158,6 +158,19 @@ class Strategy:
         "Metrics over what all processes have seen"
         return metrics
 
+    def whole(self, trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
+        "The state of a run, from that of this process, as if there were no other"
+        return state
+
+    def own(self, trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
+        "What this process takes of the state of a run; the opposite of `whole`"
+        for window in state["windows"].values(): window["usual"] = None
+        return state
+
+    def share(self, value: Any) -> Any:
+        "What the first process has"
+        return value
+
     def now(self) -> float:  # seconds
         "The time, the same everywhere"
         return time.monotonic()

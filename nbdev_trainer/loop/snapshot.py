@@ -92,14 +92,14 @@ def window_state(slots: Mapping[str, OptimizerSlot]) -> dict[str, Any]:
     def state_of(slot: OptimizerSlot) -> dict[str, Any]:
         window, gradients = slot.window, [p.grad for p in slot.params]
         return {"pending": slot.pending, "counts": list(window.counts), "divisor": window.divisor,
-                "gradients": gradients}
+                "usual": window.usual, "gradients": gradients}
     return {name: state_of(slot) for name, slot in slots.items()}
 
 def load_window_state(slots: Mapping[str, OptimizerSlot], saved: Mapping[str, Any]) -> None:
     "Go on in the middle of a window"
     for name, slot in slots.items():
         state, window = saved[name], slot.window
-        slot.pending, window.divisor = state["pending"], state["divisor"]
+        slot.pending, window.divisor, window.usual = state["pending"], state["divisor"], state.get("usual")
         window.counts = list(state["counts"])
         for p, gradient in zip(slot.params, state["gradients"]):
             p.grad = None if gradient is None else laid_out_like(p, gradient)
@@ -142,6 +142,7 @@ def trainer_state(
     if phase not in (None, "train"):
         raise RuntimeError(f"state_dict() was called in phase {phase!r}, in the middle of a pass; call it at "
                            "after_batch or after_epoch, or outside of a fit")
+    if trainer.together: trainer.engine.strategy.agree()
     loaded = trainer.loaded or {}  # loaded, and no fit since
     callbacks = {name: one.state_dict() for name, one in keyed(trainer.all_callbacks()).items()}
     engine: Any = trainer.engine
@@ -152,7 +153,7 @@ def trainer_state(
     loader = loaded["loader"] if loaded else loader_state(train, begun)
     if trainer.whole and not loaded and train is not None and keeps_position(train):
         at_epoch_start = generators(train, trainer.state.epoch_batch) if trainer.state.epoch_batch else None
-    return map_tensors(Tensor.clone if copied else Tensor.detach, {
+    state = {
         "model": model_state(trainer.model),
         "frozen": frozen_parts(trainer.model),
         "optimizers": {name: optimizer_state(slot.optimizer, trainer.model) for name, slot in slots.items()},
@@ -166,12 +167,14 @@ def trainer_state(
         "rng": rng_state(), "at_epoch_start": at_epoch_start,
         "logged": trainer.logged.state_dict(), "loader": loader,
         "fits_done": trainer.fits_done, "fits_asked": list(trainer.fits_asked), "plan": plan,
-        "scheduled": {key: current_values(slots, key, True) for key in plan["values"]} if plan else {}})
+        "scheduled": {key: current_values(slots, key, True) for key in plan["values"]} if plan else {}}
+    if trainer.together: state = engine.strategy.whole(trainer, state)
+    return map_tensors(Tensor.clone if copied else Tensor.detach, state)
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #83466ff1
 def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     "Put all state back, some of it when the next fit starts; raises `ValueError` for what does not fit"
-    saved = map_tensors(Tensor.clone, dict(saved))
+    saved = trainer.engine.strategy.own(trainer, map_tensors(Tensor.clone, dict(saved)))
     slots, there = trainer.engine.slots, saved["optimizers"]
     if slots.keys() != there.keys():
         raise ValueError(f"the saved run has the optimizers {list(there)}, this trainer {list(slots)}; name "

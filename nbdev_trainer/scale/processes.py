@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.duration import Duration
+from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'has_group', 'join']
@@ -147,6 +148,7 @@ def join(
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
                                 world_size=place.world_size, timeout=timedelta(seconds=seconds),
                                 init_method=f"tcp://{place.address}:{place.port}" if place.starter != "torchrun" else "env://")
+    if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())
     if "gloo" in backend: return Processes()
     return Processes(dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import checked_keywords
+from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
 from ..data.batch import Batch, StepOutput
 from ..data.loaders import EpochLoader
 from ..loop.engine import Engine, OptimizerSlot, Strategy
@@ -39,8 +40,9 @@ from .processes import Processes
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['FIRST', 'BUFFERS', 'WISHES', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged', 'over_all',
-           'average_gradients', 'Called', 'zero_of', 'settled', 'Replicas']
+__all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
+           'over_all', 'average_gradients', 'Called', 'zero_of', 'settled', 'gathered', 'divided', 'for_rank',
+           'Replicas']
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #dddd1d38
 FIRST = 256  # numbers in the first message, the digest among them
@@ -167,6 +169,47 @@ def settled(
         same = what == "interruption" or len(asked) == len(wishes) and len({text for _, text in asked}) == 1
         found[what] = why if same else f"{why} (rank {rank})"
     return found
+
+# %% ../../nbs/api/scale/04_replicas.ipynb #166b85aa
+MEASURED = ("train_metrics", "logged")  # sets of metrics that a trainer keeps
+
+def gathered(
+    processes: Processes,
+    window: dict[str, Any],  # of this process, as it is saved
+    params: list[Tensor],    # whose gradients it holds
+) -> dict[str, Any]:
+    "The open window of all processes as that of one"
+    counts = processes.gather([float(one) for one in window["counts"]])
+    if not any(processes.gather(window["pending"])): return {**window, "counts": [], "divisor": None}
+    there = processes.gather([one is not None for one in window["gradients"]])
+    gradients: list[Tensor | None] = []
+    for p, own, some in zip(params, window["gradients"], [any(column) for column in zip(*there)]):
+        gradients.append((torch.zeros_like(p) if own is None else own.clone()) if some else None)
+        if some: dist.all_reduce(gradients[-1])
+    return {**window, "pending": True, "counts": [sum(sum(of) for of in counts)], "gradients": gradients}
+
+def divided(
+    window: dict[str, Any],  # as it was saved
+    size: int,               # batches of a window
+    world_size: int,
+    first: bool,             # of the processes
+) -> dict[str, Any]:
+    "The part of an open window that one of several processes goes on with"
+    divisor, usual = window["divisor"], window.get("usual")
+    if divisor is not None: usual = float(divisor) / size
+    gradients = [None if one is None else one / world_size for one in window["gradients"]]
+    return {**window, "counts": window["counts"] if first else [], "gradients": gradients, "usual": usual}
+
+def for_rank(
+    rng: dict[str, Any],  # as of `rng_state`
+    rank: int,
+) -> dict[str, Any]:
+    "Generators for a rank, from those of the first"
+    if rank == 0: return rng
+    with isolated_rng():
+        set_rng_state(rng)
+        seed_everything(int(torch.randint(2**62, ())) ^ rank)
+        return rng_state()
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #6d1a3655
 class Replicas(Strategy):
@@ -311,5 +354,21 @@ class Replicas(Strategy):
         self.hear()
 
     def measured(self, metrics: MetricSet) -> MetricSet: return over_all(self.processes, metrics)
+
+    def share(self, value: Any) -> Any: return self.processes.share(value)
+
+    def whole(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+        measured = {name: over_all(self.processes, getattr(trainer, name)).state_dict() for name in MEASURED}
+        windows = {name: gathered(self.processes, one, trainer.engine.slots[name].params)
+                   for name, one in state["windows"].items()}
+        return {**state, **measured, "windows": windows, "ranks": self.processes.gather(state["rng"])}
+
+    def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+        ranks, first = state.get("ranks", []), self.rank == 0
+        rng = ranks[self.rank] if len(ranks) == self.world_size else for_rank(state["rng"], self.rank)
+        measured = {} if first else {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in MEASURED}
+        windows = {name: divided(one, trainer.engine.accumulate, self.world_size, first)
+                   for name, one in state["windows"].items()}
+        return {**state, **measured, "windows": windows, "rng": rng}
 
     def now(self) -> float: return self.clock or time.monotonic()
