@@ -343,6 +343,8 @@ class Learner:
             body = self.freeze(except_last=except_last)
             try: self.fit(frozen, lr=lr, **options)
             finally: self.unfreeze(*body.names)
+            trainer.since_cut = None  # what follows belongs to this call, and is not a program run again
+        else: trainer.fits_answered = trainer.fits_done
         self.fit_one_cycle(n, lr=(lr / 100, lr), **options)
 
     def validate(self,

@@ -87,17 +87,19 @@ def announce(why: str, saves: bool) -> None:
     with suppress(OSError): os.write(2, text.encode())  # no terminal, nobody to read it
 
 def how_to_go_on(
-    batch: int,                # batches done
-    directory: Path | None,    # of the checkpoints; None: there are none
+    batch: int,  # batches done
+    keeper: Checkpoint | None,
 ) -> str:
     "Where the state was saved, and how the run goes on"
-    listed = [] if directory is None else list_checkpoints(directory)
+    listed = [] if keeper is None or keeper.holds is None else list_checkpoints(keeper.holds)
     if not listed:
-        why = ": there is no run_dir" if directory is None else ""
-        return f"ended after batch {batch}; nothing was saved{why}. In this process fit(..., resume=True) goes on"
+        why = ": there is no run_dir" if keeper is None else ""
+        return (f"ended after batch {batch}; nothing was saved{why}. In this process fit(..., resume=True) "
+                "goes on")
     saved = batch_of(listed[-1])
     what = "saved" if saved == batch else f"ended after batch {batch}; last saved"
-    return f"{what} after batch {saved}: {listed[-1]}. The same program goes on there with fit(..., resume=True)"
+    return (f"{what} after batch {saved}: {listed[-1]}. The same program goes on there with "
+            "fit(..., resume=True)")
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #28c36396
 class Interruptions(Callback):
@@ -128,9 +130,8 @@ class Interruptions(Callback):
         if os.getpid() != self.process: return in_a_worker(number)
         if self.asked is not None: raise ending_of(self.asked)
         self.asked, trainer = signal.Signals(number).name, self.trainer
-        if trainer is None: return
-        if trainer.waits_for_data: self.look(trainer)
-        if trainer.shown: announce(self.asked, self.keeper is not None)
+        if trainer is not None and trainer.waits_for_data: self.look(trainer)
+        if trainer is not None and trainer.shown: announce(self.asked, self.keeper is not None)
 
     def look(self, trainer: Trainer) -> None:
         "End the fit here if that was asked for; the state is whole"
@@ -145,6 +146,5 @@ class Interruptions(Callback):
     def after_fit(self, trainer: Trainer) -> None:
         for name, handler in self.before.items(): signal.signal(signal.Signals[name], handler)
         self.before, self.trainer = {}, None
-        if self.asked is not None:
-            tell(how_to_go_on(trainer.state.batch, self.keeper and self.keeper.holds), trainer.shown)
+        if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
         if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)

@@ -49,7 +49,7 @@ def resume_run(
     if "settings" not in state:
         raise ValueError(f"'{path}' was not written by Checkpoint: what it was made with is not known. To go "
                          "on with it all the same: learner.trainer.load_state_dict(read_checkpoint(path))")
-    check_settings(state["settings"], run_settings(trainer, train, valid_sets))
+    check_settings(state["settings"], run_settings(trainer, train, valid_sets), str(path))
     trainer.load_state_dict(state)
     counters = trainer.state
     told(f"going on from {path}: {counters.epoch} epochs and {counters.epoch_batch} batches done")

@@ -168,7 +168,9 @@ def check_resume(resume: Any) -> None:
     "Raise `TypeError` for what is neither True nor False"
     if isinstance(resume, bool): return
     raise TypeError(f"resume is {describe(resume)}; expected True or False. True goes on from the newest "
-                    "checkpoint in the run_dir that is sound; to train on from the weights of another one, "
+                    "checkpoint in the run_dir that is sound. To go on from an older one, remove those after "
+                    "it with Run.open(run_dir).take_back('ba-000120'), build the learner anew, and "
+                    "resume=True. To train on from the weights of any checkpoint in a new run: "
                     "learner.load(its directory)")
 
 def check_limit(limit_batches: Any) -> None:
@@ -230,8 +232,11 @@ def continue_plan(
     other = [name for name in before if asked[name] != before[name]]
     changed = "; ".join(f"{name} was {before[name]!r}, now {asked[name]!r}" for name in other)
     if changed:
+        longer = ("To train longer, write a second fit(..., resume=True) below this one" if "n" in other else
+                  "To train on in another way, write a second fit below this one")
         raise ValueError(f"this fit cannot go on where the saved one stopped: {changed}. Call fit with the "
-                         "same arguments, or without resume=True to train on from here.")
+                         f"same arguments. {longer}; or begin a new run, with another run_dir, from the "
+                         "weights of the last checkpoint: learner.load(its directory)")
     plan.began, plan.factor = dict(saved["began"]), saved["factor"]
     plan.values = {key: {name: list(one) for name, one in of.items()} for key, of in saved["values"].items()}
     plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
