@@ -90,7 +90,7 @@ def take_back_to(
     directory: Path,   # of the checkpoints
     name: str,         # of one of them
 ) -> list[Path]:       # what was removed
-    "Remove the checkpoints after one; raises `FileNotFoundError`, `DamagedError`, `BlockingIOError` before any is gone"
+    "Remove the checkpoints after one; before that `FileNotFoundError`, `DamagedError`, `BlockingIOError`"
     listed = list_checkpoints(directory)
     found = next((one for one in listed if one.name == name), None)
     if found is None:
