@@ -39,7 +39,7 @@ from ..loop.settings import run_settings
 from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
     batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
-from ..store.lock import DirectoryLock
+from ..store.lock import take_directory
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
 
@@ -183,10 +183,11 @@ class Checkpoint(Callback):
         trainable_only: bool = False,         # leave out weights that have never trained
         on_error: str = "raise",              # or "warn", and train on
     ) -> None:
-        if keep_last < 2:
+        if not isinstance(keep_last, int) or keep_last < 2:
             raise ValueError(f"keep_last is {keep_last}; expected at least 2: if the newest is damaged, the run "
-                             "goes on from the one before it")
-        if keep_best < 1: raise ValueError(f"keep_best is {keep_best}; expected at least 1")
+                             "goes on from the one before it. To keep all: a large number, such as 10**6")
+        if not isinstance(keep_best, int) or keep_best < 1:
+            raise ValueError(f"keep_best is {keep_best}; expected at least 1")
         if best is None and (keep_best != 1 or higher_is_better is not None):
             raise ValueError("keep_best and higher_is_better say what to do with the best, and nothing says by "
                              "which result; pass best, such as best='valid_loss'")
@@ -205,9 +206,7 @@ class Checkpoint(Callback):
         if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
         if plan is not None and (why := cannot_be_positioned(plan.train)): tell(why, trainer.shown)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = DirectoryLock(self.directory)
-        self.lock.take()
+        self.lock = take_directory(self.directory)
         self.in_fit = True
         remove_leftovers(self.directory)
         if self.left_out is not None: self.left_out.begin(trainer)

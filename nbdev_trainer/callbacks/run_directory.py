@@ -33,7 +33,7 @@ from ..loop.steps import SupervisedStep
 from ..store.files import append_line, append_lines, find_unplain, write_json
 from ..store.history import parts_of
 from ..store.lines import as_json, hold_rows
-from ..store.lock import DirectoryLock
+from ..store.lock import take_directory
 from ..store.run import CONFIG, FITS, LOG, check_new_run
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -163,9 +163,7 @@ class RunDirectory(RowFiles):
     def before_fit(self, trainer: Trainer) -> None:
         super().before_fit(trainer)
         if not self.begun: check_new_run(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = DirectoryLock(self.directory)
-        self.lock.take()
+        self.lock = take_directory(self.directory)
         self.in_fit = True
         if not self.begun: write_json(self.directory / CONFIG, whole_description(trainer, self.config))
         self.begun = True
