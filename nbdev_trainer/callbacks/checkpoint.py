@@ -34,7 +34,7 @@ from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
-from ..loop.plan import cannot_be_positioned
+from ..loop.plan import cannot_be_positioned, draws_unseen
 from ..loop.settings import run_settings
 from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
@@ -205,7 +205,8 @@ class Checkpoint(Callback):
         if self.best is not None: self.ranking = ranking(trainer, self)
         if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
-        if plan is not None and (why := cannot_be_positioned(plan.train)): tell(why, trainer.shown)
+        for look in (cannot_be_positioned, draws_unseen) if plan is not None else ():
+            if why := look(plan.train): tell(why, trainer.shown)
         self.lock = take_directory(self.directory)
         self.in_fit = True
         remove_leftovers(self.directory)

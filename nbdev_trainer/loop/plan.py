@@ -22,7 +22,7 @@ import torch
 from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import rng_state, set_rng_state
-from ..data.loaders import EpochLoader, own_generators
+from ..data.loaders import EpochLoader, own_generators, unkept_generators
 from .engine import OptimizerSlot
 from .scheduled import Factors, as_schedules, check_momentum, current_values, set_values
 from .schedules import progress_of
@@ -31,7 +31,7 @@ from .state import State
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
            'check_resume', 'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
-           'cannot_be_positioned', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
+           'cannot_be_positioned', 'draws_unseen', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
@@ -258,6 +258,14 @@ def cannot_be_positioned(train: Any) -> str | None:
             "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or "
             "Loaders")
 
+def draws_unseen(train: Any) -> str | None:
+    "What training data draws from that no checkpoint has; None when nothing is found"
+    if keeps_position(train) or not (names := unkept_generators(train)): return None
+    return (f"the training data holds {', '.join(names)}, a generator whose state is not kept: if batches "
+            "are drawn from it, a run that goes on in a new process gets others. Draw from a torch.Generator "
+            "in the loader or its sampler, or from one made of the index of the sample")
+
+# %% ../../nbs/api/loop/07_plan.ipynb #d1ab1083
 def generators(
     loader: Iterable[Any],
     done: int = 0,  # batches of the epoch that are done
