@@ -205,8 +205,8 @@ class Checkpoint(Callback):
         if self.best is not None: self.ranking = ranking(trainer, self)
         if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
-        for look in (cannot_be_positioned, draws_unseen) if plan is not None else ():
-            if why := look(plan.train): tell(why, trainer.shown)
+        problems = [] if plan is None else [cannot_be_positioned(plan.train), draws_unseen(plan.train)]
+        for why in filter(None, problems): tell(why, trainer.shown)
         self.lock = take_directory(self.directory)
         self.in_fit = True
         remove_leftovers(self.directory)
