@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, check_shapes
 from .stopping import not_measured, watched_set
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, counted
@@ -199,6 +199,7 @@ class Checkpoint(Callback):
         self.left_out = LeftOut() if trainable_only else None
 
     def before_fit(self, trainer: Trainer) -> None:
+        check_shapes(trainer.model)
         self.directory = checkpoint_directory(trainer, self.given)
         if self.holds != self.directory: check_directory(trainer, self.directory)
         self.holds, plan = self.directory, trainer.plan

@@ -107,7 +107,6 @@ class Interruptions(Callback):
     asked: str | None = None       # the signal that has come, or another reason to end
     trainer: Trainer | None = None
     before: dict[str, Any] = {}    # the handlers of others
-    keeper: Checkpoint | None = None  # what saves the state
 
     @checked_keywords
     def __init__(self,
@@ -147,3 +146,4 @@ class Interruptions(Callback):
         self.before, self.trainer = {}, None
         if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
         if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)
+        if self.asked and trainer.state.ending in ("finished", "stopped"): raise ending_of(self.asked)
