@@ -163,7 +163,8 @@ def train(learner: Learner, settings: Settings, directory: Path) -> None:
     except BaseException as error:
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         kept = f"config.json and history.jsonl in {directory}" if holds_run(directory) else "nothing"
-        print(f"{what} after {len(learner.history)} of {settings.epochs} epochs; kept {kept}",
+        epochs = counted(settings.epochs, "epoch", "epochs")
+        print(f"{what} after {len(learner.history)} of {epochs}; kept {kept}",
               file=sys.stderr, flush=True)
         raise
     learner.save(directory/"model.safetensors")
@@ -173,7 +174,8 @@ def result_line(learner: Learner) -> str:
     "The last results on the held-out samples"
     last = learner.history.rows[-1]
     results = [f"{name} {value:.4g}" for name, value in last.items() if name.startswith("valid_")]
-    return f"result: {', '.join(reversed(results))} after {last['epoch']} epochs in {last['seconds']:.1f} s"
+    epochs = counted(last["epoch"], "epoch", "epochs")
+    return f"result: {', '.join(reversed(results))} after {epochs} in {last['seconds']:.1f} s"
 
 # %% ../nbs/api/cli.ipynb #3002b760
 def fit(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+from torch.nn.parameter import is_lazy
 
 from .callbacks.averaging import AveragedWeights
 from .callbacks.checkpoint import Checkpoint
@@ -151,8 +152,12 @@ def describe_optimizer(
 ) -> str:
     "Its class, groups and learning rates in one line"
     groups = optimizer.param_groups
-    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-    parts = (f"{n:,} parameters at lr {float(group['lr']):g}" for n, group in zip(sizes, groups))
+    def size(parameters: Sequence[Tensor]) -> str:
+        lazy = sum(map(is_lazy, parameters))
+        known = counted(sum(p.numel() for p in parameters if not is_lazy(p)), "parameter", "parameters")
+        return f"{known} and {counted(lazy, 'tensor', 'tensors')} without a shape yet" if lazy else known
+
+    parts = (f"{size(group['params'])} at lr {float(group['lr']):g}" for group in groups)
     return f"{type(optimizer).__name__}, " + ", ".join(parts)
 
 def only_valid(
@@ -343,6 +348,8 @@ class Learner:
             body = self.freeze(except_last=except_last)
             try: self.fit(frozen, lr=lr, **options)
             finally: self.unfreeze(*body.names)
+            trainer.since_cut = None  # what follows belongs to this call, and is not a program run again
+        else: trainer.fits_answered = trainer.fits_done
         self.fit_one_cycle(n, lr=(lr / 100, lr), **options)
 
     def validate(self,

@@ -228,7 +228,8 @@ class ActivationStatistics(Callback):
 
     def __repr__(self) -> str: return table_text(last_rows(self.rows), COLUMNS)
     def _repr_html_(self) -> str: return table_html(last_rows(self.rows), COLUMNS)
-    def __str__(self) -> str: return type(self).__name__
+    def __str__(self) -> str: return repr(self)
+    def __format__(self, spec: str) -> str: return format(type(self).__name__, spec)  # within a message
     def plot(self) -> matplotlib.figure.Figure: return plot_histograms(self.seen)
     def plot_numbers(self) -> matplotlib.figure.Figure: return plot_numbers(self.rows)
 

@@ -20,6 +20,7 @@ import torch
 from .stopping import FiniteLoss
 from ..core.errors import checked_keywords, counted, did_you_mean
 from ..loop.groups import mark_norms
+from ..store.weights import listed
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -32,7 +33,7 @@ def name_batch(trainer: Trainer) -> str:
     state, batch = trainer.state, trainer.state.current_batch
     ids = None if batch is None or batch.ids is None else batch.ids.tolist()
     if ids is None: return f"batch {state.batch} (from 0; epoch {state.epoch})"
-    samples = ", ".join(map(str, ids[:20])) + (", ..." if len(ids) > 20 else "")
+    samples = listed([str(one) for one in ids], 20)
     return f"batch {state.batch} (from 0; epoch {state.epoch}; samples {samples})"
 
 # %% ../../nbs/api/callbacks/13c_bad_batches.ipynb #7f4cf2a3

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, check_shapes
 from .stopping import not_measured, watched_set
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, counted
@@ -34,12 +34,12 @@ from ..core.messages import tell
 from ..core.nested import map_tensors, tensors
 from ..loop.callback import Callback
 from ..loop.evaluation import check_monitor
-from ..loop.plan import cannot_be_positioned
+from ..loop.plan import cannot_be_positioned, draws_unseen
 from ..loop.settings import run_settings
 from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
     batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
-from ..store.lock import DirectoryLock
+from ..store.lock import take_directory
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
 
@@ -183,10 +183,11 @@ class Checkpoint(Callback):
         trainable_only: bool = False,         # leave out weights that have never trained
         on_error: str = "raise",              # or "warn", and train on
     ) -> None:
-        if keep_last < 2:
+        if not isinstance(keep_last, int) or keep_last < 2:
             raise ValueError(f"keep_last is {keep_last}; expected at least 2: if the newest is damaged, the run "
-                             "goes on from the one before it")
-        if keep_best < 1: raise ValueError(f"keep_best is {keep_best}; expected at least 1")
+                             "goes on from the one before it. To keep all: a large number, such as 10**6")
+        if not isinstance(keep_best, int) or keep_best < 1:
+            raise ValueError(f"keep_best is {keep_best}; expected at least 1")
         if best is None and (keep_best != 1 or higher_is_better is not None):
             raise ValueError("keep_best and higher_is_better say what to do with the best, and nothing says by "
                              "which result; pass best, such as best='valid_loss'")
@@ -198,16 +199,16 @@ class Checkpoint(Callback):
         self.left_out = LeftOut() if trainable_only else None
 
     def before_fit(self, trainer: Trainer) -> None:
+        check_shapes(trainer.model)
         self.directory = checkpoint_directory(trainer, self.given)
         if self.holds != self.directory: check_directory(trainer, self.directory)
         self.holds, plan = self.directory, trainer.plan
         if self.best is not None: self.ranking = ranking(trainer, self)
         if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
-        if plan is not None and (why := cannot_be_positioned(plan.train)): tell(why, trainer.shown)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = DirectoryLock(self.directory)
-        self.lock.take()
+        problems = [] if plan is None else [cannot_be_positioned(plan.train), draws_unseen(plan.train)]
+        for why in filter(None, problems): tell(why, trainer.shown)
+        self.lock = take_directory(self.directory)
         self.in_fit = True
         remove_leftovers(self.directory)
         if self.left_out is not None: self.left_out.begin(trainer)

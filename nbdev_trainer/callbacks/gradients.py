@@ -146,7 +146,8 @@ class NormTable(Callback):
     def last(self) -> list[dict[str, Any]]: return read_norms(self.records[-1:])
     def __repr__(self) -> str: return table_text(self.last(), COLUMNS)
     def _repr_html_(self) -> str: return table_html(self.last(), COLUMNS)
-    def __str__(self) -> str: return type(self).__name__
+    def __str__(self) -> str: return repr(self)
+    def __format__(self, spec: str) -> str: return format(type(self).__name__, spec)  # within a message
     def plot(self) -> matplotlib.figure.Figure: return plot_norms(self.rows)
     def state_dict(self) -> dict[str, Any]: return {"records": list(self.records), "steps": dict(self.steps)}
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,20 @@ from .checkpoint import Checkpoint
 from ..core.errors import checked_keywords, did_you_mean
 from ..core.messages import tell
 from ..loop.callback import Callback
+from ..store.checkpoints import batch_of, list_checkpoints
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['watched_signals', 'check_signals', 'slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'Interruptions']
+__all__ = ['watched_signals', 'check_signals', 'slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'announce', 'how_to_go_on',
+           'Interruptions']
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #fef5c4b6
 def watched_signals() -> list[str]:
     "The signals that end a fit when nothing else is said"
     under_slurm = "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1")
-    return ["SIGINT", "SIGTERM", *(["SIGUSR1"] if under_slurm else [])]
+    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return ["SIGINT", "SIGTERM", *(["SIGHUP"] if hangs_up else []), *(["SIGUSR1"] if under_slurm else [])]
 
 def check_signals(names: Sequence[str]) -> list[str]:
     "The names; raises `ValueError` for one that is no signal here, or cannot be noted"
@@ -74,6 +78,28 @@ def ending_of(why: str) -> BaseException:
     "What is raised: Ctrl-C stays what it is, all else ends the process with 128 + 15"
     return KeyboardInterrupt() if why == "SIGINT" else SystemExit(143)
 
+# %% ../../nbs/api/callbacks/15_interruptions.ipynb #c772afab
+def announce(why: str, saves: bool) -> None:
+    "Say from within a handler what happens next"
+    then = "the state is saved" if saves else "the fit ends (nothing is saved: there is no run_dir)"
+    text = f"\n{why}: the batch in hand is finished, then {then}. Once more ends the fit at once\n"
+    with suppress(OSError): os.write(2, text.encode())  # no terminal, nobody to read it
+
+def how_to_go_on(
+    batch: int,  # batches done
+    keeper: Checkpoint | None,
+) -> str:
+    "Where the state was saved, and how the run goes on"
+    listed = [] if keeper is None or keeper.holds is None else list_checkpoints(keeper.holds)
+    if not listed:
+        why = ": there is no run_dir" if keeper is None else ""
+        return (f"ended after batch {batch}; nothing was saved{why}. In this process fit(..., resume=True) "
+                "goes on")
+    saved = batch_of(listed[-1])
+    what = "saved" if saved == batch else f"ended after batch {batch}; last saved"
+    return (f"{what} after batch {saved}: {listed[-1]}. The same program goes on there with "
+            "fit(..., resume=True)")
+
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #28c36396
 class Interruptions(Callback):
     "Ends a fit between two batches at SIGINT and SIGTERM, and lets it be saved"
@@ -84,7 +110,7 @@ class Interruptions(Callback):
 
     @checked_keywords
     def __init__(self,
-        signals: Sequence[str] | None = None,  # names; None: SIGINT, SIGTERM, and SIGUSR1 under SLURM
+        signals: Sequence[str] | None = None,  # names; None: SIGINT, SIGTERM, SIGHUP, and SIGUSR1 under SLURM
         *,
         requeue: bool = False,                 # under SLURM: ask for the job to be started again
     ) -> None:
@@ -93,6 +119,7 @@ class Interruptions(Callback):
     def before_fit(self, trainer: Trainer) -> None:
         if self.requeue: slurm_job()
         self.asked, self.trainer, self.process = None, trainer, os.getpid()
+        self.keeper = next((one for one in trainer.all_callbacks() if isinstance(one, Checkpoint)), None)
         if threading.current_thread() is not threading.main_thread(): return
         self.before = {name: signal.signal(signal.Signals[name], self.note) for name in self.signals}
 
@@ -100,8 +127,9 @@ class Interruptions(Callback):
         "The handler of the signals"
         if os.getpid() != self.process: return in_a_worker(number)
         if self.asked is not None: raise ending_of(self.asked)
-        self.asked = signal.Signals(number).name
-        if self.trainer is not None and self.trainer.waits_for_data: self.look(self.trainer)
+        self.asked, trainer = signal.Signals(number).name, self.trainer
+        if trainer is not None and trainer.waits_for_data: self.look(trainer)
+        if trainer is not None and trainer.shown: announce(self.asked, self.keeper is not None)
 
     def look(self, trainer: Trainer) -> None:
         "End the fit here if that was asked for; the state is whole"
@@ -116,4 +144,6 @@ class Interruptions(Callback):
     def after_fit(self, trainer: Trainer) -> None:
         for name, handler in self.before.items(): signal.signal(signal.Signals[name], handler)
         self.before, self.trainer = {}, None
+        if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
         if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)
+        if self.asked and trainer.state.ending in ("finished", "stopped"): raise ending_of(self.asked)

@@ -169,7 +169,7 @@ class RowWriter(Callback):
     def before_fit(self, trainer: Trainer) -> None:
         recorder = recorder_of(trainer)
         if recorder is None:
-            others = ", ".join(str(one) for one in trainer.all_callbacks() if one is not self) or "none"
+            others = ", ".join(f"{one}" for one in trainer.all_callbacks() if one is not self) or "none"
             raise ValueError(f"{self} takes the rows of a Recorder, and there is none among the callbacks "
                              f"(the others are: {others}); add Recorder() to them")
         self.history = recorder.history

@@ -49,10 +49,11 @@ def resume_run(
     if "settings" not in state:
         raise ValueError(f"'{path}' was not written by Checkpoint: what it was made with is not known. To go "
                          "on with it all the same: learner.trainer.load_state_dict(read_checkpoint(path))")
-    check_settings(state["settings"], run_settings(trainer, train, valid_sets))
+    check_settings(state["settings"], run_settings(trainer, train, valid_sets), str(path))
     trainer.load_state_dict(state)
     counters = trainer.state
-    told(f"going on from {path}: {counters.epoch} epochs and {counters.epoch_batch} batches done")
+    done = counted(counters.epoch, "epoch", "epochs"), counted(counters.epoch_batch, "batch", "batches")
+    told(f"going on from {path}: {' and '.join(done)} done")
     return path
 
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #4fce2c9f
@@ -77,4 +78,7 @@ def take_up(
             raise FileExistsError(f"'{run.directory}' holds a run ({held}) and no checkpoint to go on from; "
                                   "choose another run_dir, or remove this one")
         run.go_on()
-    if found is None: tell("nothing was saved to go on from: the run begins", trainer.shown)
+    if run is None and checkpoint is None:
+        tell("resume=True finds nothing and keeps nothing, for there is neither run_dir nor Checkpoint; pass "
+             "Learner(run_dir=...)", trainer.shown)
+    elif found is None: tell("nothing was saved to go on from: the run begins", trainer.shown)

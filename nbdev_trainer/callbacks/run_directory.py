@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from .recorder import RowWriter
 from ..core.errors import Problems
@@ -33,14 +34,14 @@ from ..loop.steps import SupervisedStep
 from ..store.files import append_line, append_lines, find_unplain, write_json
 from ..store.history import parts_of
 from ..store.lines import as_json, hold_rows
-from ..store.lock import DirectoryLock
+from ..store.lock import take_directory
 from ..store.run import CONFIG, FITS, LOG, check_new_run
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['now', 'versions', 'optimizer_facts', 'n_samples', 'describe_training', 'loss_text', 'git', 'whole_description',
-           'place_and_program', 'check_config', 'RowFiles', 'reason', 'RunDirectory']
+__all__ = ['now', 'versions', 'optimizer_facts', 'n_samples', 'describe_training', 'check_shapes', 'loss_text', 'git',
+           'whole_description', 'place_and_program', 'check_config', 'RowFiles', 'reason', 'RunDirectory']
 
 # %% ../../nbs/api/callbacks/04_run_directory.ipynb #c6b3bdeb
 def now() -> str:
@@ -83,6 +84,13 @@ def describe_training(
             "n_train": n_samples(train), "batch_size": getattr(train, "batch_size", None),
             "accumulate": engine.accumulate, "clip": engine.clip and str(engine.clip),
             "device": str(trainer.device), "versions": versions()}
+
+def check_shapes(model: torch.nn.Module) -> None:
+    "Raise `ValueError` for parameters that get their shape from the first batch: nothing of them can be kept"
+    name = next((name for name, one in model.state_dict(keep_vars=True).items() if is_lazy(one)), None)
+    if name is None: return
+    raise ValueError(f"{name} has no shape yet, and so the run cannot be kept. Run one batch through the model "
+                     "before the learner is made: model(next(iter(loaders.train)).inputs)")
 
 def loss_text(loss_fn: Any) -> str:
     "A loss by its name: a module as it prints itself, a function by its own name"
@@ -161,11 +169,10 @@ class RunDirectory(RowFiles):
         self.directory, self.config = Path(directory), check_config(config or {})
 
     def before_fit(self, trainer: Trainer) -> None:
+        check_shapes(trainer.model)
         super().before_fit(trainer)
         if not self.begun: check_new_run(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = DirectoryLock(self.directory)
-        self.lock.take()
+        self.lock = take_directory(self.directory)
         self.in_fit = True
         if not self.begun: write_json(self.directory / CONFIG, whole_description(trainer, self.config))
         self.begun = True

@@ -238,4 +238,6 @@ class FiniteLoss(Callback):
             f"the training loss is {loss} (batches done: {batches}), and the weights are probably no numbers "
             "either. Build model and learner anew and call learner.check(), which looks for NaN in the data "
             f"and in the loss. If it finds nothing: a smaller learning rate (it is {lr:g}), or Learner(..., "
-            "clip_norm=1.0).")
+            "clip_norm=1.0). To see where it begins: Learner(..., callbacks=[NonFinite()]) names the batch "
+            "and the module, BadBatches('raise') ends the fit before the weights are spoiled, BadBatches() "
+            "leaves such batches out.")

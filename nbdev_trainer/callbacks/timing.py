@@ -151,7 +151,8 @@ class TimeSplit(Callback):
 
     def __repr__(self) -> str: return repr(self.summary())
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
-    def __str__(self) -> str: return type(self).__name__
+    def __str__(self) -> str: return repr(self)
+    def __format__(self, spec: str) -> str: return format(type(self).__name__, spec)  # within a message
 
     def plot(self) -> matplotlib.figure.Figure: return plot_split(self.summary())
 

@@ -23,6 +23,9 @@ __all__ = ['UNITS', 'Duration', 'count_in']
 UNITS = {"ep": "epochs", "ba": "batches", "st": "optimizer steps",
          "h": "hours", "m": "minutes", "s": "seconds"}
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_MEANT = {"min": "m", "mins": "m", "minute": "m", "sec": "s", "secs": "s", "second": "s", "hr": "h",
+          "hour": "h", "epoch": "ep", "batch": "ba", "step": "st", "steps": "st",
+          **{text: unit for unit, text in UNITS.items()}}
 
 # %% ../../nbs/api/core/03_duration.ipynb #df6fa0ff
 def _invalid(shown: str, why: str) -> ValueError:
@@ -34,7 +37,9 @@ def _invalid(shown: str, why: str) -> ValueError:
 
 def _check(value: Any, unit: Any, shown: str) -> None:
     "Raise an error if `value` and `unit` do not make a duration."
-    if unit not in UNITS: raise _invalid(shown, f"{unit!r} is not a unit")
+    if unit not in UNITS:
+        meant = f" (did you mean '{value}{_MEANT[unit]}'?)" if unit in _MEANT else ""
+        raise _invalid(shown, f"{unit!r} is not a unit{meant}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _invalid(shown, "it is not a number")
     if unit not in _SECONDS and not isinstance(value, int):

@@ -11,12 +11,14 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/loaders.html.md"""
 # %% ../../nbs/api/data/01_loaders.ipynb #e9046095
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -31,8 +33,8 @@ if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
 
 # %% auto #0
 __all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'check_sizes', 'fetch_rows', 'row_picker', 'fetch_samples',
-           'own_generators', 'looking_at', 'as_loader', 'named_sets', 'draw_seed', 'array_loader', 'check_arrays',
-           'array_loaders', 'explained', 'Loaders']
+           'own_generators', 'samplers_of', 'attributes', 'unkept_generators', 'looking_at', 'as_loader', 'named_sets',
+           'DrawnSeed', 'draw_seed', 'array_loader', 'check_arrays', 'array_loaders', 'explained', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 class EpochLoader:
@@ -184,11 +186,30 @@ def fetch_samples(
 
 # %% ../../nbs/api/data/01_loaders.ipynb #3980322d
 def own_generators(loader: Any) -> list[torch.Generator]:
-    "The generators that a loader and its samplers hold, each once"
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-    found = (getattr(owner, "generator", None) for owner in owners)
+    "The generators of torch that a loader and its samplers hold, each once"
+    owners = [loader, *samplers_of(loader).values()]
+    found = (one for owner in owners
+             for one in [getattr(owner, "generator", None), *attributes(owner).values()])
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+def samplers_of(loader: Any) -> dict[str, Any]:
+    "What gives the order of a foreign loader, by where it is"
+    whole = getattr(loader, "batch_sampler", None)
+    return {"sampler": getattr(loader, "sampler", None), "batch_sampler": whole,
+            "batch_sampler.sampler": getattr(whole, "sampler", None)}
+
+def attributes(owner: Any) -> dict[str, Any]:
+    "What an object holds, by name"
+    return getattr(owner, "__dict__", {})
+
+def unkept_generators(loader: Any) -> list[str]:  # such as ["sampler.rng"]
+    "The generators in a foreign loader and its data whose state nobody keeps"
+    kept = {id(one) for one in own_generators(loader)}
+    owners = {"": loader, "dataset": getattr(loader, "dataset", None), **samplers_of(loader)}
+    kinds = torch.Generator, np.random.Generator, np.random.RandomState, random.Random
+    found = {id(one): f"{where}.{name}".strip(".") for where, owner in owners.items()
+             for name, one in attributes(owner).items() if isinstance(one, kinds) and id(one) not in kept}
+    return list(found.values())
 
 # %% ../../nbs/api/data/01_loaders.ipynb #6582da1c
 @contextmanager
@@ -239,9 +260,12 @@ def named_sets(valid: Any) -> dict[str, Any]:
     return named
 
 # %% ../../nbs/api/data/01_loaders.ipynb #45ddb25f
-def draw_seed() -> int:
+class DrawnSeed(int):
+    "A seed that nobody chose"
+
+def draw_seed() -> DrawnSeed:
     "A seed from torch's global generator"
-    return int(torch.randint(2**62, ()))
+    return DrawnSeed(torch.randint(2**62, ()))
 
 def array_loader(
     arrays: Any,        # a pair (inputs, targets), each any nesting of arrays with one row per sample

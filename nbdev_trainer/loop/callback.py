@@ -163,7 +163,7 @@ def describe_plan(
 ) -> str:
     "A line for each event in use: who acts, in which order"
     listed = list(callbacks)
-    lines = {event: [str(one) for one in listed if event in one.handles()] for event in Event}
+    lines = {event: [f"{one}" for one in listed if event in one.handles()] for event in Event}
     return "\n".join(f"{event:22}{' > '.join(names)}" for event, names in lines.items() if names)
 
 # %% ../../nbs/api/loop/02_callback.ipynb #1ea0c186

@@ -22,7 +22,7 @@ import torch
 from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import rng_state, set_rng_state
-from ..data.loaders import EpochLoader, own_generators
+from ..data.loaders import EpochLoader, own_generators, unkept_generators
 from .engine import OptimizerSlot
 from .scheduled import Factors, as_schedules, check_momentum, current_values, set_values
 from .schedules import progress_of
@@ -31,7 +31,7 @@ from .state import State
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
            'check_resume', 'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
-           'cannot_be_positioned', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
+           'cannot_be_positioned', 'draws_unseen', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
@@ -174,7 +174,9 @@ def check_resume(resume: Any) -> None:
     "Raise `TypeError` for what is neither True nor False"
     if isinstance(resume, bool): return
     raise TypeError(f"resume is {describe(resume)}; expected True or False. True goes on from the newest "
-                    "checkpoint in the run_dir that is sound; to train on from the weights of another one, "
+                    "checkpoint in the run_dir that is sound. To go on from an older one, remove those after "
+                    "it with Run.open(run_dir).take_back('ba-000120'), build the learner anew, and "
+                    "resume=True. To train on from the weights of any checkpoint in a new run: "
                     "learner.load(its directory)")
 
 def check_limit(limit_batches: Any) -> None:
@@ -236,8 +238,11 @@ def continue_plan(
     other = [name for name in before if asked[name] != before[name]]
     changed = "; ".join(f"{name} was {before[name]!r}, now {asked[name]!r}" for name in other)
     if changed:
+        longer = ("To train longer, write a second fit(..., resume=True) below this one" if "n" in other else
+                  "To train on in another way, write a second fit below this one")
         raise ValueError(f"this fit cannot go on where the saved one stopped: {changed}. Call fit with the "
-                         "same arguments, or without resume=True to train on from here.")
+                         f"same arguments. {longer}; or begin a new run, with another run_dir, from the "
+                         "weights of the last checkpoint: learner.load(its directory)")
     plan.began, plan.factor = dict(saved["began"]), saved["factor"]
     plan.values = {key: {name: list(one) for name, one in of.items()} for key, of in saved["values"].items()}
     plan.clock, plan.validated = now - saved["elapsed"], now - saved["since_validation"]
@@ -259,6 +264,14 @@ def cannot_be_positioned(train: Any) -> str | None:
             "the middle; a run saved with it cannot be continued exactly. Pass a DataLoader, a list or "
             "Loaders")
 
+def draws_unseen(train: Any) -> str | None:
+    "What training data draws from that no checkpoint has; None when nothing is found"
+    if keeps_position(train) or not (names := unkept_generators(train)): return None
+    return (f"the training data holds {', '.join(names)}, a generator whose state is not kept: if batches "
+            "are drawn from it, a run that goes on in a new process gets others. Draw from a torch.Generator "
+            "in the loader or its sampler, or from one made of the index of the sample")
+
+# %% ../../nbs/api/loop/07_plan.ipynb #d1ab1083
 def generators(
     loader: Iterable[Any],
     done: int = 0,  # batches of the epoch that are done

@@ -123,9 +123,13 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         before, now = (lines[k].strip() if k < len(lines) else "no more" for lines in (old, new))
     return [f"{name} was {before!r}, is now {now!r}"]
 
-def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_settings(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    kept: str = "its checkpoint",  # where the weights lie
+) -> None:
     "Raise `ValueError` naming everything that decides the result and has changed"
     if not (found := differences(dict(before), dict(now))): return
     raise ValueError(f"the run cannot go on, because it would not end as it began: {'; '.join(found)}. Build "
-                     "it as it was; or, to train on from these weights in a new run, choose another run_dir "
-                     "and load them")
+                     "it as it was. Or, to train on with the changes: a new run, with another run_dir and "
+                     f"learner.load({kept!r}) for the weights")

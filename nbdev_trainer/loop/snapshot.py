@@ -30,8 +30,9 @@ from .scheduled import current_values, set_values
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['model_state', 'load_model_state', 'with_left_out', 'sum_of_tensors', 'check_finished', 'check_frozen', 'window_state',
-           'load_window_state', 'laid_out_like', 'keyed', 'load_callbacks', 'trainer_state', 'load_trainer_state']
+__all__ = ['model_state', 'load_model_state', 'with_left_out', 'sum_of_tensors', 'check_finished', 'check_frozen', 'is_answered',
+           'run_again', 'window_state', 'load_window_state', 'laid_out_like', 'keyed', 'load_callbacks',
+           'trainer_state', 'load_trainer_state']
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #348fdccc
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def check_finished(asked: Sequence[str], number: int, plan: FitPlan) -> None:
     "Raise `ValueError` when a fit that is done, the `number`-th, was for another duration than this one"
     if len(asked) < number or asked[number - 1] == str(plan.duration): return
     raise ValueError(f"fit {number} of this run was for {asked[number - 1]} and is finished; this one is for "
-                     f"{plan.duration}. Leave it as it was, and train on by another fit after it")
+                     f"{plan.duration}. Leave it as it was, and train on by another fit(..., resume=True) "
+                     "below it")
 
 def check_frozen(model: nn.Module, saved: Mapping[str, Any]) -> None:
     "Raise `ValueError` when other parts train now than did in the fit that was saved"
@@ -85,6 +87,32 @@ def check_frozen(model: nn.Module, saved: Mapping[str, Any]) -> None:
     was, is_now = (", ".join(names) or "nothing" for names in (then, now))
     raise ValueError(f"this fit cannot go on where the saved one stopped: {was} was frozen then, {is_now} is "
                      "now. Freeze and unfreeze as it was, then fit(..., resume=True)")
+
+# %% ../../nbs/api/loop/10_snapshot.ipynb #fdfb230d
+def is_answered(
+    trainer: Trainer,
+    plan: FitPlan,  # of a fit with `resume=True`
+) -> bool:
+    "Whether this fit is finished already; `ValueError` when another one is, or the program was run again"
+    asked, done = str(plan.duration), list(trainer.fits_asked)
+    if trainer.since_cut is not None and trainer.open_plan is None:
+        calls = [*trainer.since_cut, asked]
+        if calls == done[:len(calls)]: raise run_again(done, asked)
+        trainer.since_cut = None
+    elif trainer.since_cut is not None and trainer.open_plan is not None:
+        from_the_first = [asked] == done[:1] and asked != str(trainer.open_plan.duration)
+        if from_the_first: trainer.fits_answered = 0
+        trainer.since_cut = None if from_the_first else [*trainer.since_cut, asked]
+    if trainer.fits_answered >= trainer.fits_done: return False
+    trainer.fits_answered += 1
+    check_finished(done, trainer.fits_answered, plan)
+    return True
+
+def run_again(done: Sequence[str], asked: str) -> ValueError:
+    "The error for a program that would train once more what it has trained"
+    return ValueError(f"all fits of this run are finished ({', '.join(done)}): the one that was cut off was "
+                      f"taken up by the call before, so this one would train {asked} once more. If that is "
+                      "meant: fit without resume=True")
 
 # %% ../../nbs/api/loop/10_snapshot.ipynb #dc32411d
 def window_state(slots: Mapping[str, OptimizerSlot]) -> dict[str, Any]:
@@ -199,6 +227,7 @@ def load_trainer_state(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     trainer.at_epoch_start, trainer.fits_done = saved["at_epoch_start"], saved["fits_done"]
     trainer.fits_asked = saved.get("fits_asked", ())
     trainer.fits_answered, trainer.noted, trainer.whole, trainer.open_plan = 0, (-1, {}), True, None
+    trainer.since_cut = None
     here = keyed(trainer.callbacks)  # those of the next fit get theirs when it starts
     present = {name: state for name, state in saved["callbacks"].items() if name in here}
     load_callbacks(trainer.callbacks, present)

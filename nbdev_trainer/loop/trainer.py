@@ -38,7 +38,7 @@ from .plan import (FitPlan, begin_plan, check_resume, continue_plan, follow, gen
                                      make_plan, open_epoch, plan_state, unfollow, validation_due)
 from .scheduled import Factors, set_values
 from .settings import callback_settings
-from .snapshot import check_finished, check_frozen, load_callbacks, load_trainer_state, trainer_state
+from .snapshot import check_frozen, is_answered, load_callbacks, load_trainer_state, trainer_state
 from .state import State
 from .steps import Step
 from ..metrics.adapters import as_metrics
@@ -322,6 +322,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         except BaseException as error:
             asked = state.interruption is not None or isinstance(error, KeyboardInterrupt)
             state.ending = "interrupted" if asked else "failed"
+            trainer.since_cut = []
             add_notes(trainer, error)
             for other in call_each(trainer, "after_fit"): error.add_note(f"after_fit failed too: {other!r}")
             raise
@@ -337,6 +338,7 @@ class Trainer(Loop):
     shown = True                                  # what it says is printed, not only logged
     fits_asked: Sequence[str] = ()                # the durations of those that are done
     fits_done, fits_answered = 0, 0               # fits of the whole run; fits called since the run was loaded
+    since_cut: Sequence[str] | None = None        # durations of the fits called since one was cut off here
 
     @checked_keywords
     def __init__(self,
@@ -400,9 +402,8 @@ class Trainer(Loop):
         if plan.valid_sets and not self.step.can_evaluate:
             raise ValueError(f"{type(self.step).__name__} defines no evaluate(self, trainer, batch), but there is "
                              "validation data; define it, or pass valid=None")
-        if resume and self.fits_answered < self.fits_done:
-            self.fits_answered += 1
-            check_finished(self.fits_asked, self.fits_answered, plan)
+        if not resume: self.since_cut = None
+        elif is_answered(self, plan):
             return tell(f"fit {self.fits_answered} of this run is finished: nothing to do", self.shown)
         with fitting(self, plan, check_callbacks(callbacks), resume): self.run_epochs(plan)
 

@@ -23,7 +23,7 @@ except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
 from ..core.messages import tell
 
 # %% auto #0
-__all__ = ['DirectoryLock']
+__all__ = ['DirectoryLock', 'take_directory']
 
 # %% ../../nbs/api/store/02b_lock.ipynb #1636cfaa
 class DirectoryLock:
@@ -61,3 +61,20 @@ class DirectoryLock:
         self.path.unlink(missing_ok=True)
         self.file.close()
         self.file = None
+
+# %% ../../nbs/api/store/02b_lock.ipynb #c29dc535
+def take_directory(
+    directory: Path,      # made if need be
+) -> DirectoryLock:       # taken
+    "Make a directory for what a run keeps, and lock it; an `OSError` gets a note that says what to do"
+    lock = DirectoryLock(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.take()
+    except BlockingIOError: raise  # which says it all
+    except OSError as error:
+        error.add_note(f"what the run keeps was to be written in '{directory}', which cannot be made or "
+                       "written. Choose another run_dir, or Checkpoint(directory=...), or get the right to "
+                       "write there")
+        raise
+    return lock

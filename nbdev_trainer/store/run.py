@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import describe, did_you_mean
-from .checkpoints import is_complete, list_checkpoints
-from .files import existing_file, read_json
+from .checkpoints import is_complete, list_checkpoints, remove_checkpoint
+from .files import read_json, write_text
 from .history import History, plot_histories, read_history
 from .lines import read_lines
+from .lock import DirectoryLock
 from .sealed import verify
 from .tables import format_value, table_html
 
 # %% auto #0
 __all__ = ['CONFIG', 'FITS', 'LOG', 'CHECKPOINTS', 'holds_run', 'check_new_run', 'ending_of', 'read_config', 'run_text',
-           'best_checkpoint', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order', 'aligned', 'RunTable',
-           'read_table']
+           'best_checkpoint', 'take_back_to', 'Run', 'check_run', 'best_value', 'summary_row', 'in_order', 'aligned',
+           'RunTable', 'read_table']
 
 # %% ../../nbs/api/store/05_run.ipynb #a05bdf54
 CONFIG, FITS, LOG, CHECKPOINTS = "config.json", "fits.jsonl", "log.txt", "checkpoints"  # names in it
@@ -84,6 +85,28 @@ def best_checkpoint(
                                 "Checkpoint(best='valid_loss') keeps them, by that result or another")
     return min(known, key=lambda one: one[0]["value"] * (-1 if one[0]["higher_is_better"] else 1))[1]
 
+# %% ../../nbs/api/store/05_run.ipynb #6d7e3643
+def take_back_to(
+    directory: Path,   # of the checkpoints
+    name: str,         # of one of them
+) -> list[Path]:       # what was removed
+    "Remove the checkpoints after one; before that `FileNotFoundError`, `DamagedError`, `BlockingIOError`"
+    listed = list_checkpoints(directory)
+    found = next((one for one in listed if one.name == name), None)
+    if found is None:
+        known = did_you_mean(name, [one.name for one in listed], what="checkpoint")
+        raise FileNotFoundError(f"'{directory}' holds no checkpoint {name!r}. {known} Older ones stay with "
+                                "Checkpoint(keep_last=...)")
+    verify(found)
+    lock = DirectoryLock(directory)
+    lock.take()
+    try:
+        later = listed[listed.index(found) + 1:]
+        for one in reversed(later): remove_checkpoint(one)
+        write_text(directory / "latest", found.name + "\n")
+    finally: lock.release()
+    return later
+
 # %% ../../nbs/api/store/05_run.ipynb #99504eb2
 @dataclass(frozen=True)
 class Run:
@@ -132,7 +155,18 @@ class Run:
     @property
     def weights(self) -> Path:
         "The file of the weights; raises `FileNotFoundError` when they were not saved"
-        return existing_file(self.directory / "model.safetensors")
+        path = self.directory / "model.safetensors"
+        if path.is_file(): return path
+        kept = self.checkpoints
+        advice = (f"Its checkpoints have them: learner.load('{kept[-1]}')" if kept else
+                  "Nor has it a checkpoint; Learner(run_dir=...) keeps some by default")
+        raise FileNotFoundError(f"run {self.name!r} has no '{path}', which learner.save() makes. {advice}")
+
+    def take_back(self,
+        to: str | Path,   # a checkpoint, or its name, such as "ba-000120"
+    ) -> list[Path]:      # the later ones, which are gone
+        "Remove the checkpoints after one, so that a new process goes on from that, with `resume=True`"
+        return take_back_to(self.directory / CHECKPOINTS, Path(to).name)
 
     def __repr__(self) -> str: return run_text(self)
 
@@ -166,7 +200,8 @@ def best_value(history: History, column: str, higher_is_better: bool | None) -> 
 def summary_row(run: Run) -> dict[str, Any]:
     "A run in one row: name, date, length, last and best results"
     began, last = str(run.config.get("began", "")), run.history.rows[-1] if run.history.rows else {}
-    row: dict[str, Any] = {"name": run.name, "began": began.replace("T", " ")[:16]}
+    row: dict[str, Any] = {"name": run.name, "began": began.replace("T", " ")[:16],
+                           "ending": run.ending.partition(":")[0]}
     row |= {name: last.get(name) for name in ("epoch", "batch", "seconds")}
     known = run.config.get("higher_is_better")
     better = known if isinstance(known, dict) else {}

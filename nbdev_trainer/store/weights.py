@@ -23,7 +23,7 @@ from ..core.errors import Problems, counted
 from .files import existing_file
 
 # %% auto #0
-__all__ = ['FOREIGN', 'LoadReport', 'listed', 'difference', 'compare_weights', 'check_suffix', 'load_weights']
+__all__ = ['FOREIGN', 'LoadReport', 'listed', 'raise_for_prefix', 'difference', 'compare_weights', 'check_suffix', 'load_weights']
 
 # %% ../../nbs/api/store/07b_weights.ipynb #db3811cd
 @dataclass(frozen=True, repr=False)
@@ -42,6 +42,7 @@ class LoadReport:
 
     def raise_if_incomplete(self) -> None:
         "Raise `ValueError` naming everything that does not fit"
+        if not (self.loaded or self.mismatched): raise_for_prefix(self.source, self.missing, self.unexpected)
         problems = Problems()
         for name in self.missing: problems.add(f"{name} is missing in the file")
         for name, why in self.mismatched.items(): problems.add(f"{name} is {why}")
@@ -65,6 +66,29 @@ def listed(
 ) -> str:
     "Names in a line, and how many more there are"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+# %% ../../nbs/api/store/07b_weights.ipynb #0a04cc71
+def raise_for_prefix(
+    source: str,                # of the weights: a path, or what to call them
+    missing: Sequence[str],     # names of the model
+    unexpected: Sequence[str],  # names in the source
+) -> None:
+    "Raise `ValueError` when the names on one side are those of the other behind a prefix"
+    more = next((name.removesuffix(missing[0]) for name in unexpected if name.endswith(f".{missing[0]}")),
+                None) if missing else None
+    if more is not None and {more + name for name in missing} <= set(unexpected):
+        path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+        mend = f"learner.load(import_weights('{path}', prefix={more!r}))"
+        if not path.is_file():
+            mend = f"learner.load({{name.removeprefix({more!r}): one for name, one in tensors.items()}})"
+        raise ValueError(f"the names in {source} begin with {more!r}, those of the model do not. Take it "
+                         f"away: {mend}")
+    less = next((name.removesuffix(unexpected[0]) for name in missing if name.endswith(f".{unexpected[0]}")),
+                None) if unexpected else None
+    if less is not None and {less + name for name in unexpected} == set(missing):
+        raise ValueError(f"the names of the model begin with {less!r}, those in {source} do not. Give them "
+                         f"that beginning: learner.load({{{less!r} + name: one for name, one in "
+                         "tensors.items()}), where tensors = import_weights(path)")
 
 # %% ../../nbs/api/store/07b_weights.ipynb #88ad09ae
 def difference(

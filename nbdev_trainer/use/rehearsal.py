@@ -212,6 +212,6 @@ def dry_run(
     report.stages = {
         "fit": f"{ran} batches, one epoch, {time.monotonic() - began:.1f} s",
         "results": ", ".join(f"{name} {value}" for name, value in results.items()),
-        "callbacks": ", ".join(str(one) for one in involved) or "none",
+        "callbacks": ", ".join(f"{one}" for one in involved) or "none",
         "files": f"in a temporary folder, deleted: {names}" if names else "none", **report.stages}
     return report

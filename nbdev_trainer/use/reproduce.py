@@ -29,8 +29,9 @@ from ..callbacks.run_directory import git
 from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import isolated_rng, rng_state
-from ..data.loaders import EpochLoader, looking_at, own_generators
+from ..data.loaders import DrawnSeed, EpochLoader, looking_at, own_generators
 from ..loop.callback import Callback
+from ..loop.plan import draws_unseen
 from ..loop.snapshot import keyed
 from ..loop.trainer import Trainer
 from .environment import settings, versions
@@ -43,6 +44,10 @@ __all__ = ['DECISIVE', 'order_findings', 'drawn_while_reading', 'reading_finding
 # %% ../../nbs/api/use/06_reproduce.ipynb #d1550962
 def order_findings(loader: Any) -> list[Finding]:  # that yields the training batches
     "What leaves the order of the data to chance"
+    if isinstance(getattr(loader, "seed", None), DrawnSeed):
+        return [warning("seed_of_loaders", "the seed of the loaders was drawn: order and split are others in "
+                        "each process, unless torch.manual_seed came before", "Pass seed=0 to the loaders")]
+    if why := draws_unseen(loader): return [warning("unkept_generator", *why.split(". "))]
     if isinstance(loader, (EpochLoader, Sequence)): return []
     if isinstance(loader, DataLoader):
         if isinstance(loader.sampler, SequentialSampler) or own_generators(loader): return []
@@ -50,7 +55,7 @@ def order_findings(loader: Any) -> list[Finding]:  # that yields the training ba
                         "generator, so anything else that draws there changes it",
                         "Pass DataLoader(generator=torch.Generator().manual_seed(0)), or use "
                         "Loaders(dataset, batch_size=..., seed=0)")]
-    if hasattr(loader, "state_dict"): return []
+    if hasattr(loader, "state_dict") or own_generators(loader): return []
     return [warning("order_of_data", f"the order of the training data is known to {describe(loader)} alone",
                     "Use Loaders, a DataLoader with a generator, or give it state_dict and load_state_dict")]
 

@@ -202,3 +202,23 @@ def signal_to_a_fork(run_dir):
 
     one = fault_program.train(run_dir, Forking(), every="1ep")
     assert one.trainer.state.batch == 18
+
+
+@pytest.mark.fault("the terminal is closed", "SIGHUP in a batch", "as at SIGTERM; what happens is said, and where the state lies")
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_what_a_signal_does_is_said(children, tmp_path):
+    assert children.run(hung_up, tmp_path, seconds=30) == 143
+    said = (tmp_path / "said").read_text()
+    assert "SIGHUP: the batch in hand is finished, then the state is saved." in said
+    assert f"saved after batch 7: {tmp_path}/run/checkpoints/ba-000007. The same program goes on" in said
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints", strict=True)[1]["state"]["batch"] == 7
+
+
+def hung_up(folder):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even where the tests run under nohup
+    one = fault_program.learner(folder / "run", At("after_backward", 6, signal.SIGHUP), every="1ep")
+    one.trainer.shown = True
+    file = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    one.fit_one_cycle(2, lr=0.01)
