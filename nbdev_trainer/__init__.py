@@ -108,6 +108,7 @@ Modules:
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
 - `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each: one gradient, one count, one decision
+- `nbdev_trainer.scale.strategies`: Which strategy a run gets, from how its process was started
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything

@@ -40,7 +40,7 @@ from .core.wrapping import uncompiled
 from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
-from .loop.engine import Precision, find_device, move_model
+from .loop.engine import Precision, Strategy, move_model
 from .loop.evaluation import Predictions, averaged_weights
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
@@ -52,6 +52,7 @@ from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
 from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
+from .scale.strategies import make_strategy, own_device
 from .store.files import read_tensors, write_tensors
 from .store.checkpoints import read_checkpoint
 from .store.history import History
@@ -190,6 +191,7 @@ class Learner:
         as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
         precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
+        strategy: str | Strategy | None = "auto",              # "auto": with the processes started beside it; or "ddp"
         accumulate: int = 1,                                  # batches per optimizer step
         micro_batch_size: int | str | None = None,            # samples at a time; "auto": as memory allows
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
@@ -211,11 +213,12 @@ class Learner:
                              "and compile=True, or compile={...} with the options")
         self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
-        self.model, where = model, find_device(device)
+        self.model, where = model, own_device(device)
         if (options := compile_options(compile)) is not None:
             check_tools(options, where)
             tell("compile: the first batches of training and of evaluation take longer", shown)
         move_model(model, where)
+        together = make_strategy(strategy, where, shown)
         if str(device) == "auto": tell(f"device: {where}", shown)
         usual = None if self.loaders.data is None else self.loaders.data.loss_fn()
         step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown, usual)
@@ -230,7 +233,7 @@ class Learner:
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
                                device=where, accumulate=accumulate, micro_batch_size=micro_batch_size, clip_norm=clip_norm,
                                clip_value=clip_value, clip_adaptive=clip_adaptive,
-                               precision=make_precision(precision, where))
+                               precision=make_precision(precision, where), strategy=together)
         self.trainer.shown = shown
         compile_model(model, compile, where)
 

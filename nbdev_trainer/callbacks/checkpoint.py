@@ -91,10 +91,11 @@ class Due:
     "Whether it is time to save"
     def __init__(self, every: str | int | Duration) -> None:
         self.every, self.step, self.clock = Duration.parse(every), 0, time.monotonic()
+        self.now: Callable[[], float] = time.monotonic  # in seconds; in a fit the same on all processes
 
     def after_batch(self, state: Any) -> bool:
         every, before = self.every, self.step
-        if every.is_time: return time.monotonic() - self.clock >= every.seconds
+        if every.is_time: return self.now() - self.clock >= every.seconds
         if every.unit == "ba": return state.batch % every.value == 0
         self.step = state.step
         return every.unit == "st" and state.step > before and state.step % every.value == 0
@@ -168,6 +169,8 @@ class Checkpoint(Callback):
     watched = ""                   # the set it is measured on
     best_is_due = False            # what was just measured is to be kept
     in_fit = False                 # a fit has begun, and was not refused
+    writes = True                  # this process does, of several that train together
+    lock: DirectoryLock | None = None  # of the directory, in a fit
     holds: Path | None = None      # the directory that is known to be this run's
 
     @checked_keywords
@@ -201,18 +204,20 @@ class Checkpoint(Callback):
     def before_fit(self, trainer: Trainer) -> None:
         check_shapes(trainer.model)
         self.directory = checkpoint_directory(trainer, self.given)
-        if self.holds != self.directory: check_directory(trainer, self.directory)
-        self.holds, plan = self.directory, trainer.plan
-        if self.best is not None: self.ranking = ranking(trainer, self)
+        strategy, plan = trainer.engine.strategy, trainer.plan
+        self.writes, self.due.now = strategy.rank == 0, strategy.now
+        if self.writes and self.holds != self.directory: check_directory(trainer, self.directory)
+        self.holds = self.directory
+        if self.best is not None: self.ranking = strategy.share(ranking(trainer, self))
         if self.best is not None and plan is not None: self.watched = watched_set(plan, self.best)
         if plan is not None: self.settings = run_settings(trainer, plan.train, plan.valid_sets)
         problems = [] if plan is None else [cannot_be_positioned(plan.train), draws_unseen(plan.train)]
         for why in filter(None, problems): tell(why, trainer.shown)
-        self.lock = take_directory(self.directory)
+        if self.writes: self.lock = take_directory(self.directory)
         self.in_fit = True
-        remove_leftovers(self.directory)
+        if self.writes: remove_leftovers(self.directory)
         if self.left_out is not None: self.left_out.begin(trainer)
-        self.due.step, self.due.clock = trainer.state.step, time.monotonic()
+        self.due.step, self.due.clock = trainer.state.step, self.due.now()
         if trainer.state.batch == 0: self.save(trainer)
 
     def after_batch(self, trainer: Trainer) -> None:
@@ -233,8 +238,9 @@ class Checkpoint(Callback):
             if state.ending in ("finished", "stopped") or state.interruption: self.save(trainer)
         finally:
             try: self.settle()
-            finally: self.lock.release()
-        if state.batch == 0 and not state.interruption: take_back(self.directory)
+            finally:
+                if self.lock is not None: self.lock.release()
+        if self.writes and state.batch == 0 and not state.interruption: take_back(self.directory)
 
     def is_among_best(self, trainer: Trainer) -> bool:
         "Whether the result that was just measured is among the best so far"
@@ -245,13 +251,14 @@ class Checkpoint(Callback):
         return self.best_is_due
 
     def save(self, trainer: Trainer) -> None:
-        "Save the state of now"
+        "Save the state of now; of several processes the first one writes, and all say what only they know"
         self.settle()
         state, batch, ranking = trainer_state(trainer, copied=False), trainer.state.batch, self.ranking
+        self.best_is_due, self.due.clock = False, self.due.now()
+        if not self.writes: return
         state["settings"] = self.settings
         if self.left_out is not None: self.left_out.take_from(state["model"], trainer.model)
         if self.background: state = self.copies.take(state)
-        self.best_is_due, self.due.clock = False, time.monotonic()
         best = {} if ranking is None else dict(ranking.values)
         facts = {} if ranking is None else ranking.facts(batch)
         trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]

@@ -118,7 +118,7 @@ class Interruptions(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         if self.requeue: slurm_job()
-        self.asked, self.trainer, self.process = None, trainer, os.getpid()
+        self.asked, self.told, self.trainer, self.process = None, False, trainer, os.getpid()
         self.keeper = next((one for one in trainer.all_callbacks() if isinstance(one, Checkpoint)), None)
         if threading.current_thread() is not threading.main_thread(): return
         self.before = {name: signal.signal(signal.Signals[name], self.note) for name in self.signals}
@@ -128,14 +128,26 @@ class Interruptions(Callback):
         if os.getpid() != self.process: return in_a_worker(number)
         if self.asked is not None: raise ending_of(self.asked)
         self.asked, trainer = signal.Signals(number).name, self.trainer
-        if trainer is not None and trainer.waits_for_data: self.look(trainer)
+        if trainer is not None and trainer.waits_for_data and not trainer.together: self.look(trainer)
         if trainer is not None and trainer.shown: announce(self.asked, self.keeper is not None)
 
     def look(self, trainer: Trainer) -> None:
         "End the fit here if that was asked for; the state is whole"
+        if trainer.together: return self.follow(trainer)
         if self.asked is None or trainer.plan is None: return
         trainer.state.interruption = self.asked
         raise ending_of(self.asked)
+
+    def follow(self, trainer: Trainer) -> None:
+        "Tell the other processes of a signal, and end where all do"
+        if self.asked is not None and not self.told: trainer.ask("interruption", self.asked)
+        self.told, why = self.asked is not None, trainer.state.interruption
+        if why is None or trainer.state.phase != "train": return
+        self.asked = self.asked or why
+        raise ending_of(why)
+
+    def before_epoch(self, trainer: Trainer) -> None:
+        if trainer.together: self.follow(trainer)
 
     def after_batch(self, trainer: Trainer) -> None: self.look(trainer)
     def after_evaluate_batch(self, trainer: Trainer) -> None: self.look(trainer)

@@ -107,8 +107,10 @@ class Processes:
     "The processes that train together, and what they tell each other"
     def __init__(self,
         small: dist.ProcessGroup | None = None,  # for tensors on the CPU; None: the one for everything
+        timeout: float = 600,                    # seconds that they wait for each other
     ) -> None:
-        self.small, self.rank, self.world_size = small, dist.get_rank(), dist.get_world_size()
+        self.small, self.timeout = small, timeout
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, values: Tensor) -> dist.Work:
         "Begin to add up a tensor on the CPU over all ranks, in place; `wait()` for it"
@@ -150,5 +152,5 @@ def join(
                                 init_method=f"tcp://{place.address}:{place.port}" if place.starter != "torchrun" else "env://")
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())
-    if "gloo" in backend: return Processes()
-    return Processes(dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)))
+    if "gloo" in backend: return Processes(timeout=seconds)
+    return Processes(dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)), seconds)

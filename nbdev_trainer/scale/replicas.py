@@ -15,8 +15,11 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/replicas.html.md""
 from __future__ import annotations
 
 import copy
+import faulthandler
 import hashlib
 import inspect
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import checked_keywords
@@ -40,9 +44,9 @@ from .processes import Processes
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
+__all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'LOST', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
            'over_all', 'average_gradients', 'Called', 'zero_of', 'settled', 'gathered', 'divided', 'for_rank',
-           'Replicas']
+           'explain', 'watched', 'Replicas']
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #dddd1d38
 FIRST = 256  # numbers in the first message, the digest among them
@@ -211,6 +215,40 @@ def for_rank(
         seed_everything(int(torch.randint(2**62, ())) ^ rank)
         return rng_state()
 
+# %% ../../nbs/api/scale/04_replicas.ipynb #0d426ef7
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout", "NCCL error")
+
+def explain(error: BaseException, rank: int) -> None:
+    "Note on an error of the network what it means, and leave any error for torchrun"
+    if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST):
+        error.add_note(f"rank {rank} waited for a process that has ended or hangs; look for its own error, above or in "
+                       "its log")
+    if isinstance(error, Exception): get_error_handler().record_exception(error)
+
+@contextmanager
+def watched(
+    trainer: Trainer,
+    timeout: float,  # seconds that processes wait for each other
+) -> Iterator[None]:
+    "Print where the threads of this process are when no batch comes for most of the timeout"
+    over, state = threading.Event(), trainer.state
+    def look() -> None:
+        seen: Any = None
+        while not over.wait(timeout * 0.4):
+            now = state.batch, id(state.current_batch)
+            if now == seen:
+                print(f"rank {dist.get_rank()}: no batch for {timeout * 0.4:.0f} s, in epoch {state.epoch} after batch "
+                      f"{state.batch}; its threads:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+                return
+            seen = now
+    thread = threading.Thread(target=look, name="watch", daemon=True)
+    thread.start()
+    try: yield
+    finally:
+        over.set()
+        thread.join()
+
 # %% ../../nbs/api/scale/04_replicas.ipynb #6d1a3655
 class Replicas(Strategy):
     "A copy of the model in each process, and gradients averaged over all of them"
@@ -251,8 +289,10 @@ class Replicas(Strategy):
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
-        self.check_same(run_settings(trainer, plan.train, plan.valid_sets))
+        done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
+        self.check_same({**run_settings(trainer, plan.train, plan.valid_sets), **done})
         self.same_weights()
+        if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.rank))
         self.trainer, self.wishes, self.work, self.samples = trainer, {}, None, trainer.state.samples
         through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         if through and any(p.requires_grad for p in self.model.parameters()):
@@ -260,7 +300,11 @@ class Replicas(Strategy):
                                                **{BUFFERS: False}, **self.options)
             if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
         self.agree()
-        try: yield
+        try:
+            with watched(trainer, self.processes.timeout): yield
+        except BaseException as error:
+            explain(error, self.rank)
+            raise
         finally: self.ddp = self.trainer = self.work = None
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
