@@ -102,6 +102,7 @@ class Strategy:
     "How many processes train together, and what they settle with each other; this one is alone"
     rank: int = 0        # of this process
     world_size: int = 1  # processes; above 1 the loop asks for the rest
+    dropped = False      # the batch in hand was skipped by some process, and so by all
 
     def prepare(self, model: nn.Module) -> nn.Module:
         "The model that the step calls, with the same weights everywhere"

@@ -100,6 +100,7 @@ class Results(Evaluation):
     def finish_epoch(self, plan: FitPlan) -> None:
         "Count the epoch, validate if it is time, and let callbacks have their say"
         state = self.state
+        self.engine.strategy.agree()
         if not state.epoch_is_counted:  # else the fit was cut off in the validation, and goes on there
             if state.end_epoch is not None: self.took_effect("end_epoch")
             state.epoch, state.epoch_batch, state.epoch_is_counted = state.epoch + 1, 0, True
@@ -152,6 +153,7 @@ class Loop(Results):
             if self.run_epoch(plan, inside): self.finish_epoch(plan)
             inside = False
         if state.stop is None and plan.validate_every and state.evaluated_at != state.batch: self.validate(plan)
+        self.engine.strategy.agree()
 
     def run_epoch(self, plan: FitPlan, inside: bool) -> bool:  # whether the epoch is complete
         state, exhausted = self.state, False
@@ -185,8 +187,9 @@ class Loop(Results):
             if type(output) is not StepOutput: raise no_output(self.step, "train", output)
         if state.skip_batch is None and not absent:
             if self.step.automatic: self.optimize(output.loss, count=output.count)
-            self.train_metrics.update(output, batch)
-            state.samples += batch.size
+            if not engine.strategy.dropped:
+                self.train_metrics.update(output, batch)
+                state.samples += batch.size
         else: self.pass_over(batch)
         if self.closing: self.close_window()
         state.batch += 1

@@ -257,6 +257,7 @@ class Replicas(Strategy):
     armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
     work: dist.Work | None = None               # the message of this step, on its way
     clock = 0.0                                 # of rank 0, when it was last heard
+    dropped = False                             # the batch in hand was skipped by some process, and so by all
 
     @checked_keywords
     def __init__(self,
@@ -290,7 +291,9 @@ class Replicas(Strategy):
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
-        self.check_same({**run_settings(trainer, plan.train, plan.valid_sets), **done})
+        settings = run_settings(trainer, plan.train, plan.valid_sets)
+        if not hasattr(plan.train, "shard"): settings.pop("training data")  # each may have a part that somebody cut
+        self.check_same({**settings, **done})
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.rank))
         self.trainer, self.wishes, self.work, self.samples = trainer, {}, None, trainer.state.samples
@@ -365,6 +368,7 @@ class Replicas(Strategy):
         known = 0.0 if self.on_device is not None else float(count)
         new, clock = self.trainer.state.samples - self.samples, time.monotonic() if self.rank == 0 else 0.0
         asked = [float(what in self.wishes) for what in WISHES]
+        self.dropped = False
         self.message = torch.tensor([known, new, clock, *asked], dtype=torch.float64)
         self.work = self.processes.sum(self.message)
 
@@ -378,6 +382,7 @@ class Replicas(Strategy):
             found, self.wishes = settled(self.processes.gather(self.wishes)), {}
             if why := found.pop("skip_batch", None):
                 state.control.append({"what": "skip_batch", "why": why, "epoch": state.epoch, "batch": state.batch})
+                self.dropped = self.trainer.engine.accumulate == 1
             for what, why in found.items(): setattr(state, what, why)
         if self.on_device is None: return count
         total = self.on_device.detach().to(torch.float64)
@@ -387,6 +392,7 @@ class Replicas(Strategy):
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
         if self.work is None: self.tell(sum(slot.window.counts))
         total, averaged, self.armed, self.averaged = self.hear(), self.averaged, False, False
+        if self.dropped: return 0.0
         if not averaged: average_gradients(slot.params, self.world_size)
         return total
 

@@ -1,0 +1,156 @@
+"""What happens to all when something happens to one of two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fault_runs
+import pytest
+import torch
+
+from nbdev_trainer.scale.launch import launch
+from nbdev_trainer.store.run import Run
+
+
+def same(first, second, tolerance=0.0):
+    for name in first:
+        difference = (first[name] - second[name]).abs().max().item()
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def torchrun(*arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               f"--max-restarts={restarts}", "--monitor-interval=0.1", fault_runs.__file__, *map(str, arguments)]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCHELASTIC_ERROR_FILE": ""})
+
+
+def test_a_rank_that_was_killed_ends_all_and_is_named():
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        launch(fault_runs.on_rank_1, fault_runs.kill)
+    assert time.monotonic() - began < 25
+    notes = "\n".join(caught.value.__notes__) if hasattr(caught.value, "__notes__") else ""
+    assert "ended by SIGKILL" in str(caught.value) or "waited for a process that has ended" in notes
+
+
+def test_a_rank_that_raises_is_the_one_whose_error_is_shown():
+    with pytest.raises(ValueError, match="the label of sample 7 is missing") as caught:
+        launch(fault_runs.on_rank_1, fault_runs.fail)
+    assert any("raised on rank 1" in note and "in fail" in note for note in caught.value.__notes__)
+
+
+def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        launch(fault_runs.on_rank_1, fault_runs.hang, 7, "5s")
+    assert time.monotonic() - began < 30
+    assert "waited for a process that has ended or hangs" in "\n".join(caught.value.__notes__)
+    printed = capfd.readouterr().out
+    assert "[rank 1] rank 1: no batch for 2 s, in epoch 1 after batch 7" in printed
+    assert "in hang" in printed
+
+
+def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch():
+    _, _, control, samples = launch(fault_runs.on_rank_1, fault_runs.ask_to_stop)
+    assert control == [{"what": "stop", "why": "seen enough (rank 1)", "epoch": 1, "batch": 8}]
+    assert samples == 64
+
+
+def test_a_batch_that_one_rank_skips_is_skipped_by_all():
+    together, alone = launch(fault_runs.skip_bad), fault_runs.skip_bad()
+    same(alone[0], together[0], 1e-12)
+    assert [entry["batch"] for entry in together[2]] == [entry["batch"] for entry in alone[2]] == [4, 9]
+    assert together[2][0]["why"].endswith("(rank 1)")
+    assert together[3] == alone[3] == 64
+
+
+def test_a_nan_on_one_rank_ends_all_with_its_error():
+    with pytest.raises(Exception) as caught:
+        launch(fault_runs.nan_on_rank_1)
+    assert "loss" in str(caught.value) and "nan" in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("run", [fault_runs.other_metrics, fault_runs.other_logs])
+def test_different_metrics_are_an_error_that_names_rank_and_key(run):
+    with pytest.raises(ValueError) as caught:
+        launch(run)
+    assert "rank 1" in str(caught.value)
+    assert "mae" in str(caught.value) or "pressure" in str(caught.value)
+
+
+def test_data_that_were_split_without_a_seed_are_refused():
+    with pytest.raises(ValueError, match="rank 0 and rank 1 would not train the same: .*split without a seed"):
+        launch(fault_runs.other_data)
+
+
+def test_foreign_loaders_of_other_lengths_are_used_to_their_ends():
+    assert launch(fault_runs.uneven_foreign)[3] == 2 * (20 + 12)
+
+
+def test_one_process_writes_and_speaks(tmp_path, capfd):
+    files = launch(fault_runs.who_speaks, str(tmp_path / "run"))
+    printed = capfd.readouterr().out
+    assert printed.count("2 processes share each batch") == 1
+    assert "[rank 1]" not in printed
+    assert {"checkpoints", "config.json", "history.jsonl"} <= set(files)
+    assert len((tmp_path / "run" / "fits.jsonl").read_text().splitlines()) == 2  # begin and end of one fit
+
+
+def test_another_number_of_processes_goes_on(tmp_path):
+    """One epoch with two, one with one, one with two: the weights of three epochs in one process."""
+    straight = fault_runs.train()
+    for n, epochs in ((2, 1), (1, 2), (2, 3)):
+        found = launch(in_parts, str(tmp_path / "run"), epochs, processes=n)
+    same(straight[0], found[0], 1e-12)
+    assert found[1] == pytest.approx(straight[1], rel=1e-12)
+
+
+def in_parts(run_dir, epochs):
+    """As many fits of one epoch each; those that are done are passed over."""
+    learner = fault_runs.learner_of(run_dir)
+    for _ in range(epochs):
+        learner.fit(1, resume=True)
+    return fault_runs.weights(learner), dict(learner.trainer.state.metrics)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = torchrun(folder / "run", folder / "weights.pt")
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def test_a_killed_rank_starts_again_and_ends_as_if_nothing_had_happened(tmp_path, undisturbed):
+    done = torchrun(tmp_path / "run", tmp_path / "weights.pt", "kill", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    same(undisturbed, torch.load(tmp_path / "weights.pt", weights_only=True))
+
+
+def test_a_signal_to_one_rank_ends_both_at_the_same_batch(tmp_path, undisturbed):
+    done = torchrun(tmp_path / "run", tmp_path / "weights.pt", "term")
+    assert done.returncode != 0 and "143" in done.stderr
+    assert Run.open(tmp_path / "run").checkpoints[-1].name.startswith("ba-000008")
+    done = torchrun(tmp_path / "run", tmp_path / "weights.pt")
+    assert done.returncode == 0, done.stderr
+    same(undisturbed, torch.load(tmp_path / "weights.pt", weights_only=True))
+
+
+def test_torchrun_shows_the_error_of_the_rank_that_failed_first(tmp_path):
+    done = torchrun(tmp_path / "run", tmp_path / "weights.pt", "fail")
+    assert done.returncode == 1
+    summary = done.stderr[done.stderr.index("Root Cause"):]
+    assert "rank      : 1" in summary and "the label of sample 7 is missing" in summary
+
+
+def test_no_process_is_left():
+    time.sleep(0.2)
+    left = subprocess.run(["pgrep", "-f", "nbdev_trainer.scale.launch import work"], capture_output=True, text=True)
+    assert left.stdout == ""
+    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)
