@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +28,8 @@ from ..core.duration import Duration
 from ..core.messages import QUIET
 
 # %% auto #0
-__all__ = ['RANKS', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'has_group', 'join']
+__all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'fresh_store',
+           'has_group', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -128,6 +131,29 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.small)
         return box[0]
 
+# %% ../../nbs/api/scale/02_processes.ipynb #1959eb6f
+WHERE = "nbdev_trainer/store"  # the key under which rank 0 says where its store is
+
+def fresh_store(
+    place: Place,        # in processes that torchrun has started
+    timeout: timedelta,
+) -> dist.Store:
+    "A store that no earlier attempt has written to; raises `TimeoutError` when rank 0 does not open one"
+    known = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout)
+    if place.rank == 0:
+        own = dist.TCPStore("127.0.0.1", 0, place.world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+        known.set(WHERE, f"{own.port} {place.address} {socket.gethostname()}")
+        return own
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        port, *addresses = known.get(WHERE).decode().split()
+        for address in addresses:
+            try: store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=2))
+            except (RuntimeError, ValueError): continue  # of an earlier attempt, whose rank 0 is gone
+            store.set_timeout(timeout)
+            return store
+    raise TimeoutError(f"rank {place.rank} found no rank 0 within {timeout.total_seconds():.0f} s; look at what rank 0 says")
+
 # %% ../../nbs/api/scale/02_processes.ipynb #260f0825
 def has_group() -> bool:
     "Whether this process has joined others already"
@@ -147,9 +173,11 @@ def join(
         if place is None:
             raise RuntimeError("this process is alone: no variables of torchrun, SLURM or MPI are set. Start it by "
                                "torchrun --nproc-per-node 2 program.py, or by launch(function, processes=2)")
+        limit, how = timedelta(seconds=seconds), dict[str, Any]()
+        if "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
+        else: how["init_method"] = "env://" if place.starter == "torchrun" else f"tcp://{place.address}:{place.port}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
-                                world_size=place.world_size, timeout=timedelta(seconds=seconds),
-                                init_method=f"tcp://{place.address}:{place.port}" if place.starter != "torchrun" else "env://")
+                                world_size=place.world_size, timeout=limit, **how)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())
     if "gloo" in backend: return Processes(timeout=seconds)
