@@ -174,7 +174,8 @@ def join(
             raise RuntimeError("this process is alone: no variables of torchrun, SLURM or MPI are set. Start it by "
                                "torchrun --nproc-per-node 2 program.py, or by launch(function, processes=2)")
         limit, how = timedelta(seconds=seconds), dict[str, Any]()
-        if "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "TORCHELASTIC_RUN_ID" in os.environ
+        if shared: how["store"] = fresh_store(place, limit)
         else: how["init_method"] = "env://" if place.starter == "torchrun" else f"tcp://{place.address}:{place.port}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
                                 world_size=place.world_size, timeout=limit, **how)

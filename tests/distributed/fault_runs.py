@@ -75,7 +75,19 @@ def weights(learner):
     return {name: one.clone() for name, one in learner.model.state_dict().items()}
 
 
-def train(run_dir=None, epochs=3, callbacks=(), resume=False, **options):
+class Slow(Callback):
+    only_watches = True
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def after_batch(self, trainer):
+        time.sleep(self.seconds)
+
+
+def train(run_dir=None, epochs=3, callbacks=(), resume=False, slow=None, **options):
+    if slow:
+        callbacks = [*callbacks, Slow(slow)]
     learner = learner_of(run_dir, callbacks=list(callbacks), **options)
     learner.fit(epochs, resume=resume)
     state = learner.trainer.state
@@ -144,7 +156,11 @@ def who_speaks(run_dir):
 
 if __name__ == "__main__":  # under torchrun: RUN_DIR OUTPUT [what happens to rank 1]
     run_dir, output, *fault = sys.argv[1:]
-    happens = [At(7, {"kill": kill, "fail": fail, "term": ask_to_end}[fault[0]])] if fault else []
-    found = train(run_dir, resume=True, callbacks=[Checkpoint("1ba"), *happens], dropout=0.3)
+    faults = {"kill": kill, "fail": fail, "term": ask_to_end}
+    happens = [At(7, faults[one]) for one in fault if one in faults]
+    hosts = "plain" in fault or "slow" in fault
+    found = train(run_dir, resume=True, callbacks=[Checkpoint("1ba"), *happens], dropout=0.0 if hosts else 0.3,
+                  slow=0.3 if "slow" in fault else None,
+                  strategy=Replicas(join(timeout=os.environ["FAULT_TIMEOUT"])) if hosts else "auto")
     if rank() == 0:
         torch.save(found[0], output)

@@ -1,5 +1,6 @@
 """Two, three and four processes train what one trains."""
 
+import by_hand
 import pytest
 import scenarios
 import torch
@@ -43,3 +44,9 @@ def test_the_weights_metrics_and_counters_are_those_of_one_process(one, several,
     counted = [key for key in one[name]["metrics"] if "accuracy" in key or "f1" in key]
     for key in counted:
         assert one[name]["metrics"][key] == several[name]["metrics"][key], key
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_single_precision_is_that_of_a_loop_written_by_hand_bit_for_bit(accumulate):
+    theirs, ours = launch(by_hand.both, accumulate)
+    assert all(torch.equal(*pair) for pair in zip(theirs, ours))
