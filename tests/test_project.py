@@ -246,6 +246,10 @@ MAY_RUN = {
     ("callbacks.run_directory", "subprocess.run"): "git, with fixed arguments and without its extensions",
     ("callbacks.run_directory", "subprocess.TimeoutExpired"): "the error of the line above",
     ("callbacks.interruptions", "subprocess.run"): "scontrol, with a job number that was looked at",
+    ("scale.launch", "pickle.loads"): "a call and its answer, in a folder that this process made for itself",
+    ("scale.launch", "subprocess.Popen"): "this Python, with a function of this process",
+    ("scale.launch", "subprocess.PIPE"): "for the line above",
+    ("scale.launch", "subprocess.STDOUT"): "likewise",
     ("store.foreign", "torch.load"): "with weights_only=True, after the names in the file were looked at",
 }
 MODULES_THAT_RUN_CODE = {

@@ -11,7 +11,6 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/trainer.html.md"""
 # %% ../../nbs/api/loop/11_trainer.ipynb #02b32143
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

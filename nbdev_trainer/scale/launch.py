@@ -24,77 +24,88 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ..core.errors import checked_keywords
+from ..core.errors import checked_keywords, require
 
 # %% auto #0
-__all__ = ['pickler', 'end_with', 'leave', 'work', 'show', 'Crew', 'first_error', 'launch']
+__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'work', 'variables', 'show', 'Crew', 'first_error', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
     "cloudpickle; raises `ImportError` where it is missing"
-    try: import cloudpickle
-    except ImportError:
-        raise ImportError("launch() sends a function to other processes by cloudpickle, which is not installed: "
-                          "pip install cloudpickle") from None
-    return cloudpickle
+    return require("cloudpickle", extra="launch", why="to send a function to other processes")
 
-def end_with(lifeline: IO[bytes]) -> None:
-    "End this process when the other end of a pipe is closed"
-    while lifeline.read(1): pass
-    os._exit(1)
-
-def leave(path: Path, value: Any, instead: Any) -> None:
-    "Write a value where it will be read whole or not at all; another one if it cannot be sent"
+def leave(
+    path: Path,
+    value: Any,
+    instead: Callable[[Exception], Any],  # of the error, for a value that cannot be sent
+) -> None:
+    "Write a value where it will be read whole or not at all"
     try: data = pickler().dumps(value)
     except Exception as error: data = pickle.dumps(instead(error))
     path.with_suffix(".new").write_bytes(data)
     path.with_suffix(".new").replace(path)
 
+# %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
+def end_with(lifeline: IO[bytes]) -> None:
+    "End this process when the other end of a pipe is closed"
+    while lifeline.read(1): pass
+    os._exit(1)
+
+def no_answer(failed: Exception) -> TypeError:
+    "The error for an answer that cannot be sent"
+    return TypeError(f"what the function returned cannot be sent back: {failed}")
+
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
     threading.Thread(target=end_with, args=(sys.stdin.buffer,), daemon=True).start()
-    paths, payload = pickle.loads((here / "call").read_bytes())
-    sys.path[:] = paths
+    code = 1
     try:
-        fn, args = pickle.loads(payload)
+        fn, args = pickle.loads((here / "call").read_bytes())
         answer = fn(*args)
+        if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
+        code = 0
     except BaseException as error:
         text, when, why = traceback.format_exc(), time.time(), f"{type(error).__name__}: {error}"
         leave(here / f"error-{rank}", (when, text, error), lambda failed: (when, text, RuntimeError(why)))
-        sys.stdout.flush()
-        os._exit(1)  # a group that is broken may wait for others at exit
-    if rank == "0": leave(here / "answer", answer, lambda failed: TypeError(f"what the function returned cannot be sent back: {failed}"))
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
-# %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
+# %% ../../nbs/api/scale/03_launch.ipynb #c9b67712
+COMMAND = ("import sys; sys.path[:] = sys.argv[2:]; "
+           "from nbdev_trainer.scale.launch import work; work(sys.argv[1])")
+
+def variables(size: int, rank: int, port: int) -> dict[str, str]:
+    "The environment of a process: this one's, and what torchrun would say"
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // size))
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+           "MASTER_PORT": port}
+    return {**os.environ, **{name: str(value) for name, value in own.items()}, "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
 def show(source: IO[str], rank: int) -> None:
     "Print what a process prints; of all but the first with their rank"
     for line in source: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
 
+# %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 class Crew:
     "Processes that run one call"
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
         self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // size))
-        common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port), "PYTHONUNBUFFERED": "1",
-                  "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": threads,
-                  "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        command = [sys.executable, "-c", "import sys; sys.path[:0] = sys.argv[2:]; "
-                   "from nbdev_trainer.scale.launch import work; work(sys.argv[1])", folder, *sys.path]
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
         for rank in range(size):
-            member = subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      errors="replace", start_new_session=True)
+            member = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, folder, *sys.path],
+                env=variables(size, rank, self.store.port),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", start_new_session=True)
             self.members.append(member)
             self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
             self.shows[-1].start()
 
     def wait(self, grace: float = 5.0) -> list[int]:  # exit codes, by rank
-        "Until all have ended, or one has failed and the rest has had a few seconds to notice"
+        "Until all have ended; `grace` is how many seconds the rest has after one has failed"
         failed = None
         while True:
             codes = [one.poll() for one in self.members]
@@ -120,8 +131,8 @@ class Crew:
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
 def first_error(folder: Path, codes: list[int]) -> BaseException:
     "What the process raised that failed first"
-    found = [(*pickle.loads(path.read_bytes()), path.name.removeprefix("error-")) for path in folder.glob("error-?*")
-             if path.suffix != ".new"]
+    paths = [path for path in folder.glob("error-*") if path.suffix != ".new"]
+    found = [(*pickle.loads(path.read_bytes()), path.name.removeprefix("error-")) for path in paths]
     if not found:
         rank, code = next((r, code) for r, code in enumerate(codes) if code)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -130,6 +141,7 @@ def first_error(folder: Path, codes: list[int]) -> BaseException:
     error.add_note(f"raised on rank {rank}:\n{text}")
     return error
 
+# %% ../../nbs/api/scale/03_launch.ipynb #daf2f834
 @checked_keywords
 def launch(
     fn: Callable[..., Any],  # runs in each process; from a cell, a script or a module
@@ -142,7 +154,7 @@ def launch(
     if "RANK" in os.environ: raise RuntimeError("launch() was called in a process that was launched itself")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        (Path(folder) / "call").write_bytes(pickle.dumps((sys.path, pickler().dumps((fn, args)))))
+        (Path(folder) / "call").write_bytes(pickler().dumps((fn, args)))
         crew = Crew(folder, processes)
         try: codes = crew.wait()
         except KeyboardInterrupt:
@@ -151,6 +163,6 @@ def launch(
             raise
         finally: crew.end()
         if any(codes): raise first_error(Path(folder), codes)
-        answer = pickle.loads((Path(folder) / "answer").read_bytes())
-    if isinstance(answer, TypeError) and "cannot be sent back" in str(answer): raise answer
+        answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
+    if error is not None: raise error
     return answer

@@ -28,8 +28,8 @@ from ..core.duration import Duration
 from ..core.messages import QUIET
 
 # %% auto #0
-__all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'fresh_store',
-           'has_group', 'join']
+__all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
+           'fresh_store', 'has_group', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def number(
     "A whole number that is at least 0; raises `ValueError` for anything else"
     text = variables.get(name, "")
     if re.fullmatch(r"\d{1,9}", text): return int(text)
-    raise ValueError(f"{starter} started this process, and the variable {name} is {text!r}; expected a whole number. "
-                     "Start all processes by the same command, or remove the variables of another one")
+    raise ValueError(f"{starter} started this process, and the variable {name} is {text!r}; expected a whole "
+                     "number. Start all processes by the same command, or remove the variables of another "
+                     "one")
 
 # %% ../../nbs/api/scale/02_processes.ipynb #a843ac14
 def first_host(
@@ -69,7 +70,8 @@ def first_host(
     "The first machine of a list; raises `ValueError` for an empty one"
     found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     if found is None:
-        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}; expected the machines of the step, such as node[1-4]")
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}; expected the machines of the step, such as "
+                         "node[1-4]")
     return found[1] + (found[2] or "")
 
 # %% ../../nbs/api/scale/02_processes.ipynb #316c5c77
@@ -85,8 +87,8 @@ def meeting_point(
     if not address and starter == "SLURM": address = first_host(variables.get("SLURM_STEP_NODELIST", ""))
     if not address and on_one_machine: address = "127.0.0.1"
     if not address:
-        raise ValueError(f"{starter} started processes on several machines, and nobody says where they meet; set "
-                         "MASTER_ADDR to the machine of rank 0 (and MASTER_PORT to a free port of it)")
+        raise ValueError(f"{starter} started processes on several machines, and nobody says where they meet; "
+                         "set MASTER_ADDR to the machine of rank 0 (and MASTER_PORT to a free port of it)")
     return address, number({"MASTER_PORT": port}, "MASTER_PORT", starter)
 
 def find_place(
@@ -99,10 +101,12 @@ def find_place(
         if starter == "SLURM" and size not in of: continue  # in sbatch, outside of srun
         world_size = number(of, size, starter)
         where = number(of, rank, starter)
-        if where >= world_size: raise ValueError(f"{rank} is {where}, and {size} is {world_size}; ranks count from 0")
+        if where >= world_size:
+            raise ValueError(f"{rank} is {where}, and {size} is {world_size}; ranks count from 0")
         together = starter == "torchrun" or of.get(local_size, "") == str(world_size)
         address, port = meeting_point(of, starter, together)
-        return Place(where, world_size, number(of, local, starter) if local in of else 0, address, port, starter)
+        nearby = number(of, local, starter) if local in of else 0
+        return Place(where, world_size, nearby, address, port, starter)
     return None
 
 # %% ../../nbs/api/scale/02_processes.ipynb #6b55f7c9
@@ -134,6 +138,12 @@ class Processes:
 # %% ../../nbs/api/scale/02_processes.ipynb #1959eb6f
 WHERE = "nbdev_trainer/store"  # the key under which rank 0 says where its store is
 
+def answers(address: str, port: int) -> bool:
+    "Whether somebody listens there"
+    try:
+        with socket.create_connection((address, port), timeout=2): return True
+    except OSError: return False
+
 def fresh_store(
     place: Place,        # in processes that torchrun has started
     timeout: timedelta,
@@ -141,18 +151,18 @@ def fresh_store(
     "A store that no earlier attempt has written to; raises `TimeoutError` when rank 0 does not open one"
     known = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout)
     if place.rank == 0:
-        own = dist.TCPStore("127.0.0.1", 0, place.world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+        own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         known.set(WHERE, f"{own.port} {place.address} {socket.gethostname()}")
         return own
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         port, *addresses = known.get(WHERE).decode().split()
         for address in addresses:
-            try: store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=2))
-            except (RuntimeError, ValueError): continue  # of an earlier attempt, whose rank 0 is gone
-            store.set_timeout(timeout)
-            return store
-    raise TimeoutError(f"rank {place.rank} found no rank 0 within {timeout.total_seconds():.0f} s; look at what rank 0 says")
+            if not answers(address, int(port)): continue
+            return dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
+        time.sleep(0.1)  # it is of an earlier attempt, whose rank 0 is gone
+    raise TimeoutError(f"rank {place.rank} found no rank 0 within {timeout.total_seconds():.0f} s; look at "
+                       "what it says")
 
 # %% ../../nbs/api/scale/02_processes.ipynb #260f0825
 def has_group() -> bool:
@@ -171,12 +181,13 @@ def join(
     if not has_group():
         place = place or find_place()
         if place is None:
-            raise RuntimeError("this process is alone: no variables of torchrun, SLURM or MPI are set. Start it by "
-                               "torchrun --nproc-per-node 2 program.py, or by launch(function, processes=2)")
+            raise RuntimeError("this process is alone: no variables of torchrun, SLURM or MPI are set. Start "
+                               "it by torchrun --nproc-per-node 2 program.py, or by launch(function)")
         limit, how = timedelta(seconds=seconds), dict[str, Any]()
-        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "TORCHELASTIC_RUN_ID" in os.environ
-        if shared: how["store"] = fresh_store(place, limit)
-        else: how["init_method"] = "env://" if place.starter == "torchrun" else f"tcp://{place.address}:{place.port}"
+        from_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
+        elif place.starter == "torchrun": how["init_method"] = "env://"
+        else: how["init_method"] = f"tcp://{place.address}:{place.port}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
                                 world_size=place.world_size, timeout=limit, **how)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")

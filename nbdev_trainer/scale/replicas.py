@@ -299,8 +299,8 @@ class Replicas(Strategy):
         self.trainer, self.wishes, self.work, self.samples = trainer, {}, None, trainer.state.samples
         through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         if through and any(p.requires_grad for p in self.model.parameters()):
-            self.ddp = DistributedDataParallel(Called(self.model), init_sync=False, gradient_as_bucket_view=True,
-                                               **{BUFFERS: False}, **self.options)
+            options = {BUFFERS: False, **self.options}
+            self.ddp = DistributedDataParallel(Called(self.model), init_sync=False, gradient_as_bucket_view=True, **options)
             if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
         self.agree()
         try:
@@ -374,7 +374,7 @@ class Replicas(Strategy):
 
     def hear(self) -> float | Tensor:
         "Wait for what all have sent, and follow what they ask for; the count"
-        self.work.wait()
+        if self.work is not None: self.work.wait()
         self.work, state = None, self.trainer.state
         count, new, self.clock, *asked = self.message.tolist()
         self.samples = state.samples = self.samples + int(new)

@@ -29,10 +29,12 @@ def own_device(
     "The device of this process; raises `ValueError` where there is none for it"
     place = find_place()
     found = find_device(device)
-    if place is None or place.world_size == 1 or found.type != "cuda" or str(device) not in ("auto", "cuda"): return found
+    chosen = found.type != "cuda" or str(device) not in ("auto", "cuda")
+    if place is None or place.world_size == 1 or chosen: return found
     if place.local_rank < torch.cuda.device_count(): return torch.device("cuda", place.local_rank)
     raise ValueError(f"this is process {place.local_rank} of this machine, counted from 0, which has "
-                     f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or pass device='cpu'")
+                     f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or pass "
+                     "device='cpu'")
 
 # %% ../../nbs/api/scale/05_strategies.ipynb #6b6a1112
 NAMES = ("auto", "ddp")
@@ -46,8 +48,10 @@ def make_strategy(
     if isinstance(given, Strategy): return given
     if given is None: return Strategy()
     if not isinstance(given, str):
-        raise TypeError(f"strategy is {describe(given)}; expected one of {NAMES}, or an object such as Replicas(join())")
-    if given not in NAMES: raise ValueError(f"strategy is {given!r}. {did_you_mean(given, NAMES, what='strategy')}")
+        raise TypeError(f"strategy is {describe(given)}; expected one of {NAMES}, or an object such as "
+                        "Replicas(join())")
+    if given not in NAMES:
+        raise ValueError(f"strategy is {given!r}. {did_you_mean(given, NAMES, what='strategy')}")
     place = None if has_group() else find_place()
     alone = not has_group() and (place is None or place.world_size == 1)
     if given == "auto" and alone: return Strategy()
