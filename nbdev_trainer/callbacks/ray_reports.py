@@ -35,7 +35,8 @@ def ray_train() -> ModuleType:
 
 class ReportToRay(RowWriter):
     "Reports each row of the history to Ray Train, and the newest checkpoint of the run (needs ray)"
-    runs_after, only_watches, only_on_rank_0 = (Callback, Checkpoint), True, False
+    runs_after, only_watches = (Callback, Checkpoint), True  # type: ignore[assignment]
+    only_on_rank_0 = False
     keeper: Checkpoint | None = None  # whose checkpoints are handed over; on rank 0, where the run is kept
     reported: Path | None = None      # the last one that was
 
