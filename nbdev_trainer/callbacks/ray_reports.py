@@ -39,6 +39,7 @@ class ReportToRay(RowWriter):
     only_on_rank_0 = False
     keeper: Checkpoint | None = None  # whose checkpoints are handed over; on rank 0, where the run is kept
     reported: Path | None = None      # the last one that was
+    rehearses = False                 # in a dry run
 
     def before_fit(self, trainer: Trainer) -> None:
         ray_train().get_context()  # raises outside of a worker
@@ -47,6 +48,7 @@ class ReportToRay(RowWriter):
         self.keeper = keeper if trainer.engine.strategy.rank == 0 else None
 
     def write_row(self, row: Mapping[str, Any]) -> None:
+        if self.rehearses: return
         train, newest = ray_train(), self.newest()
         train.report(dict(row), checkpoint=newest and train.Checkpoint.from_directory(str(newest)))
 
