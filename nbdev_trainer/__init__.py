@@ -22,6 +22,7 @@ Modules:
 - `nbdev_trainer.callbacks.profiling`: The operators that a few batches spend their time in, as a table and as a trace file
 - `nbdev_trainer.callbacks.progress`: What a run shows while it trains: a bar that moves, a table and a curve that stay
 - `nbdev_trainer.callbacks.rates`: Learning rates that depend on results, and the schedulers of torch
+- `nbdev_trainer.callbacks.ray_reports`: Each row of the history for Ray Train, with the newest checkpoint
 - `nbdev_trainer.callbacks.recorder`: Keeps the history of a run: when a row is made, what is in it, and who else gets it
 - `nbdev_trainer.callbacks.resume`: Goes on with a saved run in a new process, at the next batch, or says why that cannot be
 - `nbdev_trainer.callbacks.run_directory`: Keeps a run in a directory while it trains: how it was made, and what it measured
@@ -107,6 +108,7 @@ Modules:
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
+- `nbdev_trainer.scale.ray`: The function that `launch` runs, in workers of Ray Train on any number of machines
 - `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each: one gradient, one count, one decision
 - `nbdev_trainer.scale.strategies`: Which strategy a run gets, from how its process was started
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
@@ -153,6 +155,7 @@ from nbdev_trainer.callbacks.nonfinite import NonFinite, NonFiniteError
 from nbdev_trainer.callbacks.profiling import Profiler
 from nbdev_trainer.callbacks.progress import Progress
 from nbdev_trainer.callbacks.rates import ReduceOnPlateau, TorchScheduler
+from nbdev_trainer.callbacks.ray_reports import ReportToRay
 from nbdev_trainer.callbacks.recorder import Recorder
 from nbdev_trainer.callbacks.run_directory import RunDirectory
 from nbdev_trainer.callbacks.stopping import EarlyStopping, FiniteLoss
@@ -196,6 +199,7 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.scale.ray import ray_trainer
 from nbdev_trainer.store.checkpoints import list_checkpoints, read_checkpoint
 from nbdev_trainer.store.foreign import import_weights
 from nbdev_trainer.store.history import History, plot_histories
@@ -216,18 +220,18 @@ __all__ = [
     "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint",
     "CohenKappa", "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss",
     "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
-    "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU", "JSONLines",
-    "Kept", "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow", "ManualStep",
-    "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredError",
-    "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite", "NonFiniteError",
-    "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions", "Profiler", "Progress",
-    "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau", "RootMeanSquaredError",
-    "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step",
-    "StepOutput", "Strategy", "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler",
-    "Trainer", "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check",
-    "compile_model", "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits",
-    "flat_then_cosine", "from_dict", "import_weights", "inverse_square_root", "linear", "list_checkpoints",
-    "lr_find", "one_cycle", "plot_histories", "polynomial", "random_split", "read_checkpoint",
-    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
-    "warm_up", "weight_decay_groups",
+    "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU",
+    "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow",
+    "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError",
+    "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite",
+    "NonFiniteError", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
+    "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau",
+    "ReportToRay", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule",
+    "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard",
+    "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer", "WeightsAndBiases", "WholeSet",
+    "WordErrorRate", "batch_size_find", "chained", "check", "compile_model", "confusion_matrix", "constant",
+    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "import_weights",
+    "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle", "plot_histories",
+    "polynomial", "random_split", "ray_trainer", "read_checkpoint", "read_mnist_folder", "read_numeric_csv",
+    "seed_everything", "stairs", "summarize", "uncompile_model", "warm_up", "weight_decay_groups",
 ]

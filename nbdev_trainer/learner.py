@@ -28,6 +28,7 @@ from .callbacks.interruptions import Interruptions
 from .callbacks.progress import Progress
 from .callbacks.rates import check_overruled
 from .callbacks.recorder import Recorder
+from .callbacks.ray_reports import ReportToRay
 from .callbacks.resume import take_up
 from .callbacks.run_directory import RunDirectory
 from .callbacks.stopping import FiniteLoss
@@ -52,6 +53,7 @@ from .loop.steps import Step, SupervisedStep
 from .loop.trainer import Trainer
 from .scale.compilation import check_tools, compile_model, compile_options
 from .scale.precision import make_precision
+from .scale.ray import REPORTS
 from .scale.strategies import make_strategy, own_device
 from .store.files import read_tensors, write_tensors
 from .store.checkpoints import read_checkpoint
@@ -89,11 +91,13 @@ def with_defaults(
     callbacks: Iterable[Callback],  # the user's
     default_callbacks: bool,        # whether there are others
     shown: bool = True,             # whether progress is shown
+    reports: bool = False,          # whether Ray is told of each row
 ) -> list[Callback]:
     "The user's callbacks, and the default ones they do not replace"
     given = check_callbacks(callbacks)
     defaults: list[Callback] = [Recorder(), FiniteLoss(), Interruptions()] if default_callbacks else []
     if default_callbacks and shown: defaults.append(Progress())
+    if default_callbacks and reports: defaults.append(ReportToRay())
     return [*given, *(one for one in defaults if not any(isinstance(other, type(one)) for other in given))]
 
 def check_replacements(callbacks: Iterable[Callback], present: Iterable[Callback]) -> None:
@@ -227,7 +231,8 @@ class Learner:
         optimizers = make_optimizers(optimizer, model, lr, shown, weight_decay)
         self.lr_is_chosen = lr is None and optimizer is None  # by us, and so it may be another for a cycle
         if deterministic: check_workspace(where)
-        callbacks = [*([Deterministic()] if deterministic else []), *with_defaults(callbacks, default_callbacks, shown)]
+        callbacks = [*([Deterministic()] if deterministic else []), *with_defaults(
+            callbacks, default_callbacks, shown, bool(REPORTS) and strategy is not None)]
         facts = None if run_dir is None else {"seed": self.seed, **(config or {})}
         callbacks += keepers(run_dir, facts or config, callbacks, default_callbacks, shown)
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,

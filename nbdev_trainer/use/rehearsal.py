@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..callbacks.ray_reports import ReportToRay
 from ..core.errors import Problems, describe
 from ..core.nested import map_tensors, tensors
 from ..data.batch import Batch
@@ -139,7 +140,8 @@ def redirected(path: Path, folder: Path) -> Path:
     return target
 
 def redirect(one: Callback, folder: Path) -> None:
-    "Let the paths of a callback point into a folder"
+    "Let the paths of a callback point into a folder, and keep it from reporting to Ray"
+    if isinstance(one, ReportToRay): one.rehearses = True
     for name, value in list(vars(one).items()):
         if isinstance(value, Path): setattr(one, name, redirected(value, folder))
         elif isinstance(value, str) and value.startswith(SQLITE):
