@@ -199,7 +199,10 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.scale.launch import launch
+from nbdev_trainer.scale.processes import Processes, join
 from nbdev_trainer.scale.ray import ray_trainer
+from nbdev_trainer.scale.replicas import Replicas
 from nbdev_trainer.store.checkpoints import list_checkpoints, read_checkpoint
 from nbdev_trainer.store.foreign import import_weights
 from nbdev_trainer.store.history import History, plot_histories
@@ -225,13 +228,14 @@ __all__ = [
     "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError",
     "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite",
     "NonFiniteError", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
-    "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder", "ReduceOnPlateau",
-    "ReportToRay", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable", "SAM", "SWA", "Schedule",
-    "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy", "SupervisedStep", "TensorBoard",
-    "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer", "WeightsAndBiases", "WholeSet",
-    "WordErrorRate", "batch_size_find", "chained", "check", "compile_model", "confusion_matrix", "constant",
-    "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict", "import_weights",
-    "inverse_square_root", "linear", "list_checkpoints", "lr_find", "one_cycle", "plot_histories",
-    "polynomial", "random_split", "ray_trainer", "read_checkpoint", "read_mnist_folder", "read_numeric_csv",
-    "seed_everything", "stairs", "summarize", "uncompile_model", "warm_up", "weight_decay_groups",
+    "Processes", "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder",
+    "ReduceOnPlateau", "Replicas", "ReportToRay", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
+    "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
+    "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
+    "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check", "compile_model",
+    "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict",
+    "import_weights", "inverse_square_root", "join", "launch", "linear", "list_checkpoints", "lr_find",
+    "one_cycle", "plot_histories", "polynomial", "random_split", "ray_trainer", "read_checkpoint",
+    "read_mnist_folder", "read_numeric_csv", "seed_everything", "stairs", "summarize", "uncompile_model",
+    "warm_up", "weight_decay_groups",
 ]

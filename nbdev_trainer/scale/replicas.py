@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import checked_keywords
@@ -46,7 +45,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 # %% auto #0
 __all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'LOST', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
            'over_all', 'average_gradients', 'Called', 'zero_of', 'settled', 'gathered', 'divided', 'for_rank',
-           'explain', 'watched', 'Replicas']
+           'set_epoch', 'explain', 'watched', 'Replicas']
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #dddd1d38
 FIRST = 256  # numbers in the first message, the digest among them
@@ -215,6 +214,16 @@ def for_rank(
         seed_everything(int(torch.randint(2**62, ())) ^ rank)
         return rng_state()
 
+# %% ../../nbs/api/scale/04_replicas.ipynb #90514025
+def set_epoch(
+    loader: Any,
+    epoch: int,
+) -> None:
+    "Tell the samplers of a loader the epoch, those that want to know it"
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for one in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if hasattr(one, "set_epoch"): one.set_epoch(epoch)
+
 # %% ../../nbs/api/scale/04_replicas.ipynb #0d426ef7
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout", "NCCL error")
 
@@ -223,7 +232,9 @@ def explain(error: BaseException, rank: int) -> None:
     if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST):
         error.add_note(f"rank {rank} waited for a process that has ended or hangs; look for its own error, above or in "
                        "its log")
-    if isinstance(error, Exception): get_error_handler().record_exception(error)
+    if not isinstance(error, Exception): return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    get_error_handler().record_exception(error)
 
 @contextmanager
 def watched(
@@ -324,7 +335,9 @@ class Replicas(Strategy):
         return None if None in found else max(found)
 
     def part(self, loader: Any) -> Any:
-        return loader.shard(self.rank, self.world_size) if hasattr(loader, "shard") else loader
+        if hasattr(loader, "shard"): return loader.shard(self.rank, self.world_size)
+        if self.trainer is not None and loader is self.trainer.plan.train: set_epoch(loader, self.trainer.state.epoch)
+        return loader
 
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
