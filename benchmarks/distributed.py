@@ -1,0 +1,144 @@
+"""What two processes cost: a step beside a loop written by hand, messages counted, and how long it takes to start.
+
+    python benchmarks/distributed.py [--rounds 9] [--steps 60]
+
+Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
+`DistributedDataParallel` in a loop written by hand, which leaves out what ours does besides (metrics, history, requests, the count of
+uneven batches), and `Learner.fit`. Shown are medians over the rounds. Messages are counted where torch.distributed is
+called, and the buckets of DistributedDataParallel by torch itself.
+"""
+import argparse
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn, optim
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import nbdev_trainer
+from nbdev_trainer import Accuracy, Learner, Loaders, join, launch
+
+
+def model_of(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def by_hand(inputs, targets, width):
+    """A function that trains one epoch."""
+    processes = join()
+    model = DistributedDataParallel(model_of(width), gradient_as_bucket_view=True)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    loader = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0).train.shard(processes.rank, processes.world_size)
+    epochs = iter(range(10**6))
+
+    def epoch():
+        for batch in loader.batches(next(epochs)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch.inputs), batch.targets).backward()
+            optimizer.step()
+    return epoch
+
+
+def ours(inputs, targets, width, **options):
+    loaders = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0)
+    learner = Learner(model_of(width), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], verbose=0, **options)
+    return lambda: learner.fit(1)
+
+
+def race(steps: int, rounds: int, width: int) -> dict[str, list[float]]:
+    """Milliseconds a step, by loop; each round all take their turn."""
+    torch.set_num_threads(1)
+    inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
+    loops = {"by hand": by_hand(inputs, targets, width), "Learner": ours(inputs, targets, width),
+             "averaged after the backward pass": None}
+    from nbdev_trainer import Replicas
+    loops["averaged after the backward pass"] = ours(inputs, targets, width, strategy=Replicas(join(), overlap=False))
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds + 1):
+        for name, epoch in loops.items():
+            dist.barrier()
+            began = time.perf_counter()
+            epoch()
+            if number: times[name].append((time.perf_counter() - began) * 1000 / steps)  # the first warms up
+    return times
+
+
+def messages(steps: int) -> dict[str, Counter]:
+    """Calls of torch.distributed in a fit of some steps, and in an evaluation."""
+    found = Counter()
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list"):
+        plain = getattr(dist, name)
+
+        def counted(*args, plain=plain, name=name, **options):
+            found[name] += 1
+            return plain(*args, **options)
+        setattr(dist, name, counted)
+    inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
+    loaders = Loaders.from_arrays(inputs, targets, valid=(inputs[:96], targets[:96]), batch_size=64, seed=0)
+    learner = Learner(model_of(64), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], verbose=0)
+    counts = {}
+    for name, n in (("one fit of few steps", f"{steps // 2}ba"), ("one fit of many", f"{steps}ba")):
+        found.clear()
+        learner.fit(n, validate_every=None)
+        counts[name] = Counter(found)
+    found.clear()
+    learner.validate()
+    counts["evaluation"] = Counter(found)
+    return counts
+
+
+def now() -> float:
+    return time.time()
+
+
+def starts() -> tuple[float, float]:
+    """Seconds until a program runs in two processes: by torchrun, by `launch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "program.py"
+        program.write_text("import time, nbdev_trainer\nprint('started', time.time())")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+        began = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    theirs = float(re.search(r"started (\S+)", done.stdout)[1]) - began
+    began = time.time()
+    return theirs, launch(now) - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="times that all loops take their turn")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each loop in a round")
+    arguments = parser.parse_args()
+    print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
+          f"{platform.python_version()}, gloo, two processes of one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    for width in (256, 1024):
+        times = launch(race, arguments.steps, arguments.rounds, width)
+        medians = {name: statistics.median(of) for name, of in times.items()}
+        print(f"| width {width} | ms a step | / by hand |\n|---|---|---|")
+        for name, median in medians.items():
+            print(f"| {name} | {median:.2f} | {median / medians['by hand']:.2f} |")
+        print()
+    counts = launch(messages, 40)
+    more = counts["one fit of many"] - counts["one fit of few steps"]
+    print("| messages besides the buckets | |\n|---|---|")
+    print(f"| a step | {sum(more.values()) / 20:.2f} |")
+    print(f"| an evaluation | {sum(counts['evaluation'].values())} |")
+    print(f"| a fit, besides its steps | {sum(counts['one fit of many'].values()) - sum(more.values()) * 2} |\n")
+    found = [starts() for _ in range(3)]
+    theirs, own = (statistics.median(column) for column in zip(*found))
+    print(f"Until a program runs: torchrun {theirs:.1f} s, launch {own:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
