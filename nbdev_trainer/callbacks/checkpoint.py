@@ -39,7 +39,7 @@ from ..loop.settings import run_settings
 from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
     batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
-from ..store.lock import take_directory
+from ..store.lock import DirectoryLock, take_directory
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
 
