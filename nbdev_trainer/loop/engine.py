@@ -314,6 +314,10 @@ class EngineParts:
         if self.together: return self.strategy.train(self.run, method, trainer, batch)
         return self.run(method, trainer, batch)
 
+    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        "Take part, with nothing, in a batch of which nothing is for this process"
+        self.strategy.absent(slot, closing)
+
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 class Engine(EngineParts):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"

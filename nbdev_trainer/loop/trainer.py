@@ -223,7 +223,7 @@ class Loop(Results):
         if self.state.skip_batch is not None: self.took_effect("skip_batch")
         if not self.together: return
         if not self.step.automatic: raise no_skipping(self.step, self.engine.strategy.rank)
-        for slot in self.engine.slots.values(): self.engine.strategy.absent(slot, self.closing)
+        for slot in self.engine.slots.values(): self.engine.absent(slot, self.closing)
 
     def step_optimizer(self, slot: OptimizerSlot) -> None:
         state, on = self.state, self.handlers
