@@ -141,7 +141,7 @@ def sharpness_aware_with_empty_shards():
 
 def lbfgs_that_searches():
     def searching(model):
-        return optim.LBFGS(model.parameters(), lr=0.2, max_iter=8, line_search_fn="strong_wolfe")
+        return optim.LBFGS(model.parameters(), lr=0.2, max_iter=4, line_search_fn="strong_wolfe")
 
     return supervised(loaders=small_last_batch(), optimizer=searching, epochs=1)
 
