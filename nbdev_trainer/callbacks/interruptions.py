@@ -33,7 +33,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['watched_signals', 'check_signals', 'slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'announce', 'how_to_go_on',
-           'Interruptions']
+           'EndsBetweenBatches', 'Interruptions']
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #fef5c4b6
 def watched_signals() -> list[str]:
@@ -101,10 +101,37 @@ def how_to_go_on(
             "fit(..., resume=True)")
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #28c36396
-class Interruptions(Callback):
-    "Ends a fit between two batches at SIGINT and SIGTERM, and lets it be saved"
+class EndsBetweenBatches(Callback):
+    "Looks where the state is whole whether the fit is to end"
     runs_after, only_watches = (Callback, Checkpoint), True
-    asked: str | None = None       # the signal that has come, or another reason to end
+    asked: str | None = None  # the signal that has come, or another reason to end
+    told = False              # the other processes know of it
+
+    def look(self, trainer: Trainer) -> None:
+        "End the fit here if that was asked for; the state is whole"
+        if trainer.together: return self.follow(trainer)
+        if self.asked is None or trainer.plan is None: return
+        trainer.state.interruption = self.asked
+        raise ending_of(self.asked)
+
+    def follow(self, trainer: Trainer) -> None:
+        "Tell the other processes of a signal, and end where all do"
+        if self.asked is not None and not self.told: trainer.ask("interruption", self.asked)
+        self.told, why = self.asked is not None, trainer.state.interruption
+        if why is None or trainer.state.phase != "train": return
+        self.asked = self.asked or why
+        raise ending_of(why)
+
+    def before_epoch(self, trainer: Trainer) -> None:
+        if trainer.together: self.follow(trainer)
+
+    def after_batch(self, trainer: Trainer) -> None: self.look(trainer)
+    def after_evaluate_batch(self, trainer: Trainer) -> None: self.look(trainer)
+    def after_epoch(self, trainer: Trainer) -> None: self.look(trainer)
+
+# %% ../../nbs/api/callbacks/15_interruptions.ipynb #031171c4
+class Interruptions(EndsBetweenBatches):
+    "Ends a fit between two batches at SIGINT and SIGTERM, and lets it be saved"
     trainer: Trainer | None = None
     before: dict[str, Any] = {}    # the handlers of others
 
@@ -131,31 +158,10 @@ class Interruptions(Callback):
         if trainer is not None and trainer.waits_for_data and not trainer.together: self.look(trainer)
         if trainer is not None and trainer.shown: announce(self.asked, self.keeper is not None)
 
-    def look(self, trainer: Trainer) -> None:
-        "End the fit here if that was asked for; the state is whole"
-        if trainer.together: return self.follow(trainer)
-        if self.asked is None or trainer.plan is None: return
-        trainer.state.interruption = self.asked
-        raise ending_of(self.asked)
-
-    def follow(self, trainer: Trainer) -> None:
-        "Tell the other processes of a signal, and end where all do"
-        if self.asked is not None and not self.told: trainer.ask("interruption", self.asked)
-        self.told, why = self.asked is not None, trainer.state.interruption
-        if why is None or trainer.state.phase != "train": return
-        self.asked = self.asked or why
-        raise ending_of(why)
-
-    def before_epoch(self, trainer: Trainer) -> None:
-        if trainer.together: self.follow(trainer)
-
-    def after_batch(self, trainer: Trainer) -> None: self.look(trainer)
-    def after_evaluate_batch(self, trainer: Trainer) -> None: self.look(trainer)
-    def after_epoch(self, trainer: Trainer) -> None: self.look(trainer)
-
     def after_fit(self, trainer: Trainer) -> None:
         for name, handler in self.before.items(): signal.signal(signal.Signals[name], handler)
         self.before, self.trainer = {}, None
+        self.asked = self.asked or trainer.state.interruption
         if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
         if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)
         if self.asked and trainer.state.ending in ("finished", "stopped"): raise ending_of(self.asked)

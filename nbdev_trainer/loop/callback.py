@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['EMPTY_BODIES', 'IN_HAND', 'Callback', 'has_empty_body', 'check_method', 'in_order', 'check_callbacks',
+__all__ = ['EMPTY_BODIES', 'IN_HAND', 'Callback', 'has_empty_body', 'check_method', 'in_order', 'acting', 'check_callbacks',
            'handler_table', 'describe_plan', 'position', 'Occasions', 'AttachedFunction', 'attach']
 
 # %% ../../nbs/api/loop/02_callback.ipynb #d00ad67f
@@ -38,8 +38,8 @@ class Callback:
     runs_after: ClassVar[tuple[type[Callback], ...]] = ()   # act after callbacks of these classes
     runs_before: ClassVar[tuple[type[Callback], ...]] = ()  # act before callbacks of these classes
 
-    only_watches: ClassVar[bool] = False  # True: a run ends the same without it, so it may come and go
-    only_on_rank_0: ClassVar[bool] = False  # True: of several processes that train together the first has it
+    only_watches: ClassVar[bool] = False    # True: a run ends the same without it, so it may come and go
+    only_on_rank_0: ClassVar[bool] = False  # True: where several processes train, it acts in the first alone
 
     def before_fit(self, trainer: Trainer) -> None: "Once, before the first batch"
     def before_epoch(self, trainer: Trainer) -> None: "At the start of a pass over the training data"
@@ -74,6 +74,7 @@ class Callback:
         kind = type(self)
         return {event: getattr(self, event) for event in Event if not has_empty_body(getattr(kind, event))}
 
+# %% ../../nbs/api/loop/02_callback.ipynb #ba483d28
 def has_empty_body(
     method: Callable[..., Any],
 ) -> bool:
@@ -127,6 +128,14 @@ def in_order(
         left.remove(ready)
         ordered.append(ready)
     return ordered
+
+# %% ../../nbs/api/loop/02_callback.ipynb #794560a1
+def acting(
+    callbacks: Iterable[Callback],
+    rank: int,  # of this process; 0 where there is only one
+) -> list[Callback]:
+    "Those of the callbacks that act in this process"
+    return [one for one in callbacks if rank == 0 or not one.only_on_rank_0]
 
 # %% ../../nbs/api/loop/02_callback.ipynb #5c15cf09
 def check_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.batch import StepOutput
-from .callback import Callback, attach, describe_plan, handler_table, in_order
+from .callback import Callback, acting, attach, describe_plan, handler_table, in_order
 from .engine import Engine
 from .events import EVALUATION_EVENTS, STEP_EVENTS, Event
 from .plan import FitPlan
@@ -28,18 +28,34 @@ from ..metrics.collection import MetricSet
 from ..store.history import COUNTERS
 
 # %% auto #0
-__all__ = ['Requests', 'reason', 'Control', 'call_each', 'check_events']
+__all__ = ['Noted', 'Requests', 'reason', 'Calling', 'Control', 'call_each', 'check_events']
 
 # %% ../../nbs/api/loop/08_control.ipynb #1a983107
-class Requests:
-    "Asking the loop for something, with a reason"
+class Noted:
+    "How a request is noted, and recorded when the loop has followed it"
     state: State
+    engine: Engine
+    together = False  # several processes train
+
+    def ask(self, what: str, why: str) -> None:
+        "Note a request; where several processes train, all will follow it at the same point"
+        if self.together: self.engine.strategy.ask(what, why)
+        else: setattr(self.state, what, why)
+
+    def took_effect(self, what: str) -> None:
+        "Record a request that the loop has followed, and clear it"
+        state, why = self.state, getattr(self.state, what)
+        setattr(state, what, None)
+        if what == "skip_batch" and self.together: return self.ask(what, why)  # for the record of all
+        state.control.append({"what": what, "why": why, "epoch": state.epoch, "batch": state.batch})
+
+# %% ../../nbs/api/loop/08_control.ipynb #3f57c3d1
+class Requests(Noted):
+    "Asking the loop for something, with a reason"
     logged: MetricSet  # what was logged in this epoch
     measuring: MetricSet | None = None          # of the pass that is going on, if it measures
     result_sets: tuple[str, ...] = ("train_",)  # how the names of results begin
     past_skip, past_step = True, True           # too late for `skip_batch`, for `skip_step`
-    together = False                            # several processes train, and follow all but `skip_batch` together
-    engine: Engine
 
     def skip_batch(self, why: str) -> None:
         "Leave out the batch in hand; until its loss is there, later it raises `RuntimeError`"
@@ -63,18 +79,6 @@ class Requests:
     def stop(self, why: str) -> None:
         "End the fit after this batch or epoch; an epoch that is not done stays open for the next fit"
         self.ask("stop", reason("stop", why, self.state))
-
-    def ask(self, what: str, why: str) -> None:
-        "Note a request; where several processes train, all will follow it at the same point"
-        if self.together: self.engine.strategy.ask(what, why)
-        else: setattr(self.state, what, why)
-
-    def took_effect(self, what: str) -> None:
-        "Record a request that the loop has followed, and clear it"
-        state, why = self.state, getattr(self.state, what)
-        setattr(state, what, None)
-        if what == "skip_batch" and self.together: return self.ask(what, why)  # for the record of all
-        state.control.append({"what": what, "why": why, "epoch": state.epoch, "batch": state.batch})
 
     def log(self, name: str, value: Tensor | float) -> None:
         "Record a scalar: its mean over the epoch, under this name; in a pass over `valid`, as `valid_<name>`"
@@ -100,13 +104,9 @@ def reason(
     return why
 
 # %% ../../nbs/api/loop/08_control.ipynb #55645aee
-class Control(Requests):
-    "What callbacks, steps and users can do with a trainer, besides training"
+class Calling(Requests):
+    "Calling the handlers of an event"
     handlers: SimpleNamespace  # what to call at each event, now
-    callbacks: list[Callback]
-    step: Step
-    plan: FitPlan | None       # what the running fit was asked to do; None outside of one
-    evaluation_handlers: SimpleNamespace  # what to call at the events of evaluation
 
     def call(self, event: str) -> None:
         "Call the handlers of an event, in order"
@@ -122,6 +122,14 @@ class Control(Requests):
         self.state.output = output
         self.call(event)
         return self.state.output or output
+
+# %% ../../nbs/api/loop/08_control.ipynb #567ab49b
+class Control(Calling):
+    "What callbacks, steps and users can do with a trainer, besides training"
+    callbacks: list[Callback]
+    step: Step
+    plan: FitPlan | None       # what the running fit was asked to do; None outside of one
+    evaluation_handlers: SimpleNamespace  # what to call at the events of evaluation
 
     def on(self,
         event: str,                      # the name of an event, such as "after_step"
@@ -142,7 +150,7 @@ class Control(Requests):
 
     def acting(self, callbacks: list[Callback]) -> list[Callback]:
         "Those that act in this process"
-        return callbacks if self.engine.strategy.rank == 0 else [one for one in callbacks if not one.only_on_rank_0]
+        return acting(callbacks, self.engine.strategy.rank)
 
     def describe_callbacks(self) -> str:
         "A line for each event in use: who acts, in which order"

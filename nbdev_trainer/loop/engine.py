@@ -25,8 +25,8 @@ from .clipping import GradientClip
 from .optimizers import step_lightly
 
 # %% auto #0
-__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'Strategy', 'Window', 'OptimizerSlot',
-           'EngineParts', 'Engine']
+__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -98,11 +98,10 @@ def convert(batch: Batch, dtype: torch.dtype) -> None:
     if batch.weights is not None: batch.weights = to_type(batch.weights)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #daaf3b24
-class Strategy:
-    "How many processes train together, and what they settle with each other; this one is alone"
+class ProcessParts:
+    "What a process gets of model and data; here all of it"
     rank: int = 0        # of this process
     world_size: int = 1  # processes; above 1 the loop asks for the rest
-    dropped = False      # the batch in hand was skipped by some process, and so by all
 
     def prepare(self, model: nn.Module) -> nn.Module:
         "The model that the step calls, with the same weights everywhere"
@@ -128,29 +127,45 @@ class Strategy:
         "Call the step by `run(method, trainer, batch)`"
         return run(method, trainer, batch)
 
-    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
-        "Take part in a step to which this process has nothing to add"
+# %% ../../nbs/api/loop/06_engine.ipynb #29042544
+class ProcessGradients(ProcessParts):
+    "How the gradients of all processes become one; here there is one"
+    dropped = False  # the batch in hand was skipped by some process, and so by all
 
     def largest(self, count: int | float | Tensor) -> float:
         "The largest of the counts of all processes"
         return float(count)
 
+    def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
+        "Begin to tell the others what the window counts, with what is in hand"
+
     def nothing(self, slot: OptimizerSlot) -> Tensor | None:  # () None: nobody waits for its gradient
         "A loss whose gradient is zero"
         return None
 
-    def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
-        "Begin to tell the others what is in the window, with what is in hand"
+    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        "Take part in a step to which this process has nothing to add"
 
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
         "Average the gradients of a window over the processes; what they count together"
         return sum(slot.window.counts)
 
+# %% ../../nbs/api/loop/06_engine.ipynb #ec71a3fb
+class Strategy(ProcessGradients):
+    "How many processes train together, and what they settle with each other; this one is alone"
     def ask(self, what: str, why: str) -> None:
         "Note a request, which all processes will follow at the same point"
 
     def agree(self) -> None:
         "Settle all requests now"
+
+    def now(self) -> float:  # seconds
+        "The time, the same everywhere"
+        return time.monotonic()
+
+    def share(self, value: Any) -> Any:
+        "What the first process has"
+        return value
 
     def same_buffers(self) -> None:
         "Give the model of each process the buffers of the first one, such as the statistics of batch norms"
@@ -168,15 +183,29 @@ class Strategy:
         for window in state["windows"].values(): window["usual"] = None
         return state
 
-    def share(self, value: Any) -> Any:
-        "What the first process has"
-        return value
+# %% ../../nbs/api/loop/06_engine.ipynb #055b0a07
+def quotient(
+    divisor: float | Tensor,
+    total: float | Tensor,
+) -> float | Tensor | None:  # None: it is one
+    "One count by another; zero where the total is, which the host cannot see when it is on the device"
+    if isinstance(total, Tensor): return torch.where(total > 0, divisor / total, 0.0)
+    if not isinstance(divisor, Tensor) and total == divisor: return None
+    return divisor / total
 
-    def now(self) -> float:  # seconds
-        "The time, the same everywhere"
-        return time.monotonic()
+def on_device(
+    value: float,
+    like: Tensor,             # for its device and type
+    kept: dict[Any, Tensor],  # those that were made before
+) -> Tensor:  # ()
+    "A number as a tensor, without waiting for the device"
+    key = value, like.dtype, like.device
+    if key not in kept:
+        if len(kept) >= 8: kept.clear()  # counts that hardly ever come again
+        kept[key] = torch.full((), value, dtype=like.dtype, device=like.device)  # never waits
+    return kept[key]
 
-# %% ../../nbs/api/loop/06_engine.ipynb #ec71a3fb
+# %% ../../nbs/api/loop/06_engine.ipynb #c2932b84
 class Window:
     "The batches whose gradients add up to one optimizer step"
     __slots__ = ("size", "counts", "divisor", "weights", "usual")
@@ -188,7 +217,7 @@ class Window:
         self.counts: list[int | float | Tensor] = []
         self.divisor: float | Tensor | None = None
         self.weights: dict[Any, Tensor] = {}
-        self.usual: float | None = None  # what a batch counts on all processes, more or less; None: the first of each window
+        self.usual: float | None = None  # what a batch counts, more or less; None: as the first of the window
 
     def weight(self,
         count: int | float | Tensor,  # what the loss of this batch is a mean over
@@ -198,16 +227,13 @@ class Window:
         if isinstance(count, Tensor): count = count.to(torch.promote_types(loss.dtype, torch.float32))
         self.counts.append(count)
         if not isinstance(count, Tensor) and count == 0: return None
-        if self.divisor is None:  # a count on the device may be zero, which the host cannot see
+        if self.usual is not None: self.divisor = self.size * self.usual
+        elif self.divisor is None:  # a count on the device may be zero, which the host cannot see
             first = torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
-            self.divisor = self.size * (first if self.usual is None else self.usual)
+            self.divisor = self.size * first
         share = count / self.divisor
         if isinstance(share, Tensor): return share.to(loss.dtype)
-        key = share, loss.dtype, loss.device
-        if key not in self.weights:
-            if len(self.weights) >= 8: self.weights.clear()  # counts that hardly ever come again
-            self.weights[key] = torch.full((), share, dtype=loss.dtype, device=loss.device)  # never waits
-        return self.weights[key]
+        return on_device(share, loss, self.weights)
 
     def correction(self,
         total: float | Tensor | None = None,  # what counts on all processes; None: this one is alone
@@ -216,10 +242,7 @@ class Window:
         "What to multiply the summed gradients with at the end of the window"
         divisor = self.divisor if self.usual is None else self.size * self.usual * world_size
         if divisor is None: return None
-        if total is None: total = sum(self.counts)
-        known = not isinstance(total, Tensor) and not isinstance(divisor, Tensor)
-        if known: return None if total == divisor else divisor / total
-        return divisor / torch.clamp(torch.as_tensor(total), min=torch.finfo(torch.float32).tiny)
+        return quotient(divisor, sum(self.counts) if total is None else total)
 
     def clear(self) -> None:
         "Begin the next window"
@@ -269,6 +292,7 @@ class EngineParts:
             raise ValueError(f"accumulate is {accumulate!r}; expected the batches of a step, at least 1")
         self.device, self.accumulate, self.clip = device, accumulate, clip
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
+        self.together = self.strategy.world_size > 1  # several processes train
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers))
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
@@ -287,8 +311,12 @@ class EngineParts:
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step for a training batch; an engine may do more around it"
-        if self.strategy.world_size > 1: return self.strategy.train(self.run, method, trainer, batch)
+        if self.together: return self.strategy.train(self.run, method, trainer, batch)
         return self.run(method, trainer, batch)
+
+    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        "Take part, with nothing, in a batch of which nothing is for this process"
+        self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 class Engine(EngineParts):
@@ -302,24 +330,24 @@ class Engine(EngineParts):
     ) -> None:
         "Add the gradient of one batch, weighted by its share of the window"
         inputs = [p for p in slot.params if p.requires_grad] if only_its_parameters else None
-        together, window = self.strategy.world_size > 1, slot.window
-        if together and window.usual is None: window.usual = self.strategy.largest(count) or None
-        weight = window.weight(count, loss) if window.size > 1 or together else None
-        if weight is None and (window.size > 1 or together):
-            nothing = self.strategy.nothing(slot) if together else None
-            if nothing is not None: nothing.backward()
-            return
+        window, weight = slot.window, None
+        if self.together and window.usual is None: window.usual = self.strategy.largest(count) or None
+        if self.together or window.size > 1:
+            weight = window.weight(count, loss)
+            if weight is None:
+                if (nothing := self.strategy.nothing(slot)) is not None: nothing.backward()
+                return
         slot.pending = True
         self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"
-        together, correction = self.strategy.world_size > 1, None
-        if together:
+        window, correction = slot.window, None
+        if self.together:
             total = self.strategy.meet(slot)
             if not isinstance(total, Tensor) and total == 0: return False
-            correction = slot.window.correction(total, self.strategy.world_size)
-        elif slot.window.size > 1: correction = slot.window.correction()
+            correction = window.correction(total, self.strategy.world_size)
+        elif window.size > 1: correction = window.correction()
         if correction is not None:
             gradients = [p.grad for p in slot.params if p.grad is not None]
             if gradients: torch._foreach_mul_(gradients, correction)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,13 +28,12 @@ from ..data.loaders import EpochLoader, own_generators
 from .advice import add_notes
 from .callback import handler_table
 from .control import Control
-from .engine import Engine
 from .groups import train_mode
 from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host',
+__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host', 'Reads',
            'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
@@ -118,10 +118,9 @@ def outputs(
             own = loader.in_order()
             if state.phase != "predict": own = trainer.engine.strategy.part(own)
             source = own.batches(0, device=trainer.engine.device)
-        for n, raw in enumerate(source, 1):
+        for n, raw in enumerate(islice(source, limit_batches), 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
-            if trainer.together and batch.size == 0 and n != limit_batches: continue  # all of it is for others
-            if trainer.together and batch.size == 0: break
+            if trainer.together and batch.size == 0: continue  # all of it is for others
             state.current_batch = batch
             if on.before_evaluate_batch:
                 trainer.call("before_evaluate_batch")
@@ -130,7 +129,6 @@ def outputs(
             state.output = trainer.engine.run(method, trainer, batch)
             if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
             yield batch, state.output
-            if n == limit_batches: break
     finally:
         for one, before in kept: one.set_state(before)
     if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
@@ -156,10 +154,9 @@ def on_host(
     return map_tensors(bring, value)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
-class Evaluation(Control):
-    "Validation, test and prediction"
+class Reads(Control):
+    "What a pass needs of a trainer"
     model: nn.Module
-    engine: Engine
     metrics: Sequence[Metric]
     train_metrics: MetricSet
     as_batch: Callable[[Any], Batch] | None  # the user's translation of what a loader yields
@@ -168,6 +165,9 @@ class Evaluation(Control):
         "What a loader yielded, as a batch"
         return to_batch(raw if self.as_batch is None else self.as_batch(raw), needs_targets)
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #fa49cf70
+class Evaluation(Reads):
+    "Validation, test and prediction"
     def evaluate(self,
         loader: Iterable[Any],             # yields batches
         *,
@@ -178,12 +178,13 @@ class Evaluation(Control):
         "Loss and metrics over a loader"
         results = self.measuring = MetricSet(self.metrics)
         with ExitStack() as undo:
-            if self.together: self.engine.strategy.same_buffers()
+            self.engine.strategy.same_buffers()
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
             for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
-            values, self.measuring = self.engine.strategy.measured(results).compute(), None  # what is logged now is not of this pass
+            values = self.engine.strategy.measured(results).compute()
+            self.measuring = None  # what is logged from here on is not of this pass
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
         return values
 

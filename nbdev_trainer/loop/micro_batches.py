@@ -130,7 +130,7 @@ class InParts(Engine):
         "The outputs of parts of this size, joined; their gradients are added"
         slot, outputs, counts = self.slots["main"], list[StepOutput](), list[Any]()
         self.done = None
-        if size < batch.size and self.strategy.world_size == 1: slot.window.size = max(slot.window.size, 2)  # parts have weights
+        if size < batch.size and not self.together: slot.window.size = max(slot.window.size, 2)
         for first in range(0, max(batch.size, 1), size):
             self.rows = slice(first, first + size)
             part = trainer.state.current_batch = piece(batch, self.rows)

@@ -26,7 +26,7 @@ from .groups import norms_at_rest
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['asks_again', 'unnoticed', 'look_again', 'Repeating', 'climb', 'SAM']
+__all__ = ['asks_again', 'unnoticed', 'look_again', 'look_on', 'loss_of_all', 'Repeating', 'climb', 'SAM']
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #01041a16
 def asks_again(optimizer: torch.optim.Optimizer) -> bool:
@@ -50,7 +50,7 @@ def look_again(
     to_start: Callable[[], None],                # puts the generators back to where the batch began
 ) -> Tensor:  # () the loss
     "Loss and finished gradient of a batch at the weights of now"
-    slot = engine.slots["main"]
+    slot, seen = engine.slots["main"], MetricSet([])
     slot.zero()
     to_start()
     with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
@@ -58,7 +58,21 @@ def look_again(
         if output.loss is None: raise ValueError("the step returned no loss when it was asked again")
         engine.backward(output.loss, batch.size if output.count is None else output.count, slot)
     engine.finish(slot)
-    return output.loss.detach()
+    if not engine.together: return output.loss.detach()
+    seen.update(StepOutput(output.loss.detach(), count=output.count), batch)
+    return loss_of_all(engine, seen)
+
+def look_on(engine: Engine) -> Tensor:  # () the loss
+    "Take part, with nothing, in a look of the other processes"
+    slot = engine.slots["main"]
+    slot.zero()
+    engine.strategy.absent(slot, closing=True)
+    engine.finish(slot)
+    return loss_of_all(engine, MetricSet([]))
+
+def loss_of_all(engine: Engine, seen: MetricSet) -> Tensor:  # ()
+    "The loss over what all processes have seen"
+    return torch.tensor(engine.strategy.measured(seen).compute()["loss"], dtype=torch.float64)
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #5e9b281c
 class Repeating(Engine):
@@ -84,6 +98,11 @@ class Repeating(Engine):
         def again() -> Tensor: return look_again(self, method, trainer, batch, to_start)
         self.again = again
         return self.run(method, trainer, batch)
+
+    def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        "Take part in a step, and in the looks to come, with nothing"
+        super().absent(slot, closing)
+        self.again = lambda: look_on(self)
 
     def step(self, slot: OptimizerSlot) -> bool:
         "Step the optimizer with the closure; the weights are as before if that raises"

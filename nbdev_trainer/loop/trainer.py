@@ -44,8 +44,8 @@ from ..metrics.adapters import as_metrics
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'cannot_optimize', 'Results', 'Loop', 'enter_plan', 'leave_fit',
-           'fitting', 'Trainer']
+__all__ = ['open_batches', 'no_output', 'twice_in_a_window', 'no_skipping', 'cannot_optimize', 'Results', 'Loop', 'enter_plan',
+           'leave_fit', 'fitting', 'Trainer']
 
 # %% ../../nbs/api/loop/11_trainer.ipynb #09a199f8
 def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
@@ -54,10 +54,9 @@ def open_batches(trainer: Loop, plan: FitPlan) -> Iterator[Any]:
     if state.epoch_batch == 0:
         in_fixed_order = isinstance(loader, (EpochLoader, Sequence))
         trainer.at_epoch_start = None if in_fixed_order else generators(loader)
-    strategy = trainer.engine.strategy
-    batches = open_epoch(strategy.part(loader), state.epoch, state.epoch_batch, trainer.at_epoch_start,
-                         trainer.engine.device)
-    if strategy.world_size > 1: batches = strategy.in_step(batches)
+    strategy, at = trainer.engine.strategy, trainer.at_epoch_start
+    batches = open_epoch(strategy.part(loader), state.epoch, state.epoch_batch, at, trainer.engine.device)
+    if trainer.together: batches = strategy.in_step(batches)
     trainer.waits_for_data = True
     first = next(batches, None)
     if first is None and state.epoch_batch == 0:
@@ -82,6 +81,12 @@ def twice_in_a_window(name: str) -> RuntimeError:
     "The error for a second call of `optimize` where it would count as a second batch"
     return RuntimeError(f"optimize was called twice for {name!r} in one batch, with accumulate above 1: the second "
                         "loss would count as another batch. Add the losses, or use accumulate=1.")
+
+def no_skipping(step: Step, rank: int) -> RuntimeError:
+    "The error for a batch that is skipped where the others may wait for its gradients, nobody knows how many"
+    return RuntimeError(f"skip_batch was called on rank {rank}, and {type(step).__name__} optimizes by itself: the "
+                        "other processes may wait for the gradients of this batch. Let train return before it "
+                        "calls optimize, on all ranks at the same batch")
 
 def cannot_optimize(trainer: Loop, loss: Tensor | None, name: str) -> Exception:
     "The error for a loss or an optimizer that is not there"
@@ -136,7 +141,6 @@ class Loop(Results):
     at_epoch_start: dict[str, Any] | None = None       # generators when the epoch began, for a foreign loader
     whole = True                                       # no batch is half done
     waits_for_data = False                             # between two batches, for the next one
-    together = False                                   # several processes train
 
     def run_epochs(self, plan: FitPlan) -> None:
         state = self.state
@@ -189,7 +193,7 @@ class Loop(Results):
             if not engine.strategy.dropped:
                 self.train_metrics.update(output, batch)
                 state.samples += batch.size
-        else: self.pass_over(batch)
+        else: self.pass_over()
         if self.closing: self.close_window()
         state.batch += 1
         state.epoch_batch += 1
@@ -214,14 +218,12 @@ class Loop(Results):
         if self.handlers.after_backward: self.call("after_backward")
         if self.closing and (slot.pending or self.together): self.step_optimizer(slot)
 
-    def pass_over(self, batch: Batch) -> None:
+    def pass_over(self) -> None:
         "Leave out a batch that is to be skipped, or of which nothing is for this process"
         if self.state.skip_batch is not None: self.took_effect("skip_batch")
         if not self.together: return
-        if not self.step.automatic:
-            raise RuntimeError(f"{type(self.step).__name__} optimizes by itself, and a batch was skipped on rank "
-                               f"{self.engine.strategy.rank} alone: the others wait for its gradients. Skip on all ranks")
-        for slot in self.engine.slots.values(): self.engine.strategy.absent(slot, self.closing)
+        if not self.step.automatic: raise no_skipping(self.step, self.engine.strategy.rank)
+        for slot in self.engine.slots.values(): self.engine.absent(slot, self.closing)
 
     def step_optimizer(self, slot: OptimizerSlot) -> None:
         state, on = self.state, self.handlers
@@ -239,7 +241,7 @@ class Loop(Results):
 
     def close_window(self) -> None:
         for slot in self.engine.slots.values():
-            if not slot.pending: continue  # and so on all processes
+            if not slot.pending: continue  # then on no process
             self.step_optimizer(slot)  # the last batch was skipped, or the end came unannounced
             if self.state.evaluated_at == self.state.batch: self.state.evaluated_at = -1  # other weights were
         self.window_batches, self.stepped = 0, False
@@ -380,7 +382,7 @@ class Trainer(Loop):
         self.callback_settings = callback_settings(self.callbacks)
         self.state, self.plan = State(), None
         self.train_metrics, self.logged = MetricSet(self.metrics), MetricSet([])
-        self.together = self.engine.strategy.world_size > 1
+        self.together = self.engine.together
         leave_fit(self)
 
     @checked_keywords

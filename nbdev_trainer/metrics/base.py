@@ -98,7 +98,7 @@ class RunningMean:
 class Metric:
     "Sees every batch of a pass over the data and answers once; by default the weighted mean of what it added"
     higher_is_better: bool | None = None  # None: not known
-    adds_up_itself = False                # over several processes, in `compute`
+    adds_up_itself = False                # True: `compute` is over all processes already
 
     def __init__(self,
         name: str | None = None,  # as in `valid_<name>`; None: the class name in snake case
@@ -129,9 +129,8 @@ class Metric:
     def sums(self) -> dict[str, Tensor] | None:  # None: the state does not add up
         "The whole state as tensors that add up over batches, shards and processes"
         if type(self).state_dict is not Metric.state_dict: return None  # a state of its own
-        total, weight = self.mean.sums()
-        return {"total": torch.zeros(()) if total is None else total,
-                "weight": torch.zeros(()) if weight is None else weight}
+        total, weight = (torch.zeros(()) if one is None else one for one in self.mean.sums())
+        return {"total": total, "weight": weight}
 
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
         "Go on from sums as `sums` gives them, added up over any number of shards"

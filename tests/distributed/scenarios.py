@@ -131,6 +131,21 @@ def lbfgs():
     return supervised(optimizer=lambda model: optim.LBFGS(model.parameters(), lr=0.2, max_iter=4))
 
 
+def small_last_batch():
+    return data(n=13, batch_size=4, valid=1)
+
+
+def sharpness_aware_with_empty_shards():
+    return supervised(loaders=small_last_batch(), optimizer=lambda model: SAM(optim.SGD(model.parameters(), lr=0.1), rho=0.05))
+
+
+def lbfgs_that_searches():
+    def searching(model):
+        return optim.LBFGS(model.parameters(), lr=0.2, max_iter=4, line_search_fn="strong_wolfe")
+
+    return supervised(loaders=small_last_batch(), optimizer=searching, epochs=1)
+
+
 class ByParts(Step):
     """Calls parts of the model, and leaves one out in the first epoch."""
 
@@ -196,7 +211,8 @@ def by_batches():
 
 
 SCENARIOS = [plain, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
-             ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs, a_step_of_ones_own,
+             ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
+             sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own,
              several_optimizers, kept_outputs, stopped_early, logged, by_batches]
 
 
