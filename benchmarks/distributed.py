@@ -1,6 +1,6 @@
 """What two processes cost: a step beside a loop written by hand, messages counted, and how long it takes to start.
 
-    python benchmarks/distributed.py [--rounds 9] [--steps 60]
+    python benchmarks/distributed.py [--rounds 9] [--steps 300]
 
 Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
 `DistributedDataParallel` in a loop written by hand, which leaves out what ours does besides (metrics, history, requests, the count of
@@ -38,7 +38,7 @@ def by_hand(inputs, targets, width):
     """A function that trains one epoch."""
     processes = join()
     model = DistributedDataParallel(model_of(width), gradient_as_bucket_view=True)
-    optimizer = optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     loader = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0).train.shard(processes.rank, processes.world_size)
     epochs = iter(range(10**6))
 
@@ -84,7 +84,7 @@ def messages(steps: int) -> dict[str, Counter]:
             found[name] += 1
             return plain(*args, **options)
         setattr(dist, name, counted)
-    inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
+    inputs, targets = torch.randn(640 * steps, 256), torch.randint(10, (640 * steps,))
     loaders = Loaders.from_arrays(inputs, targets, valid=(inputs[:96], targets[:96]), batch_size=64, seed=0)
     learner = Learner(model_of(64), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], verbose=0)
     counts = {}
@@ -118,11 +118,11 @@ def starts() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="times that all loops take their turn")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each loop in a round")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each loop in a round")
     arguments = parser.parse_args()
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
           f"{platform.python_version()}, gloo, two processes of one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
-    for width in (256, 1024):
+    for width in (256, 768):
         times = launch(race, arguments.steps, arguments.rounds, width)
         medians = {name: statistics.median(of) for name, of in times.items()}
         print(f"| width {width} | ms a step | / by hand |\n|---|---|---|")

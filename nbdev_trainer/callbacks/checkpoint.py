@@ -235,7 +235,10 @@ class Checkpoint(Callback):
         if not self.in_fit: return  # it was refused, and what lies there is not ours
         self.in_fit, state = False, trainer.state
         try:
-            if state.ending in ("finished", "stopped") or state.interruption: self.save(trainer)
+            if state.ending in ("finished", "stopped") or state.interruption:
+                self.save(trainer)
+                self.settle()
+                trainer.engine.strategy.agree()  # no process ends before it is written: its end may end all
         finally:
             try: self.settle()
             finally:

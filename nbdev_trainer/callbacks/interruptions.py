@@ -163,5 +163,6 @@ class Interruptions(EndsBetweenBatches):
         self.before, self.trainer = {}, None
         self.asked = self.asked or trainer.state.interruption
         if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
-        if trainer.state.interruption and self.requeue: tell(requeue(), trainer.shown)
+        first = trainer.engine.strategy.rank == 0
+        if trainer.state.interruption and self.requeue and first: tell(requeue(), trainer.shown)
         if self.asked and trainer.state.ending in ("finished", "stopped"): raise ending_of(self.asked)

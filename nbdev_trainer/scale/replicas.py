@@ -221,7 +221,8 @@ def set_epoch(
 ) -> None:
     "Tell the samplers of a loader the epoch, those that want to know it"
     batch_sampler = getattr(loader, "batch_sampler", None)
-    for one in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+    owners: list[Any] = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    for one in owners:
         if hasattr(one, "set_epoch"): one.set_epoch(epoch)
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #0d426ef7
@@ -268,7 +269,6 @@ class Replicas(Strategy):
     armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
     work: dist.Work | None = None               # the message of this step, on its way
     clock = 0.0                                 # of rank 0, when it was last heard
-    dropped = False                             # the batch in hand was skipped by some process, and so by all
 
     @checked_keywords
     def __init__(self,
