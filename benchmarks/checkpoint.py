@@ -1,6 +1,6 @@
 """What saving costs beside `torch.save`, and how soon a run goes on.
 
-    python benchmarks/checkpoint.py [--megabytes 100] [--rounds 11]
+    python benchmarks/checkpoint.py [--megabytes 100] [--rounds 21]
 
 A network with AdamW, whose weights and moments are 100 MB together, trains on one thread. For saving beside the training, a window
 of steps that begins with a save stands between two that do not; what a save costs is the difference, the copy and all that the
@@ -169,7 +169,7 @@ def going_on(folder: Path, rounds: int, samples: int = 200_000, batch_size: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of weights and moments")
-    parser.add_argument("--rounds", type=int, default=31, help="times that all take their turn")
+    parser.add_argument("--rounds", type=int, default=21, help="times that all take their turn")
     parser.add_argument("--batch-size", type=int, default=64, help="of the training beside which is saved")
     parser.add_argument("--window", type=int, default=8, help="steps that are timed together; a save must be done within them")
     arguments = parser.parse_args()

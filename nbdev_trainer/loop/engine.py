@@ -136,6 +136,10 @@ class ProcessGradients(ProcessParts):
         "The largest of the counts of all processes"
         return float(count)
 
+    def carrying(self, loss: Tensor) -> Tensor:  # ()
+        "The loss, with whose gradient what was announced may travel"
+        return loss
+
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         "Begin to tell the others what the window counts, with what is in hand"
 
@@ -338,6 +342,7 @@ class Engine(EngineParts):
                 if (nothing := self.strategy.nothing(slot)) is not None: nothing.backward()
                 return
         slot.pending = True
+        if self.together: loss = self.strategy.carrying(loss)
         self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts

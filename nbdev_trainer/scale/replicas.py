@@ -44,8 +44,8 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'LOST', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
-           'over_all', 'average_gradients', 'Called', 'zero_of', 'settled', 'gathered', 'divided', 'for_rank',
-           'set_epoch', 'explain', 'watched', 'Replicas']
+           'over_all', 'average_gradients', 'Called', 'zero_of', 'Carry', 'sums_from', 'settled', 'gathered', 'divided',
+           'for_rank', 'set_epoch', 'explain', 'watched', 'Replicas']
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #dddd1d38
 FIRST = 256  # numbers in the first message, the digest among them
@@ -141,9 +141,12 @@ def average_gradients(
 # %% ../../nbs/api/scale/04_replicas.ipynb #6a5faf5c
 class Called(nn.Module):
     "A model whose forward is whatever one calls"
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self,
+        model: nn.Module,
+        message: nn.Parameter | None = None,  # whose gradient is the message of each step
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.message = model, message
 
     def forward(self, call: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, Any]:
         "What the call returns, its loss in front"
@@ -156,6 +159,25 @@ if BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters
 def zero_of(params: list[Tensor]) -> Tensor:  # ()
     "A loss that has no gradient but zeros, also where a weight is infinite"
     return torch.stack([p.flatten()[:0].sum() for p in params if p.requires_grad]).sum()
+
+# %% ../../nbs/api/scale/04_replicas.ipynb #ff56be75
+class Carry(torch.autograd.Function):
+    "A loss with whose gradient something else travels"
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, message: Tensor, values: Tensor) -> Tensor:
+        "The loss"
+        ctx.values = values
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        "The gradient of the loss, and of the message the values"
+        return gradients[0], ctx.values, None
+
+def sums_from(mean: Tensor, world_size: int) -> list[float]:
+    "What was added up, from its mean over the processes; whole numbers exactly, up to 2**22 in single precision"
+    error, sums = torch.finfo(mean.dtype).eps * 2, [one * world_size for one in mean.tolist()]
+    return [float(round(one)) if abs(one - round(one)) <= error * max(abs(one), 1) else one for one in sums]
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #5ceeb84f
 WISHES = ("stop", "end_epoch", "skip_step", "skip_batch", "interruption")
@@ -268,6 +290,7 @@ class Replicas(Strategy):
     trainer: Any = None                         # of the running fit
     armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
     work: dist.Work | None = None               # the message of this step, on its way
+    values: Tensor | None = None                # or what it says, to go with the gradients
     clock = 0.0                                 # of rank 0, when it was last heard
 
     @checked_keywords
@@ -307,11 +330,12 @@ class Replicas(Strategy):
         self.check_same({**settings, **done})
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.rank))
-        self.trainer, self.wishes, self.work, self.samples = trainer, {}, None, trainer.state.samples
+        self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()
         through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         if through and any(p.requires_grad for p in self.model.parameters()):
             options = {BUFFERS: False, **self.options}
-            self.ddp = DistributedDataParallel(Called(self.model), init_sync=False, gradient_as_bucket_view=True, **options)
+            called = Called(self.model, self.messenger())
+            self.ddp = DistributedDataParallel(called, init_sync=False, gradient_as_bucket_view=True, **options)
             if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
         self.agree()
         try:
@@ -319,7 +343,14 @@ class Replicas(Strategy):
         except BaseException as error:
             explain(error, self.rank)
             raise
-        finally: self.ddp = self.trainer = self.work = None
+        finally: self.ddp = self.trainer = self.work = self.values = None
+
+    def messenger(self) -> nn.Parameter | None:
+        "The parameter that carries messages, where that can be"
+        like = next(p for p in self.model.parameters() if p.requires_grad)
+        by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
+        plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and self.comm_hook is None
+        return nn.Parameter(torch.zeros(3 + len(WISHES), dtype=like.dtype)) if by_all and plain else None
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         "Raise `ValueError` when the processes are about to train different things"
@@ -367,29 +398,45 @@ class Replicas(Strategy):
 
     def nothing(self, slot: OptimizerSlot) -> Tensor | None:
         slot.pending = True
-        return zero_of(list(self.model.parameters())) if self.armed else None
+        return self.carrying(zero_of(list(self.model.parameters()))) if self.armed else None
+
+    def carrying(self, loss: Tensor) -> Tensor:
+        if self.values is None or self.ddp is None: return loss
+        carried: Any = Carry.apply(loss, self.ddp.module.message, self.values)
+        return carried
 
     def largest(self, count: int | float | Tensor) -> float:
         return max(self.processes.gather(float(count)))
 
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
-        if self.armed: self.tell(sum(slot.window.counts) + count)
+        if not self.armed or self.ddp is None: return
+        total, message = sum(slot.window.counts) + count, self.ddp.module.message
+        if message is None: self.tell(total)
+        else: self.values = torch.tensor(self.in_hand(total), dtype=message.dtype)
+
+    def in_hand(self, count: int | float | Tensor) -> list[float]:
+        "What the others are to know: the count, samples, the time of rank 0, requests"
+        self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
+        known = 0.0 if self.on_device is not None else float(count)
+        new, clock = self.trainer.state.samples - self.samples, time.monotonic() - self.began if self.rank == 0 else 0.0
+        self.dropped = False
+        return [known, new, clock, *(float(what in self.wishes) for what in WISHES)]
 
     def tell(self, count: int | float | Tensor) -> None:
         "Begin to send what is in hand"
-        self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
-        known = 0.0 if self.on_device is not None else float(count)
-        new, clock = self.trainer.state.samples - self.samples, time.monotonic() if self.rank == 0 else 0.0
-        asked = [float(what in self.wishes) for what in WISHES]
-        self.dropped = False
-        self.message = torch.tensor([known, new, clock, *asked], dtype=torch.float64)
+        self.message = torch.tensor(self.in_hand(count), dtype=torch.float64)
         self.work = self.processes.sum(self.message)
 
     def hear(self) -> float | Tensor:
         "Wait for what all have sent, and follow what they ask for; the count"
-        if self.work is not None: self.work.wait()
-        self.work, state = None, self.trainer.state
-        count, new, self.clock, *asked = self.message.tolist()
+        state = self.trainer.state
+        if self.values is not None and self.ddp is not None:
+            carried, self.ddp.module.message.grad, self.values = self.ddp.module.message.grad, None, None
+            count, new, self.clock, *asked = sums_from(carried, self.world_size)
+        else:
+            if self.work is not None: self.work.wait()
+            self.work = None
+            count, new, self.clock, *asked = self.message.tolist()
         self.samples = state.samples = self.samples + int(new)
         if any(asked):
             found, self.wishes = settled(self.processes.gather(self.wishes)), {}
@@ -403,7 +450,7 @@ class Replicas(Strategy):
         return total
 
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
-        if self.work is None: self.tell(sum(slot.window.counts))
+        if self.work is None and self.values is None: self.tell(sum(slot.window.counts))
         total, averaged, self.armed, self.averaged = self.hear(), self.averaged, False, False
         if self.dropped: return 0.0
         if not averaged: average_gradients(slot.params, self.world_size)
@@ -434,4 +481,4 @@ class Replicas(Strategy):
                    for name, one in state["windows"].items()}
         return {**state, **measured, "windows": windows, "rng": rng}
 
-    def now(self) -> float: return self.clock or time.monotonic()
+    def now(self) -> float: return time.monotonic() if self.trainer is None else self.clock

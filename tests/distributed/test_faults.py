@@ -29,6 +29,11 @@ def torchrun(*arguments, restarts=0):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCHELASTIC_ERROR_FILE": ""})
 
 
+@pytest.mark.fault(
+    "one of two processes is killed",
+    "`kill -9` of rank 1 after a batch, without torchrun",
+    "all end, and the error says why",
+)
 def test_a_rank_that_was_killed_ends_all_and_is_named():
     began = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
@@ -38,12 +43,22 @@ def test_a_rank_that_was_killed_ends_all_and_is_named():
     assert "ended by SIGKILL" in str(caught.value) or "waited for a process that has ended" in notes
 
 
+@pytest.mark.fault(
+    "one of two processes raises",
+    "an exception in a callback of rank 1",
+    "it is raised where the processes were started, with its traceback",
+)
 def test_a_rank_that_raises_is_the_one_whose_error_is_shown():
     with pytest.raises(ValueError, match="the label of sample 7 is missing") as caught:
         launch(fault_runs.on_rank_1, fault_runs.fail)
     assert any("raised on rank 1" in note and "in fail" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.fault(
+    "one of two processes hangs",
+    "rank 1 sleeps",
+    "the other ends at the timeout; the stacks of the one that hangs are printed",
+)
 def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
     began = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
@@ -55,12 +70,22 @@ def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
     assert "in hang" in printed
 
 
+@pytest.mark.fault(
+    "one of two processes asks to stop",
+    "`stop` on rank 1 alone",
+    "both end after the same batch",
+)
 def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch():
     _, _, control, samples = launch(fault_runs.on_rank_1, fault_runs.ask_to_stop)
     assert control == [{"what": "stop", "why": "seen enough (rank 1)", "epoch": 1, "batch": 8}]
     assert samples == 64
 
 
+@pytest.mark.fault(
+    "a bad batch on one of two processes",
+    "a row that is no number, which rank 1 gets",
+    "both skip it; weights as in one process that skips it",
+)
 def test_a_batch_that_one_rank_skips_is_skipped_by_all():
     together, alone = launch(fault_runs.skip_bad), fault_runs.skip_bad()
     same(alone[0], together[0], 1e-12)
@@ -69,12 +94,22 @@ def test_a_batch_that_one_rank_skips_is_skipped_by_all():
     assert together[3] == alone[3] == 64
 
 
+@pytest.mark.fault(
+    "a loss that is no number on one of two processes",
+    "the same row, without `BadBatches`",
+    "all end with its error",
+)
 def test_a_nan_on_one_rank_ends_all_with_its_error():
     with pytest.raises(Exception) as caught:
         launch(fault_runs.nan_on_rank_1)
     assert "loss" in str(caught.value) and "nan" in str(caught.value).lower()
 
 
+@pytest.mark.fault(
+    "processes that measure different things",
+    "another metric, another name in `log`",
+    "an error that names rank and key",
+)
 @pytest.mark.parametrize("run", [fault_runs.other_metrics, fault_runs.other_logs])
 def test_different_metrics_are_an_error_that_names_rank_and_key(run):
     with pytest.raises(ValueError) as caught:
@@ -83,11 +118,21 @@ def test_different_metrics_are_an_error_that_names_rank_and_key(run):
     assert "mae" in str(caught.value) or "pressure" in str(caught.value)
 
 
+@pytest.mark.fault(
+    "processes with different data",
+    "a split without a seed",
+    "refused before the first batch",
+)
 def test_data_that_were_split_without_a_seed_are_refused():
     with pytest.raises(ValueError, match="rank 0 and rank 1 would not train the same: .*split without a seed"):
         launch(fault_runs.other_data)
 
 
+@pytest.mark.fault(
+    "loaders of other lengths",
+    "torch loaders of five and of three batches",
+    "every sample is used, nobody waits for ever",
+)
 def test_foreign_loaders_of_other_lengths_are_used_to_their_ends():
     assert launch(fault_runs.uneven_foreign)[3] == 2 * (20 + 12)
 
@@ -101,6 +146,11 @@ def test_one_process_writes_and_speaks(tmp_path, capfd):
     assert len((tmp_path / "run" / "fits.jsonl").read_text().splitlines()) == 2  # begin and end of one fit
 
 
+@pytest.mark.fault(
+    "another number of processes",
+    "two processes, then one, then two",
+    "the weights of one process, to 1e-12",
+)
 def test_another_number_of_processes_goes_on(tmp_path):
     """One epoch with two, one with one, one with two: the weights of three epochs in one process."""
     straight = fault_runs.train()
@@ -126,6 +176,11 @@ def undisturbed(tmp_path_factory):
     return torch.load(folder / "weights.pt", weights_only=True)
 
 
+@pytest.mark.fault(
+    "one of two processes is killed under torchrun",
+    "`kill -9` of rank 1, `--max-restarts 1`",
+    "the same bits as undisturbed",
+)
 def test_a_killed_rank_starts_again_and_ends_as_if_nothing_had_happened(tmp_path, undisturbed):
     done = torchrun(tmp_path / "run", tmp_path / "weights.pt", "kill", restarts=1)
     assert done.returncode == 0, done.stderr
@@ -133,6 +188,11 @@ def test_a_killed_rank_starts_again_and_ends_as_if_nothing_had_happened(tmp_path
     same(undisturbed, torch.load(tmp_path / "weights.pt", weights_only=True))
 
 
+@pytest.mark.fault(
+    "SIGTERM to one of two processes",
+    "to rank 1 under torchrun",
+    "both end at the same batch, saved, with 143; resumed with the same bits",
+)
 def test_a_signal_to_one_rank_ends_both_at_the_same_batch(tmp_path, undisturbed):
     done = torchrun(tmp_path / "run", tmp_path / "weights.pt", "term")
     assert done.returncode != 0 and "143" in done.stderr

@@ -103,6 +103,11 @@ def kill_host(name):
         os.kill(int(number), signal.SIGKILL)
 
 
+@pytest.mark.fault(
+    "one of two hosts is lost",
+    "all processes of a network namespace are killed, torchrun is started there again",
+    "the weights of an undisturbed run, to 1e-12",
+)
 def test_a_host_that_is_killed_comes_back_and_the_run_goes_on(start, hosts, tmp_path, undisturbed):
     run, weights = tmp_path / "run", tmp_path / "weights.pt"
     first, second = [start(k, run, weights, "slow", log=f"{k}.log") for k in (0, 1)]
@@ -116,6 +121,11 @@ def test_a_host_that_is_killed_comes_back_and_the_run_goes_on(start, hosts, tmp_
     assert_same(weights, undisturbed)
 
 
+@pytest.mark.fault(
+    "one of two hosts is cut off",
+    "its network is taken down, and up again",
+    "likewise",
+)
 def test_a_host_that_was_cut_off_starts_again_and_the_run_goes_on(start, hosts, tmp_path, undisturbed):
     run, weights = tmp_path / "run", tmp_path / "weights.pt"
     first, second = [start(k, run, weights, "slow", log=f"{k}.log") for k in (0, 1)]
