@@ -1,6 +1,6 @@
 """What two processes cost: a step beside a loop written by hand, messages counted, and how long it takes to start.
 
-    python benchmarks/distributed.py [--rounds 9] [--steps 300]
+    python benchmarks/distributed.py [--rounds 5] [--steps 300]
 
 Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
 `DistributedDataParallel` in a loop written by hand, which leaves out what ours does besides (metrics, history, requests, the count of
@@ -117,7 +117,7 @@ def starts() -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="times that all loops take their turn")
+    parser.add_argument("--rounds", type=int, default=5, help="times that all loops take their turn")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each loop in a round")
     arguments = parser.parse_args()
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
