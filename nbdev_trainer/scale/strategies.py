@@ -33,7 +33,7 @@ def own_device(
     if place is None or place.world_size == 1 or chosen: return found
     visible = torch.cuda.device_count()
     if place.local_rank < visible: return torch.device("cuda", place.local_rank)
-    if place.starter == "SLURM" and visible == 1: return torch.device("cuda", 0)  # by --gpus-per-task: its own
+    if place.starter == "SLURM" and visible == 1: return torch.device("cuda", 0)  # --gpus-per-task
     raise ValueError(f"this is process {place.local_rank} of this machine, counted from 0, which has "
                      f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or pass "
                      "device='cpu'")
