@@ -245,6 +245,12 @@ class StreamLoader(Positioned, Workers):
         found.source = replace(self.source, training=False, skipped={})
         return found
 
+    def shard(self, rank: int, world_size: int) -> StreamLoader:
+        "This loader, from now on with the part of one rank: a stream has one place, which no copy could share"
+        check_sizes(self.batch_size, rank, world_size)
+        self.rank, self.world_size = rank, world_size
+        return self
+
     def __repr__(self) -> str:
         return f"StreamLoader({describe(self.stream)}, batch_size={self.batch_size})"
 
@@ -308,6 +314,9 @@ class Combined(EpochLoader):
     def in_order(self) -> EpochLoader:
         return Combined({name: one.in_order() for name, one in self.loaders.items()}, self.how)
 
+    def shard(self, rank: int, world_size: int) -> EpochLoader:
+        return Combined({name: one.shard(rank, world_size) for name, one in self.loaders.items()}, self.how)
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch,
                 "loaders": {name: one.state_dict() for name, one in self.loaders.items()}}
@@ -344,3 +353,6 @@ class ByEpoch(EpochLoader):
         return one.batches(epoch, start, device)
 
     def in_order(self) -> EpochLoader: return self.loader_for(0).in_order()
+
+    def shard(self, rank: int, world_size: int) -> EpochLoader:
+        return ByEpoch(lambda epoch: self.loader_for(epoch).shard(rank, world_size), self.length)

@@ -248,7 +248,8 @@ def set_epoch(
         if hasattr(one, "set_epoch"): one.set_epoch(epoch)
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #0d426ef7
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timeout", "NCCL error")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+        "collective operation timeout", "NCCL error")
 
 def explain(error: BaseException, rank: int) -> None:
     "Note on an error of the network what it means, and leave any error for torchrun"
@@ -308,6 +309,7 @@ class Replicas(Strategy):
         self.options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "find_unused_parameters": find_unused_parameters,
                                         "static_graph": static_graph}
         self.wishes: dict[str, str] = {}
+        self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
 
     def prepare(self, model: nn.Module) -> nn.Module:
         self.model = model
@@ -326,24 +328,30 @@ class Replicas(Strategy):
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
         settings = run_settings(trainer, plan.train, plan.valid_sets)
-        if not hasattr(plan.train, "shard"): settings.pop("training data")  # each may have a part that somebody cut
+        if not isinstance(plan.train, EpochLoader): settings.pop("training data")  # each may have its own part
         self.check_same({**settings, **done})
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.rank))
         self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()
-        through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
-        if through and any(p.requires_grad for p in self.model.parameters()):
-            options = {BUFFERS: False, **self.options}
-            called = Called(self.model, self.messenger())
-            self.ddp = DistributedDataParallel(called, init_sync=False, gradient_as_bucket_view=True, **options)
-            if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
-        self.agree()
+        self.parts = {}
+        self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
+        self.trainable: list[bool] = []
         try:
+            self.agree()
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:
             explain(error, self.rank)
             raise
         finally: self.ddp = self.trainer = self.work = self.values = None
+
+    def make_ready(self) -> None:
+        "See that what trains is averaged during the backward pass; something may have been frozen or unfrozen"
+        if not self.through or self.trainable == (now := [p.requires_grad for p in self.model.parameters()]): return
+        self.trainable, self.ddp, options = now, None, {BUFFERS: False, **self.options}
+        if not any(now): return
+        called = Called(self.model, self.messenger())
+        self.ddp = DistributedDataParallel(called, init_sync=False, gradient_as_bucket_view=True, **options)
+        if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
 
     def messenger(self) -> nn.Parameter | None:
         "The parameter that carries messages, where that can be"
@@ -366,7 +374,9 @@ class Replicas(Strategy):
         return None if None in found else max(found)
 
     def part(self, loader: Any) -> Any:
-        if hasattr(loader, "shard"): return loader.shard(self.rank, self.world_size)
+        if isinstance(loader, EpochLoader):  # the part is kept, and with it the workers that read for it
+            if id(loader) not in self.parts: self.parts[id(loader)] = loader, loader.shard(self.rank, self.world_size)
+            return self.parts[id(loader)][1]
         if self.trainer is not None and loader is self.trainer.plan.train: set_epoch(loader, self.trainer.state.epoch)
         return loader
 
@@ -381,6 +391,7 @@ class Replicas(Strategy):
             yield Batch(None, size=0) if raw is None else raw
 
     def train(self, run: Callable[..., Any], method: Callable[..., Any], trainer: Trainer, batch: Batch) -> Any:
+        if trainer.closing: self.make_ready()
         if self.ddp is None or not trainer.closing: return run(method, trainer, batch)
         self.armed = self.averaged = True
         loss, output = self.ddp(run, method, trainer, batch)
@@ -388,6 +399,7 @@ class Replicas(Strategy):
         return output
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        if closing and not self.armed: self.make_ready()
         if closing and self.ddp is not None and not self.armed:
             self.armed = self.averaged = True
             self.ddp(StepOutput)

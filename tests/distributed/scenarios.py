@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from nbdev_trainer.callbacks.averaging import EMA
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.data.batch import StepOutput
+from nbdev_trainer.data.kinds import Array, Category
 from nbdev_trainer.data.loaders import Loaders
+from nbdev_trainer.data.streams import Combined, StreamLoader
 from nbdev_trainer.loop.callback import Callback
 from nbdev_trainer.loop.repeated import SAM
 from nbdev_trainer.loop.schedules import one_cycle
@@ -210,7 +212,40 @@ def by_batches():
     return result(trainer)
 
 
-SCENARIOS = [plain, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
+class Freezes(Callback):
+    """The first layer rests for a while in the middle of an epoch."""
+
+    def after_batch(self, trainer):
+        if trainer.state.batch in (3, 7):
+            trainer.model[0].requires_grad_(trainer.state.batch == 7)
+
+
+def frozen_for_a_while():
+    return supervised(callbacks=[Freezes()])
+
+
+def by_turns():
+    loaders = Loaders(Combined({"one": data(n=20).train, "other": data(n=13, batch_size=4).train}), data().valid)
+    return supervised(loaders=loaders)
+
+
+def lines(epoch):
+    generator = torch.Generator().manual_seed(epoch)
+    for row, label in zip(torch.randn(21, 5, generator=generator), torch.randint(3, (21,), generator=generator)):
+        yield {"x": row.double().numpy(), "y": label.item()}
+
+
+def from_a_stream():
+    kinds = {"x": Array(lambda item: item["x"]), "y": Category("y", vocab=[0, 1, 2])}
+    train = StreamLoader(lines, kinds, inputs="x", targets="y", batch_size=4)
+    model, loaders = model_of(), Loaders(train, data().valid)
+    trainer = Trainer(model, SupervisedStep(F.cross_entropy), optim.Adam(model.parameters(), lr=0.05), metrics=[Accuracy()],
+                      strategy=strategy())
+    trainer.fit(loaders.train, loaders.valid_sets, "12ba", validate_every="6ba")
+    return result(trainer)
+
+
+SCENARIOS = [plain, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
              ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
              sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own,
              several_optimizers, kept_outputs, stopped_early, logged, by_batches]
