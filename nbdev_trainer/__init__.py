@@ -111,6 +111,7 @@ Modules:
 - `nbdev_trainer.scale.ray`: The function that `launch` runs, in workers of Ray Train on any number of machines
 - `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each: one gradient, one count, one decision
 - `nbdev_trainer.scale.strategies`: Which strategy a run gets, from how its process was started
+- `nbdev_trainer.scale.synced_norms`: Batch norms over the batch of all processes
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything

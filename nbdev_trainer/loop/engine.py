@@ -143,7 +143,9 @@ class ProcessGradients(ProcessParts):
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         "Begin to tell the others what the window counts, with what is in hand"
 
-    def nothing(self, slot: OptimizerSlot) -> Tensor | None:  # () None: nobody waits for its gradient
+    needs_all = False  # the model itself sends messages: each batch goes through it in every process, also an empty part
+
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:  # () None: nobody waits for its gradient
         "A loss whose gradient is zero"
         return None
 
@@ -339,7 +341,7 @@ class Engine(EngineParts):
         if self.together or window.size > 1:
             weight = window.weight(count, loss)
             if weight is None:
-                if (nothing := self.strategy.nothing(slot)) is not None: nothing.backward()
+                if (nothing := self.strategy.nothing(slot, loss)) is not None: nothing.backward()
                 return
         slot.pending = True
         if self.together: loss = self.strategy.carrying(loss)

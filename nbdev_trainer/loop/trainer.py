@@ -184,7 +184,7 @@ class Loop(Results):
         if plan.schedules and not self.window_batches: follow(plan, state, engine.slots)
         self.window_batches += 1
         self.closing = plan.closes_window(state, self.window_batches)
-        absent = self.together and batch.size == 0 and self.step.automatic
+        absent = self.together and batch.size == 0 and self.step.automatic and not engine.strategy.needs_all
         if state.skip_batch is None and not absent:
             output = state.output = engine.train(self.step.train, self, batch)
             if type(output) is not StepOutput: raise no_output(self.step, "train", output)

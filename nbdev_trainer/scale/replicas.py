@@ -39,13 +39,14 @@ from ..loop.settings import differences, run_settings
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
 from .processes import Processes
+from .synced_norms import sync_norms
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['FIRST', 'BUFFERS', 'WISHES', 'MEASURED', 'LOST', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged',
-           'over_all', 'average_gradients', 'Called', 'zero_of', 'Carry', 'sums_from', 'settled', 'gathered', 'divided',
-           'for_rank', 'set_epoch', 'explain', 'watched', 'Replicas']
+           'over_all', 'average_gradients', 'Called', 'zero_of', 'Carry', 'sums_from', 'must_run', 'settled',
+           'gathered', 'divided', 'for_rank', 'set_epoch', 'explain', 'watched', 'Replicas']
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #dddd1d38
 FIRST = 256  # numbers in the first message, the digest among them
@@ -179,6 +180,12 @@ def sums_from(mean: Tensor, world_size: int) -> list[float]:
     error, sums = torch.finfo(mean.dtype).eps * 2, [one * world_size for one in mean.tolist()]
     return [float(round(one)) if abs(one - round(one)) <= error * max(abs(one), 1) else one for one in sums]
 
+# %% ../../nbs/api/scale/04_replicas.ipynb #36362c22
+def must_run() -> RuntimeError:
+    "The error for a batch that is passed over while the others wait within the model"
+    return RuntimeError("a batch was skipped in one process, and the batch norms of the others wait for its sums; with "
+                        "sync_batch_norm=True no process can skip a batch by itself")
+
 # %% ../../nbs/api/scale/04_replicas.ipynb #5ceeb84f
 WISHES = ("stop", "end_epoch", "skip_step", "skip_batch", "interruption")
 
@@ -303,16 +310,17 @@ class Replicas(Strategy):
         find_unused_parameters: bool = False,  # some parameters take part in some batches only
         static_graph: bool = False,      # every batch uses the model in the same way
         comm_hook: Callable[..., Any] | None = None,  # how a bucket is averaged, such as torch's bf16_compress_hook
+        sync_batch_norm: bool = False,   # norms over the batch of all processes, and not over the part of each
     ) -> None:
         self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
-        self.overlap, self.comm_hook = overlap, comm_hook
+        self.overlap, self.comm_hook, self.sync_batch_norm = overlap, comm_hook, sync_batch_norm
         self.options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "find_unused_parameters": find_unused_parameters,
                                         "static_graph": static_graph}
         self.wishes: dict[str, str] = {}
         self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        self.model = model
+        self.model, self.needs_all = model, self.sync_batch_norm and sync_norms(model) > 0
         self.same_weights()
         return model
 
@@ -405,11 +413,13 @@ class Replicas(Strategy):
             self.ddp(StepOutput)
         if closing: self.announce(slot, 0)
         if slot.window.usual is None: slot.window.usual = self.largest(0) or None
-        if (nothing := self.nothing(slot)) is not None: nothing.backward()
+        if self.needs_all: raise must_run()
         slot.pending = True
+        if self.armed: self.carrying(zero_of(list(self.model.parameters()))).backward()
 
-    def nothing(self, slot: OptimizerSlot) -> Tensor | None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:
         slot.pending = True
+        if self.needs_all: return self.carrying(loss * 0)  # the others wait within it
         return self.carrying(zero_of(list(self.model.parameters()))) if self.armed else None
 
     def carrying(self, loss: Tensor) -> Tensor:

@@ -50,11 +50,11 @@ def result(trainer, *more):
 
 
 def supervised(loss=F.cross_entropy, loaders=None, epochs=2, step=None, optimizer=None, metrics=(), callbacks=(), schedule=None,
-               model=None, overlap=True, accuracy=Accuracy, **options):
+               model=None, overlap=True, sync_batch_norm=False, accuracy=Accuracy, **options):
     model, loaders = model or model_of(), loaders or data()
     optimizer = optim.Adam(model.parameters(), lr=0.05) if optimizer is None else optimizer(model)
     trainer = Trainer(model, step or SupervisedStep(loss), optimizer, metrics=[accuracy(), *metrics], callbacks=callbacks,
-                      strategy=strategy(overlap=overlap), **options)
+                      strategy=strategy(overlap=overlap, sync_batch_norm=sync_batch_norm), **options)
     trainer.fit(loaders.train, loaders.valid_sets, epochs, schedule=schedule)
     return result(trainer)
 
@@ -245,7 +245,26 @@ def from_a_stream():
     return result(trainer)
 
 
-SCENARIOS = [plain, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
+def norms(**options):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    plain = partial(optim.SGD, lr=0.2, momentum=0.9)  # biases before a norm have no gradient but rounding
+    return supervised(model=model.double(), sync_batch_norm=True, optimizer=lambda one: plain(one.parameters()), **options)
+
+
+def synced_norms():
+    return norms()
+
+
+def synced_norms_of_empty_shards():
+    return norms(loaders=data(n=14, batch_size=4, valid=3), accumulate=2)
+
+
+def synced_norms_after_the_backward_pass():
+    return norms(overlap=False, loaders=data(n=14, batch_size=4, valid=3))
+
+
+SCENARIOS = [plain, synced_norms, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
              ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
              sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own,
              several_optimizers, kept_outputs, stopped_early, logged, by_batches]
