@@ -143,9 +143,9 @@ class ProcessGradients(ProcessParts):
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         "Begin to tell the others what the window counts, with what is in hand"
 
-    needs_all = False  # the model itself sends messages: each batch goes through it in every process, also an empty part
+    needs_all = False  # the model sends messages itself: an empty part goes through it, too
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:  # () None: nobody waits for its gradient
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:  # () None: nobody waits for it
         "A loss whose gradient is zero"
         return None
 
