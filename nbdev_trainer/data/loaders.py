@@ -60,8 +60,8 @@ class EpochLoader:
 
     def shard(self, rank: int, world_size: int) -> EpochLoader:
         "The part of every batch that belongs to one of several ranks"
-        raise NotImplementedError(f"{type(self).__name__} does not define shard(self, rank, world_size), the part "
-                                  "of each batch that is for one of several processes")
+        raise NotImplementedError(f"{type(self).__name__} does not define shard(self, rank, world_size), "
+                                  "the part of each batch that is for one of several processes")
 
     def state_dict(self) -> dict[str, Any]:
         "What decides the batches; the position in an epoch is counted by whoever iterates"

@@ -47,8 +47,8 @@ def sum_over_all(values: Tensor) -> Tensor:
 # %% ../../nbs/api/scale/03b_synced_norms.ipynb #f7f0c68c
 def too_few(input: Tensor) -> ValueError:
     "The error for a batch that has no spread"
-    return ValueError(f"a batch norm got {tuple(input.shape)} here and no more than one value for each channel "
-                      "over all processes; expected at least two. Use a larger batch_size, or drop_last=True")
+    return ValueError(f"a batch norm got {tuple(input.shape)} here and no more than one value for each "
+                      "channel over all processes; expected at least two. Use a larger batch_size, or drop_last=True")
 
 class Synced(nn.modules.batchnorm._BatchNorm):
     "What makes a batch norm one over the batch of all processes, on any device"
@@ -91,10 +91,10 @@ NORMS: dict[type[nn.Module], type[Synced]] = {
 def sync_norms(
     model: nn.Module,  # changed in place
 ) -> int:
-    "Make the batch norms of a model synced ones; how many. Raises `ValueError` for a model that is nothing else"
+    "Make the batch norms of a model synced ones; how many. Raises `ValueError` for a model that is one"
     if type(model) in NORMS:
-        raise ValueError(f"the model is a {type(model).__name__} itself, which cannot be replaced in place; put it "
-                         "into a Sequential")
+        raise ValueError(f"the model is a {type(model).__name__} itself, which cannot be replaced in place; "
+                         "put it into a Sequential")
     every = [(module, name, one) for module in model.modules() for name, one in module.named_children()]
     found: list[tuple[nn.Module, str, Any]] = [each for each in every if type(each[2]) in NORMS]
     for module, name, old in found:
