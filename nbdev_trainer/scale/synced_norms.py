@@ -48,7 +48,8 @@ def sum_over_all(values: Tensor) -> Tensor:
 def too_few(input: Tensor) -> ValueError:
     "The error for a batch that has no spread"
     return ValueError(f"a batch norm got {tuple(input.shape)} here and no more than one value for each "
-                      "channel over all processes; expected at least two. Use a larger batch_size, or drop_last=True")
+                      "channel over all processes; expected at least two. Use a larger batch_size, or "
+                      "drop_last=True")
 
 class Synced(nn.modules.batchnorm._BatchNorm):
     "What makes a batch norm one over the batch of all processes, on any device"

@@ -10,6 +10,7 @@ from pathlib import Path
 import fault_runs
 import pytest
 import torch
+from left_over import left
 
 from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.store.run import Run
@@ -211,6 +212,5 @@ def test_torchrun_shows_the_error_of_the_rank_that_failed_first(tmp_path):
 
 def test_no_process_is_left():
     time.sleep(0.2)
-    left = subprocess.run(["pgrep", "-f", "nbdev_trainer.scale.launch import work"], capture_output=True, text=True)
-    assert left.stdout == ""
+    assert left() == []
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from execnb.shell import CaptureShell
+from left_over import left
 
 CELL = """
 from nbdev_trainer.scale.launch import launch
@@ -25,12 +26,6 @@ def add(number, fails=False, waits=0):
     processes.sum(value).wait()
     return value.item()
 """
-
-
-def left():
-    """Processes of calls that are still there."""
-    found = subprocess.run(["pgrep", "-f", "nbdev_trainer.scale.launch import work"], capture_output=True, text=True)
-    return found.stdout.split()
 
 
 @pytest.fixture
