@@ -94,7 +94,7 @@ def test_deterministic_changes_no_result_on_a_cpu():
 
 def test_cuda_without_its_work_space_is_refused_when_the_learner_is_made(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr("nbdev_trainer.learner.find_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("nbdev_trainer.learner.own_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr("nbdev_trainer.learner.move_model", lambda model, device: None)
     monkeypatch.setattr(nn.Module, "to", lambda self, *values: self)
     with pytest.raises(RuntimeError, match="Set it before Python starts"):
