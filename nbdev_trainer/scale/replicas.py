@@ -276,13 +276,14 @@ def watched(
     over, state = threading.Event(), trainer.state
     def look() -> None:
         seen: Any = None
+        told: Any = None  # each stall once
         while not over.wait(timeout * 0.4):
             now = state.batch, id(state.current_batch)
-            if now == seen:
+            if now == seen != told:
                 print(f"rank {dist.get_rank()}: no batch for {timeout * 0.4:.0f} s, in epoch {state.epoch} after batch "
                       f"{state.batch}; its threads:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-                return
+                told = now
             seen = now
     thread = threading.Thread(target=look, name="watch", daemon=True)
     thread.start()
