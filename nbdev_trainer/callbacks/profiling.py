@@ -175,6 +175,8 @@ class Heard(Callback):
 # %% ../../nbs/api/callbacks/11_profiling.ipynb #5fd4bb5b
 class Profiler(Heard):
     "Lets torch's profiler listen for a few batches of a fit"
+    only_on_rank_0 = True  # there is one file for the trace
+
     @checked_keywords
     def __init__(self,
         start: str | int = "10ba",        # batches of the fit before the window

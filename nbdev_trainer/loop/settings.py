@@ -105,7 +105,12 @@ def run_settings(
             "callbacks": trainer.callback_settings}
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #86c3d17c
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(
+    before: Any,
+    now: Any,
+    name: str = "",                                 # of what they are settings of
+    words: tuple[str, str] = ("was", "is now"),     # what stands before the one and the other
+) -> list[str]:
     "What differs between two settings, a text for each"
     if before == now: return []
     if name.endswith(" which samples"):
@@ -116,12 +121,12 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         if kinds[0] != kinds[1]: before, now = kinds  # whose settings have nothing to do with each other
         names = list(dict.fromkeys([*before, *now]))
         return [text for key in names for text in
-                differences(before.get(key), now.get(key), f"{name} {key}".strip())]
+                differences(before.get(key), now.get(key), f"{name} {key}".strip(), words)]
     if isinstance(before, str) and isinstance(now, str) and "\n" in before + now:
         old, new = before.splitlines(), now.splitlines()
         k = next((k for k, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), min(len(old), len(new)))
         before, now = (lines[k].strip() if k < len(lines) else "no more" for lines in (old, new))
-    return [f"{name} was {before!r}, is now {now!r}"]
+    return [f"{name} {words[0]} {before!r}, {words[1]} {now!r}"]
 
 def check_settings(
     before: Mapping[str, Any],

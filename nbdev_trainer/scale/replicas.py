@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import checked_keywords
+from ..core.messages import tell
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
 from ..data.batch import Batch, StepOutput
-from ..data.loaders import EpochLoader
+from ..data.loaders import EpochLoader, samplers_of
 from ..loop.engine import Engine, OptimizerSlot, Strategy
 from ..loop.settings import differences, run_settings
 from ..metrics.base import Metric, RunningMean
@@ -135,7 +136,7 @@ def average_gradients(
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in of_kind])
         packed = torch.cat([flat.div_(world_size), there])
         dist.all_reduce(packed)
-        used = packed[len(flat):].tolist()
+        used = packed[len(flat):].tolist()  # waits for the device, once a step
         for p, mean, n in zip(of_kind, packed.split([*(p.numel() for p in of_kind), len(of_kind)]), used):
             if n: p.grad = mean.view_as(p).clone() if p.grad is None else p.grad.copy_(mean.view_as(p))
 
@@ -249,9 +250,7 @@ def set_epoch(
     epoch: int,
 ) -> None:
     "Tell the samplers of a loader the epoch, those that want to know it"
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: list[Any] = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    for one in owners:
+    for one in samplers_of(loader).values():
         if hasattr(one, "set_epoch"): one.set_epoch(epoch)
 
 # %% ../../nbs/api/scale/04_replicas.ipynb #0d426ef7
@@ -339,10 +338,14 @@ class Replicas(Strategy):
         settings = run_settings(trainer, plan.train, plan.valid_sets)
         if not isinstance(plan.train, EpochLoader): settings.pop("training data")  # each may have its own part
         self.check_same({**settings, **done})
+        undivided = [name for name, one in plan.valid_sets.items() if not isinstance(one, EpochLoader)]
+        if undivided and trainer.state.batch == 0:
+            tell(f"each process evaluates all that its own loader gives ({', '.join(undivided)}): let each have its part, "
+                 "such as sampler=range(rank, n, world_size), else samples count several times", trainer.shown)
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.rank))
         self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()
-        self.parts = {}
+        self.parts, self.armed, self.averaged = {}, False, False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         self.trainable: list[bool] = []
         try:
@@ -372,10 +375,9 @@ class Replicas(Strategy):
     def check_same(self, settings: Mapping[str, Any]) -> None:
         "Raise `ValueError` when the processes are about to train different things"
         for rank, other in enumerate(found := self.processes.gather(settings)):
-            if lines := differences(found[0], other):
-                text = "; ".join(lines).replace(" was ", f" is on rank 0 ").replace(", is now ", f", on rank {rank} ")
-                raise ValueError(f"rank 0 and rank {rank} would not train the same: {text}. Build model, data and "
-                                 "callbacks alike on all of them; give a seed to what is drawn")
+            if lines := differences(found[0], other, words=("is on rank 0", f"on rank {rank}")):
+                raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build model, "
+                                 "data and callbacks alike on all of them; give a seed to what is drawn")
 
     def length(self, own: int | None) -> int | None:
         found = self.processes.gather(own)

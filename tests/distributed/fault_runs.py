@@ -141,7 +141,8 @@ def uneven_foreign():
     n = 20 if rank() == 0 else 12
     inputs, targets = arrays()
     loader = DataLoader(TensorDataset(inputs[:n], targets[:n]), batch_size=4)
-    return train(strategy=strategy, data=Loaders(loader, None), epochs=2)
+    whole = DataLoader(TensorDataset(inputs[:6], targets[:6]), batch_size=4)
+    return train(strategy=strategy, data=Loaders(loader, whole), epochs=2)
 
 
 def kept(run_dir, epochs=3, **options):
