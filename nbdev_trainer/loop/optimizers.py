@@ -219,12 +219,15 @@ def restored(
     return {key: place(key, value) for key, value in values.items()}
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #1dfcbfdc
-def step_lightly(optimizer: torch.optim.Optimizer) -> None:
+def step_lightly(
+    optimizer: torch.optim.Optimizer,
+    *closure: Callable[[], Any],  # at most one, for optimizers that ask for the loss again
+) -> None:
     "One step, without torch's profiling wrapper where nobody listens"
     step = type(optimizer).step
     inner = getattr(step, "__wrapped__", None) if getattr(step, "hooked", False) else None
-    if inner is None or "step" in vars(optimizer) or has_hooks(optimizer): optimizer.step()
-    else: inner(optimizer)
+    if inner is None or "step" in vars(optimizer) or has_hooks(optimizer): optimizer.step(*closure)
+    else: inner(optimizer, *closure)
 
 # %% ../../nbs/api/loop/05_optimizers.ipynb #74ee42a3
 def default_optimizer(

@@ -23,6 +23,7 @@ from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot, Precision
 from .groups import norms_at_rest
+from .optimizers import step_lightly
 from ..metrics.collection import MetricSet
 
 # %% auto #0
@@ -111,7 +112,7 @@ class Repeating(Engine):
         optimizer: Any = slot.optimizer  # torch says that a closure gives a float, and takes a tensor
         params: list[Tensor] = [] if getattr(optimizer, "comes_back", False) else slot.params
         before = [p.detach().clone() for p in params]
-        try: optimizer.step(self.again)
+        try: step_lightly(optimizer, self.again)
         except BaseException:
             if params:
                 with torch.no_grad(): torch._foreach_copy_(params, before)
@@ -120,7 +121,7 @@ class Repeating(Engine):
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #54f9e956
 def climb(
-    params: list[Tensor],  # with gradients; changed in place
+    params: list[Tensor],  # changed in place; their gradients are used up
     rho: float,            # how far, above 0
     adaptive: bool,        # in proportion to the weights
 ) -> None:
@@ -130,7 +131,8 @@ def climb(
     if sizes is not None: slopes = torch._foreach_mul(slopes, sizes)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
     if sizes is not None: torch._foreach_mul_(slopes, sizes)
-    torch._foreach_add_(params, torch._foreach_mul(slopes, rho / (norm + 1e-12)))
+    torch._foreach_mul_(slopes, rho / (norm + 1e-12))
+    torch._foreach_add_(params, slopes)
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #7cc76969
 class SAM(torch.optim.Optimizer):
@@ -163,7 +165,7 @@ class SAM(torch.optim.Optimizer):
             with torch.enable_grad(): loss = closure()
         finally: torch._foreach_copy_(params, before)
         self.meet_base()
-        self.base.step()
+        step_lightly(self.base)
         return loss
 
     def meet_base(self) -> None:
