@@ -338,7 +338,7 @@ class Engine(EngineParts):
         inputs = [p for p in slot.params if p.requires_grad] if only_its_parameters else None
         window, weight = slot.window, None
         if self.together and window.usual is None: window.usual = self.strategy.largest(count) or None
-        if self.together or window.size > 1:
+        if self.together or window.size > 1 or window.usual is not None:
             weight = window.weight(count, loss)
             if weight is None:
                 if (nothing := self.strategy.nothing(slot, loss)) is not None: nothing.backward()
@@ -354,7 +354,7 @@ class Engine(EngineParts):
             total = self.strategy.meet(slot)
             if not isinstance(total, Tensor) and total == 0: return False
             correction = window.correction(total, self.strategy.world_size)
-        elif window.size > 1: correction = window.correction()
+        elif window.counts: correction = window.correction()
         if correction is not None:
             gradients = [p.grad for p in slot.params if p.grad is not None]
             if gradients: torch._foreach_mul_(gradients, correction)

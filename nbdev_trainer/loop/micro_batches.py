@@ -23,7 +23,7 @@ from ..core.messages import tell
 from ..core.nested import concatenate, detach, index, map_tensors
 from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
-from .engine import Engine, OptimizerSlot
+from .engine import Engine, OptimizerSlot, Window
 from .groups import mark_norms
 from .repeated import Repeating, asks_again
 from .steps import Step
@@ -52,7 +52,10 @@ def weighted_mean(
             if isinstance(count, Tensor) or count != 0]
     if not kept: return torch.as_tensor(values[0])
     total = sum(count for _, count in kept)
-    if isinstance(total, Tensor): total = torch.where(total > 0, total, 1)
+    if not isinstance(total, Tensor):
+        shares = [count / total for _, count in kept]
+        return torch.stack(torch._foreach_mul([value for value, _ in kept], shares)).sum()
+    total = torch.where(total > 0, total, 1)
     parts = [torch.where(count > 0, value, 0) * (count / total) if isinstance(count, Tensor)
              else value * (count / total) for value, count in kept]
     return torch.stack(parts).sum()
@@ -130,7 +133,6 @@ class InParts(Engine):
         "The outputs of parts of this size, joined; their gradients are added"
         slot, outputs, counts = self.slots["main"], list[StepOutput](), list[Any]()
         self.done = None
-        if size < batch.size and not self.together: slot.window.size = max(slot.window.size, 2)
         for first in range(0, max(batch.size, 1), size):
             self.rows = slice(first, first + size)
             part = trainer.state.current_batch = piece(batch, self.rows)
@@ -138,6 +140,7 @@ class InParts(Engine):
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
+            if first == 0: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
             self.backward(output.loss, counts[-1], slot)
             targets = targets_of(output, part) if output.targets is not None else None
             outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), detach(targets),
@@ -146,6 +149,12 @@ class InParts(Engine):
         joint = joined(outputs, counts)
         self.done = joint.loss
         return joint
+
+    def expect(self, window: Window, count: Any, parts: float) -> None:
+        "What the batch will count, from its first part; a window that turns out to be another is corrected"
+        if parts <= 1 or self.together or window.counts: return
+        if isinstance(count, Tensor) or count == 0: window.size, window.usual = max(window.size, 2), None
+        else: window.usual = count * parts
 
     def backward(self, loss: Tensor, count: Any, slot: OptimizerSlot, only_its_parameters: bool = False,
                  retain_graph: bool = False) -> None:
