@@ -105,13 +105,16 @@ Modules:
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
+- `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
 - `nbdev_trainer.scale.ray`: The function that `launch` runs, in workers of Ray Train on any number of machines
-- `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each: one gradient, one count, one decision
+- `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each, and one gradient
+- `nbdev_trainer.scale.shards`: Several processes that share the weights of one model between them
 - `nbdev_trainer.scale.strategies`: Which strategy a run gets, from how its process was started
 - `nbdev_trainer.scale.synced_norms`: Batch norms over the batch of all processes
+- `nbdev_trainer.scale.together`: What a loop asks of several processes, however the model lies in them
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything
@@ -119,6 +122,7 @@ Modules:
 - `nbdev_trainer.store.history`: What a run measured: a row per epoch, a record now and then per step, as plain data and as pictures
 - `nbdev_trainer.store.lines`: Rows in a file that grows: one line of JSON each
 - `nbdev_trainer.store.lock`: One process at a time in a directory
+- `nbdev_trainer.store.pieces`: Tensors that several processes keep in parts: divide them, write each part, read any part of the whole
 - `nbdev_trainer.store.run`: One directory is one run: open it, or list all runs in a table
 - `nbdev_trainer.store.sealed`: Directories that are complete or not there, and prove it
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML

@@ -13,7 +13,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/nested.html.md"""
 # %% ../../nbs/api/core/01_nested.ipynb #4163cd84
 from __future__ import annotations
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from .errors import describe
 
 # %% auto #0
-__all__ = ['map_tensors', 'tensors', 'to_device', 'detach', 'size_of', 'index', 'concatenate', 'as_tensors']
+__all__ = ['map_tensors', 'tensors', 'to_device', 'detach', 'is_divided', 'own_parts', 'size_of', 'index', 'concatenate',
+           'as_tensors']
 
 # %% ../../nbs/api/core/01_nested.ipynb #d9b7ba3a
 def _like(value: tuple, parts: list) -> tuple:
@@ -74,6 +75,18 @@ def detach(
 ) -> Any:
     "`value` with every tensor cut from the graph of gradients; the numbers are shared, not copied."
     return map_tensors(Tensor.detach, value)
+
+# %% ../../nbs/api/core/01_nested.ipynb #d0bb3bd2
+def is_divided(one: Tensor) -> bool:
+    "Whether several processes keep parts of it"
+    return getattr(one, "placements", None) is not None
+
+
+def own_parts(
+    several: Iterable[Tensor],
+) -> list[Tensor]:  # sharing their numbers
+    "The tensors, and of those that are divided the parts of this process."
+    return [one.detach().to_local() if is_divided(one) else one for one in several]  # type: ignore[attr-defined]
 
 # %% ../../nbs/api/core/01_nested.ipynb #2db63768
 _EXPECTED = ("Expected a tensor whose first dimension counts the samples, a list with one entry for each "

@@ -12,8 +12,8 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/engine.html.md"""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'gradients_kept', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -103,8 +103,8 @@ class ProcessParts:
     rank: int = 0        # of this process
     world_size: int = 1  # processes; above 1 the loop asks for the rest
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        "The model that the step calls, with the same weights everywhere"
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+        "The model that the step calls, with the same weights everywhere; its optimizers are told of new parameters"
         return model
 
     def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
@@ -143,7 +143,8 @@ class ProcessGradients(ProcessParts):
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         "Begin to tell the others what the window counts, with what is in hand"
 
-    needs_all = False  # the model sends messages itself: an empty part goes through it, too
+    needs_all = False   # the model sends messages when it trains: an empty part goes through it, too
+    in_pieces = False   # each process holds a part of the weights, and sends messages in every forward pass
 
     def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:  # () None: nobody waits for it
         "A loss whose gradient is zero"
@@ -299,7 +300,7 @@ class EngineParts:
         self.device, self.accumulate, self.clip = device, accumulate, clip
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
         self.together = self.strategy.world_size > 1  # several processes train
-        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers))
+        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def move(self, batch: Batch) -> Batch:
@@ -325,6 +326,16 @@ class EngineParts:
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
+@contextmanager
+def gradients_kept(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    "Whatever the block adds to the gradients of these is forgotten"
+    before = [(p, p.grad) for p in params]
+    for p, _ in before: p.grad = None
+    try: yield
+    finally:
+        for p, gradient in before: p.grad = gradient
+
+# %% ../../nbs/api/loop/06_engine.ipynb #7833e032
 class Engine(EngineParts):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
@@ -345,7 +356,11 @@ class Engine(EngineParts):
                 return
         slot.pending = True
         if self.together: loss = self.strategy.carrying(loss)
-        self.precision.scale(loss, slot.optimizer).backward(weight, retain_graph=retain_graph, inputs=inputs)
+        loss = self.precision.scale(loss, slot.optimizer)
+        if inputs is None or not self.strategy.in_pieces: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
+        else:
+            with gradients_kept(p for p in self.model.parameters() if all(p is not one for one in inputs)):
+                loss.backward(weight, retain_graph=retain_graph)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import concatenate, map_tensors
+from ..core.nested import concatenate, map_tensors, own_parts
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, own_generators
@@ -63,9 +63,9 @@ def weights_in_place(
     own = [place.clone() for place in places]
     if not places: return (yield)
     try:
-        torch._foreach_copy_(places, list(weights.values()))
+        torch._foreach_copy_(own_parts(places), own_parts(weights.values()))
         yield
-    finally: torch._foreach_copy_(places, own)
+    finally: torch._foreach_copy_(own_parts(places), own_parts(own))
 
 def averaged_weights(trainer: Any) -> dict[str, Tensor]:
     "What the callbacks want evaluated; raises `ValueError` when several do"
@@ -120,7 +120,9 @@ def outputs(
             source = own.batches(0, device=trainer.engine.device)
         for n, raw in enumerate(islice(source, limit_batches), 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
-            if trainer.together and batch.size == 0: continue  # all of it is for others
+            if trainer.together and batch.size == 0:  # all of it is for others
+                if trainer.engine.strategy.in_pieces: trainer.engine.run(method, trainer, batch)  # they wait for weights
+                continue
             state.current_batch = batch
             if on.before_evaluate_batch:
                 trainer.call("before_evaluate_batch")

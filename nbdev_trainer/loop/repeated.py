@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import describe
+from ..core.nested import own_parts
 from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot, Precision
@@ -115,7 +116,7 @@ class Repeating(Engine):
         try: step_lightly(optimizer, self.again)
         except BaseException:
             if params:
-                with torch.no_grad(): torch._foreach_copy_(params, before)
+                with torch.no_grad(): torch._foreach_copy_(own_parts(params), own_parts(before))
             raise
         return True
 
@@ -163,7 +164,7 @@ class SAM(torch.optim.Optimizer):
         try:
             climb(params, self.rho, self.adaptive)
             with torch.enable_grad(): loss = closure()
-        finally: torch._foreach_copy_(params, before)
+        finally: torch._foreach_copy_(own_parts(params), own_parts(before))
         self.meet_base()
         step_lightly(self.base)
         return loss

@@ -27,7 +27,8 @@ from ..core.errors import Problems, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['MAX_DIMENSIONS', 'sync', 'write_bytes', 'write_text', 'find_unplain', 'write_json', 'existing_file', 'unique_names',
-           'read_json', 'disk_error', 'write_tensors', 'read_metadata', 'read_tensors', 'append_lines', 'append_line']
+           'read_json', 'disk_error', 'write_tensors', 'open_tensors', 'read_metadata', 'read_tensors', 'append_lines',
+           'append_line']
 
 # %% ../../nbs/api/store/00_files.ipynb #b376375e
 def sync(path: Path) -> None:
@@ -241,7 +242,7 @@ def _check_header(path: Path) -> None:
 
 # %% ../../nbs/api/store/00_files.ipynb #1a266a1d
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def open_tensors(path: str | Path) -> Iterator[Any]:
     "An open safetensors file; a clear error when it is none."
     path = existing_file(path)
     try:
@@ -259,7 +260,7 @@ def read_metadata(
     path: str | Path,  # a safetensors file
 ) -> dict[str, str]:
     "The texts that `write_tensors` kept with the tensors."
-    with _opened(path) as file: metadata = file.metadata() or {}
+    with open_tensors(path) as file: metadata = file.metadata() or {}
     return {key: text for key, text in metadata.items() if key != _ALIASES}
 
 
@@ -267,7 +268,7 @@ def read_tensors(
     path: str | Path,  # a safetensors file
 ) -> dict[str, Tensor]:  # on the CPU, in memory of their own; second names share the tensor
     "The tensors in a file."
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         aliases = (file.metadata() or {}).get(_ALIASES, "{}")
     try: return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}

@@ -22,6 +22,8 @@ from nbdev_trainer.metrics.confusion import F1Score
 from nbdev_trainer.metrics.ranking import AUROC
 from nbdev_trainer.scale.processes import has_group, join
 from nbdev_trainer.scale.replicas import Replicas
+from nbdev_trainer.scale.shards import Shards
+from nbdev_trainer.core.nested import is_divided
 
 
 def model_of(width=8):
@@ -36,15 +38,24 @@ def data(n=37, batch_size=8, valid=11):
     return Loaders.from_arrays(inputs[:n], targets[:n], valid=(inputs[n:], targets[n:]), batch_size=batch_size, seed=3)
 
 
-def strategy(**options):
-    return Replicas(join(timeout="30s"), **options) if has_group() else None
+KIND = [Replicas]  # of the strategy, in this process
 
 
+def strategy(overlap=True, **options):
+    if not has_group():
+        return None
+    if KIND[0] is Shards:
+        return Shards(join(timeout="30s"), wrap=nn.Linear, **options)
+    return Replicas(join(timeout="30s"), overlap=overlap, **options)
+
+
+def whole(one):
+    return (one.full_tensor() if is_divided(one) else one).detach().clone()
 
 
 def result(trainer, *more):
     state = trainer.state
-    weights = {name: one.detach().clone() for name, one in trainer.model.state_dict().items()}
+    weights = {name: whole(one) for name, one in trainer.model.state_dict().items()}
     return {"weights": weights, "metrics": dict(state.metrics), "control": [(one["what"], one["batch"]) for one in state.control],
             "counters": (state.epoch, state.batch, state.step, state.samples), "more": more}
 
@@ -87,7 +98,7 @@ def averaged():
     model = model_of()
     ema = EMA(0.9)
     found = supervised(model=model, callbacks=[ema])
-    return {**found, "more": [one.clone() for one in ema.averages.values()]}
+    return {**found, "more": [whole(one) for one in ema.averages.values()]}
 
 
 def ignored_targets():
@@ -264,13 +275,23 @@ def synced_norms_after_the_backward_pass():
     return norms(overlap=False, loaders=data(n=14, batch_size=4, valid=3))
 
 
-SCENARIOS = [plain, synced_norms, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
-             ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
-             sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own,
-             several_optimizers, kept_outputs, stopped_early, logged, by_batches]
+SCENARIOS = [plain, synced_norms, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
+             frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped,
+             clipped_by_unit, averaged, ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
+             sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own, several_optimizers, kept_outputs,
+             stopped_early, logged, by_batches]
+NOT_DIVIDED = (after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
+DIVIDED = [one for one in SCENARIOS if one not in NOT_DIVIDED]
 
 
 def run_all():
     """The results of all scenarios, by name, in the processes of a launch."""
     join(timeout="30s")
     return {one.__name__: one() for one in SCENARIOS}
+
+
+def run_divided(names):
+    """Likewise, with the weights divided over the processes."""
+    join(timeout="30s")
+    KIND[0] = Shards
+    return {one.__name__: one() for one in DIVIDED if not names or one.__name__ in names}

@@ -46,6 +46,16 @@ def test_the_weights_metrics_and_counters_are_those_of_one_process(one, several,
         assert one[name]["metrics"][key] == several[name]["metrics"][key], key
 
 
+@pytest.fixture(scope="module", params=[2, 3])
+def divided(request):
+    return launch(scenarios.run_divided, [], processes=request.param)
+
+
+@pytest.mark.parametrize("name", [one.__name__ for one in scenarios.DIVIDED])
+def test_divided_weights_train_as_whole_ones(one, divided, name):
+    assert_close(one[name], divided[name], name)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_single_precision_is_that_of_a_loop_written_by_hand_bit_for_bit(accumulate):
     theirs, ours = launch(by_hand.both, accumulate)
