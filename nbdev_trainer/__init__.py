@@ -128,6 +128,7 @@ Modules:
 - `nbdev_trainer.store.tables`: Rows of numbers as lines of text and as HTML
 - `nbdev_trainer.store.trees`: The state of a run taken apart into JSON and tensors, and put together again
 - `nbdev_trainer.store.weights`: Weights into a model: all of them or none, or what fits, with a report of the rest
+- `nbdev_trainer.store.writers`: One sealed directory that several processes write together
 - `nbdev_trainer.testing`: Tiny data and models, and a check for callbacks of one's own
 - `nbdev_trainer.use.batch_sizes`: Find a batch size: double it until memory runs out or nothing gets faster, and put everything back
 - `nbdev_trainer.use.check`: One batch through everything, before training; afterwards all is as it was

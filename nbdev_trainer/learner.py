@@ -56,6 +56,7 @@ from .scale.precision import make_precision
 from .scale.ray import REPORTS
 from .scale.strategies import make_strategy, own_device
 from .store.files import read_tensors, write_tensors
+from .store.pieces import gathered
 from .store.checkpoints import read_checkpoint
 from .store.history import History
 from .store.run import holds_run
@@ -195,7 +196,7 @@ class Learner:
         as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
         precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
-        strategy: str | Strategy | None = "auto",              # "auto": with the processes started beside it; or "ddp"
+        strategy: str | Strategy | None = "auto",              # "auto": with the processes started beside it; "ddp", "fsdp"
         accumulate: int = 1,                                  # batches per optimizer step
         micro_batch_size: int | str | None = None,            # samples at a time; "auto": as memory allows
         clip_norm: float | None = None,                       # largest norm of an optimizer's gradients
@@ -470,12 +471,15 @@ class Learner:
     def save(self,
         path: str | Path,  # such as "model.safetensors"
     ) -> None:
-        "Write weights, buffers and averages to a safetensors file; `ValueError` for a name that promises another"
+        "Write weights, buffers and averages to a safetensors file, all processes together if the weights are divided"
         if Path(path).suffix in FOREIGN:
             raise ValueError(f"'{path}' is named as another kind of file; expected a name such as "
                              f"'{Path(path).with_suffix('.safetensors')}'")
-        averages = averaged_weights(self.trainer)
-        write_tensors(path, {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}})
+        averages, strategy = averaged_weights(self.trainer), self.trainer.engine.strategy
+        weights = {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}}
+        if strategy.in_pieces: weights = gathered(weights, strategy.rank)
+        if strategy.rank == 0 or not strategy.in_pieces: write_tensors(path, weights)
+        if strategy.in_pieces: strategy.share(None)  # it is there for all
 
     def load(self,
         path: str | Path | Mapping[str, Tensor],  # as `save` wrote it; a checkpoint; or tensors by name

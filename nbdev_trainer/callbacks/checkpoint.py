@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,16 +40,18 @@ from ..loop.plan import cannot_be_positioned, draws_unseen
 from ..loop.settings import run_settings
 from ..loop.snapshot import sum_of_tensors, trainer_state
 from ..store.checkpoints import (
-    batch_of, list_checkpoints, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
+    batch_of, kinds_of, list_checkpoints, next_name, remove_checkpoint, remove_leftovers, remove_old, write_checkpoint)
 from ..store.lock import DirectoryLock, take_directory
+from ..store.pieces import Piece, in_pieces
 from ..store.run import CHECKPOINTS
 from ..store.sealed import DamagedError, verify
+from ..store.writers import Shared, begin_shared, reporting, write_parts
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['Copies', 'Beside', 'Due', 'Best', 'LeftOut', 'frozen_weights', 'Checkpoint', 'checkpoint_directory',
-           'check_directory', 'ranking', 'check_finite', 'take_back']
+           'check_directory', 'share_directory', 'ranking', 'check_finite', 'take_back']
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6549fb9
 class Copies:
@@ -216,6 +220,9 @@ class Checkpoint(Callback):
         if self.writes: self.lock = take_directory(self.directory)
         self.in_fit = True
         if self.writes: remove_leftovers(self.directory)
+        if self.left_out is not None and strategy.in_pieces:
+            raise ValueError("trainable_only=True does not go together with divided weights: no process has the whole of "
+                             "what would be left out. Leave it out, or use strategy='ddp'")
         if self.left_out is not None: self.left_out.begin(trainer)
         self.due.step, self.due.clock = trainer.state.step, self.due.now()
         if trainer.state.batch == 0: self.save(trainer)
@@ -254,28 +261,39 @@ class Checkpoint(Callback):
         return self.best_is_due
 
     def save(self, trainer: Trainer) -> None:
-        "Save the state of now; of several processes the first one writes, and all say what only they know"
+        "Save the state of now; of several processes the first one writes, or each the part of the weights it has"
         self.settle()
         state, batch, ranking = trainer_state(trainer, copied=False), trainer.state.batch, self.ranking
         self.best_is_due, self.due.clock = False, self.due.now()
-        if not self.writes: return
+        shared = share_directory(self.directory, batch, trainer.engine.strategy)
+        if not self.writes and shared is None: return
         state["settings"] = self.settings
         if self.left_out is not None: self.left_out.take_from(state["model"], trainer.model)
+        if shared is not None: state = in_pieces(state)
         if self.background: state = self.copies.take(state)
         best = {} if ranking is None else dict(ranking.values)
         facts = {} if ranking is None else ranking.facts(batch)
         trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-        self.beside.start(partial(self.write, state, batch, facts, list(best), trained))
+        self.beside.start(partial(self.write, state, batch, facts, list(best), trained, shared))
         if not self.background: self.settle()
 
     def write(self, state: Mapping[str, Any], batch: int, facts: Mapping[str, Any], best: list[int],
-              trained: list[str]) -> None:
+              trained: list[str], shared: Shared | None) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
-        check_finite(state["model"]["state"], trained, batch)
         if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one
             raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
                                     str(self.directory))
-        written = write_checkpoint(self.directory, state, batch, facts)
+        if not self.writes and shared is not None:
+            with reporting(shared) as files:
+                check_finite(state["model"]["state"], trained, batch)
+                files |= write_parts(shared, kinds_of(state)[2])
+            return
+        try:
+            check_finite(state["model"]["state"], trained, batch)
+            written = write_checkpoint(self.directory, state, batch, facts, shared)
+        except BaseException:
+            if shared is not None: shutil.rmtree(shared.temporary, ignore_errors=True)
+            raise
         remove_old(self.directory, self.keep_last, best, written)
 
     def settle(self) -> None:
@@ -306,6 +324,21 @@ def check_directory(trainer: Trainer, directory: Path) -> None:
                           "with it: learner.fit(..., resume=True). Else choose another directory or remove this "
                           "one")
 
+def share_directory(
+    directory: Path,     # of the checkpoints
+    batch: int,
+    strategy: Any,
+) -> Shared | None:  # None: one process has everything
+    "Begin a checkpoint that several processes write together; on all of them `OSError` when the first one cannot"
+    if not strategy.in_pieces: return None
+    found: Any = None
+    if strategy.rank == 0:
+        try: found = begin_shared(next_name(directory, batch), 0, strategy.world_size, strategy.processes.timeout)
+        except OSError as error: found = error
+    found = strategy.share(found)
+    if isinstance(found, OSError): raise found
+    return replace(found, rank=strategy.rank)
+
 def ranking(trainer: Trainer, checkpoint: Checkpoint) -> Best:
     "The best so far by the result of a `Checkpoint`; raises `ValueError` when its direction is not known"
     monitor, given = str(checkpoint.best), checkpoint.higher_is_better
@@ -323,7 +356,9 @@ def check_finite(
     batch: int,
 ) -> None:
     "Raise `FloatingPointError` for weights that are no numbers: a run that goes on from them is lost"
-    def is_finite(one: Tensor) -> bool: return bool(one.sum().isfinite() or one.isfinite().all())  # a sum is quick
+    def is_finite(one: Any) -> bool:
+        values = one.values if isinstance(one, Piece) else one
+        return bool(values.sum().isfinite() or values.isfinite().all())  # a sum is quick
 
     broken = [name for name in trained if name in weights and not is_finite(weights[name])]
     if not broken: return

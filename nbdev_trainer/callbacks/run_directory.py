@@ -30,6 +30,7 @@ from .recorder import RowWriter
 from ..core.errors import Problems
 from ..core.messages import LISTENERS
 from ..data.loaders import Loader
+from ..loop.settings import class_name
 from ..loop.steps import SupervisedStep
 from ..store.files import append_line, append_lines, find_unplain, write_json
 from ..store.history import parts_of
@@ -74,7 +75,7 @@ def describe_training(
     step, engine, train = trainer.step, trainer.engine, trainer.plan and trainer.plan.train
     parameters = list(trainer.model.parameters())
     metrics = trainer.train_metrics.metrics
-    return {"began": now(), "model": type(trainer.model).__name__,
+    return {"began": now(), "model": class_name(trainer.model),
             "n_parameters": sum(p.numel() for p in parameters),
             "n_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "step": type(step).__name__,

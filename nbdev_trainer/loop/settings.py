@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .callback import Callback
 from .optimizers import kind_of
@@ -31,8 +31,8 @@ from .steps import SupervisedStep
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ADDRESS', 'NOT_DECISIVE', 'as_plain', 'settings_of', 'group_values', 'data_settings', 'callback_settings',
-           'run_settings', 'differences', 'check_settings']
+__all__ = ['ADDRESS', 'NOT_DECISIVE', 'as_plain', 'settings_of', 'group_values', 'data_settings', 'class_name', 'model_text',
+           'callback_settings', 'run_settings', 'differences', 'check_settings']
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #b452e331
 def as_plain(
@@ -81,6 +81,19 @@ def data_settings(loader: Any) -> dict[str, Any]:
     return {"kind": type(loader).__name__, **known}
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #f5e1c29c
+def class_name(module: nn.Module) -> str:
+    "The name of its class; torch makes another one, FSDP..., of a module whose weights are divided over processes"
+    name = type(module).__name__
+    divided = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    return name.removeprefix("FSDP") if divided else name
+
+def model_text(model: nn.Module) -> str:
+    "A model as it prints, the same however its weights lie in memory"
+    text = ADDRESS.sub("", str(model))
+    for one in model.modules(): text = text.replace(f"{type(one).__name__}(", f"{class_name(one)}(")
+    return text
+
+# %% ../../nbs/api/loop/10b_settings.ipynb #383dc96b
 def callback_settings(callbacks: Iterable[Callback]) -> dict[str, Any]:
     "The settings of the callbacks that decide the result and have state, by name"
     return {name: settings_of(one) for name, one in keyed(callbacks).items() if not one.only_watches}
@@ -96,7 +109,7 @@ def run_settings(
     loss = {} if loss_fn is None else {"loss": ADDRESS.sub("", str(loss_fn)), "loss with": as_plain(loss_fn)}
     optimizers = {f"optimizer {name}": {"kind": kind_of(slot.optimizer), **group_values(slot.optimizer)}
                   for name, slot in engine.slots.items()}
-    return {"model": ADDRESS.sub("", str(trainer.model)), "step": type(step).__name__, **loss, **optimizers,
+    return {"model": model_text(trainer.model), "step": type(step).__name__, **loss, **optimizers,
             "metrics": [metric.name for metric in trainer.metrics],
             "precision": [type(engine.precision).__name__, settings_of(engine.precision)],
             "accumulate": engine.accumulate, "clip": engine.clip and str(engine.clip),

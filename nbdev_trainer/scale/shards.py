@@ -113,7 +113,6 @@ class Shards(Together):
         processes: Processes,                # as `join` gives them
         *,
         wrap: str | type[nn.Module] | Iterable[str | type[nn.Module]] | None = None,  # blocks, as `find_blocks` takes them
-        reshard_after_forward: bool | int | None = None,  # keep a block's weights until the backward pass: False
         mixed_precision: MixedPrecisionPolicy | None = None,  # types of weights, messages and outputs, as torch takes them
         cpu_offload: bool = False,           # keep what is divided in the memory of the host
         mesh: DeviceMesh | None = None,      # None: all processes; its dimensions "dp" and "tp", where a plan needs them
@@ -123,7 +122,7 @@ class Shards(Together):
     ) -> None:
         super().__init__(processes)
         self.wrap, self.plan, self.methods = wrap, tensor_parallel, list(forward_methods)
-        self.mesh, self.options = mesh, {"reshard_after_forward": reshard_after_forward}
+        self.mesh = mesh
         self.mixed_precision, self.cpu_offload, self.sync_batch_norm = mixed_precision, cpu_offload, sync_batch_norm
         if tensor_parallel is not None: self.copies = mesh_size(mesh, "tp")
 
@@ -133,7 +132,7 @@ class Shards(Together):
         self.model, before = model, dict(model.named_parameters())
         for one in (*model.parameters(), *model.buffers()): dist.broadcast(one.data, src=0)
         if self.plan is not None: divide_layers(model, self.mesh, self.plan)
-        options: dict[str, Any] = {**self.options, "mesh": self.over_data(model)}
+        options: dict[str, Any] = {"mesh": self.over_data(model), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for one in find_blocks(model, self.wrap).values(): fully_shard(one, **options)

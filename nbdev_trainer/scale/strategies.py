@@ -18,6 +18,7 @@ from ..core.messages import tell
 from ..loop.engine import Strategy, find_device
 from .processes import find_place, has_group, join
 from .replicas import Replicas
+from .shards import Shards
 
 # %% auto #0
 __all__ = ['NAMES', 'own_device', 'make_strategy']
@@ -39,7 +40,7 @@ def own_device(
                      "device='cpu'")
 
 # %% ../../nbs/api/scale/05_strategies.ipynb #6b6a1112
-NAMES = ("auto", "ddp")
+NAMES = ("auto", "ddp", "fsdp")
 
 def make_strategy(
     given: str | Strategy | None,  # None: alone, whoever started the process
@@ -57,6 +58,10 @@ def make_strategy(
     place = None if has_group() else find_place()
     alone = not has_group() and (place is None or place.world_size == 1)
     if given == "auto" and alone: return Strategy()
+    if given == "fsdp":
+        shards = Shards(join(place, device))
+        tell(f"{shards.world_size} processes share each batch, and the weights of the model", shown)
+        return shards
     strategy = Replicas(join(place, device))
     tell(f"{strategy.world_size} processes share each batch; gradients are averaged over them", shown)
     return strategy

@@ -27,13 +27,16 @@ from torch import Tensor
 from ..core.errors import Problems
 from ..core.nested import tensors
 from .files import read_json, read_tensors, write_tensors, write_text
+from .pieces import Piece, joined, read_pieces
 from .sealed import DamagedError, sealing, verify
 from .trees import put_together, take_apart
+from .writers import Shared, wait_for_parts, write_parts
 
 # %% auto #0
-__all__ = ['SCHEMA', 'FILES', 'Upgrade', 'UPGRADES', 'CHECKPOINT', 'LEFTOVER', 'place', 'checkpoint_name', 'write_checkpoint',
-           'written_with', 'read_checkpoint', 'known_schema', 'list_checkpoints', 'newest_checkpoint',
-           'remove_checkpoint', 'is_complete', 'remove_old', 'batch_of', 'remove_leftovers']
+__all__ = ['SCHEMA', 'FILES', 'Upgrade', 'UPGRADES', 'IN_PARTS', 'CHECKPOINT', 'LEFTOVER', 'place', 'checkpoint_name',
+           'next_name', 'write_checkpoint', 'kinds_of', 'written_with', 'read_checkpoint', 'in_parts', 'known_schema',
+           'list_checkpoints', 'newest_checkpoint', 'remove_checkpoint', 'is_complete', 'remove_old', 'batch_of',
+           'remove_leftovers']
 
 # %% ../../nbs/api/store/06c_checkpoints.ipynb #1f5c3c1c
 SCHEMA = 1  # of the state; a number higher than this was written by a newer version
@@ -49,29 +52,47 @@ def checkpoint_name(batch: int, number: int = 1) -> str:
     "The name of the n-th checkpoint of a batch, such as ba-000123 and ba-000123-2"
     return f"ba-{batch:06}" + (f"-{number}" if number > 1 else "")
 
+def next_name(
+    directory: Path,  # that holds the checkpoints of a run; made if need be
+    batch: int,
+) -> Path:
+    "Where the next checkpoint of a batch goes"
+    directory.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := directory / checkpoint_name(batch, number)).exists(): number += 1
+    return path
+
 def write_checkpoint(
     directory: Path,           # that holds the checkpoints of a run; made if need be
     state: Mapping[str, Any],  # of the trainer
     batch: int,                # batches done
     facts: Mapping[str, Any] | None = None,  # plain data to keep beside it
+    shared: Shared | None = None,            # the processes that write it together
 ) -> Path:
     "Write a state whole or not at all; `TypeError` for what cannot be kept, `OSError` when the disk refuses"
-    found: dict[str, dict[str, Tensor]] = {}
-    problems = Problems()
-    plain = take_apart(state, place, found, problems)
-    problems.raise_if_any("this state cannot be saved", TypeError)
-    directory.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (path := directory / checkpoint_name(batch, number)).exists(): number += 1
-    text = json.dumps(plain)
-    needed = len(text) + sum(one.nbytes for one in tensors(found))
+    plain, found, pieces = kinds_of(state)
+    path, text = next_name(directory, batch) if shared is None else shared.path, json.dumps(plain)
+    needed = len(text) + sum(one.nbytes for one in tensors([*found.values(), *pieces.values()]))
     about = {"schema": SCHEMA, "batch": batch, "versions": written_with(), **(facts or {})}
-    with sealing(path, about, needed) as temporary:
+    with sealing(path, about, needed, None if shared is None else shared.temporary) as (temporary, known):
         for file, named in found.items():
             write_tensors(temporary / f"{file}.safetensors", named, durable=False)
         write_text(temporary / "state.json", text, durable=False)
+        if shared is not None: known |= write_parts(shared, pieces) | wait_for_parts(shared)
     write_text(directory / "latest", path.name + "\n")
     return path
+
+def kinds_of(
+    state: Mapping[str, Any],
+) -> tuple[Any, dict[str, dict[str, Tensor]], dict[str, dict[str, Piece]]]:
+    "A state as what JSON holds, its tensors by file and name, and its pieces likewise"
+    found: dict[str, dict[str, Any]] = {}
+    problems = Problems()
+    plain = take_apart(state, place, found, problems)
+    problems.raise_if_any("this state cannot be saved", TypeError)
+    whole, pieces = ({file: {name: one for name, one in named.items() if isinstance(one, kind)} for file, named in found.items()}
+                     for kind in (Tensor, Piece))
+    return plain, {file: named for file, named in whole.items() if named}, {file: one for file, one in pieces.items() if one}
 
 def written_with() -> dict[str, str]:
     "The versions that a checkpoint was written with"
@@ -83,6 +104,8 @@ UPGRADES: dict[int, Upgrade] = {}  # by the version that they begin with
 
 def read_checkpoint(
     path: str | Path,  # of one checkpoint
+    *,
+    whole: bool = True,  # False: tensors that lie in pieces stay there, as `Parted`, until they are read
 ) -> dict[str, Any]:   # the state
     "Verify a checkpoint and read its state; `DamagedError`, or `ValueError` for what is no state here"
     path = Path(path)
@@ -92,11 +115,22 @@ def read_checkpoint(
         raise DamagedError(f"'{path}' is sealed without state.json (it has {', '.join(files)}); it is no "
                            "checkpoint")
     names = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
-    found = {name: read_tensors(path / f"{name}.safetensors") for name in names}
+    found: dict[str, dict[str, Any]] = {kind: dict(read_pieces(paths)) for kind, paths in in_parts(path, names).items()}
+    for name in names:
+        if not IN_PARTS.fullmatch(name): found.setdefault(name, {}).update(read_tensors(path / f"{name}.safetensors"))
     try: state = put_together(read_json(path / "state.json"), found)
     except RecursionError: raise ValueError(f"'{path / 'state.json'}' is nested too deeply") from None
     for old in range(schema, SCHEMA): state = UPGRADES[old](state)
-    return state
+    return joined(state) if whole else state
+
+IN_PARTS = re.compile(r"([a-z]+)-\d{5}-of-(\d{5})")
+
+def in_parts(path: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+    "The files of several processes by their kind, from the names of all"
+    found: dict[str, list[Path]] = {}
+    for name in names:
+        if match := IN_PARTS.fullmatch(name): found.setdefault(match[1], []).append(path / f"{name}.safetensors")
+    return found
 
 def known_schema(path: Path, manifest: Mapping[str, Any]) -> int:
     "The version of a state; raises `ValueError` for one that is not known here"
@@ -125,11 +159,12 @@ def newest_checkpoint(
     *,
     strict: bool = False,              # damage is an error
     told: Callable[[str], Any] = print,  # gets a text for each damaged one
+    whole: bool = True,                # as `read_checkpoint` takes it
 ) -> tuple[Path, dict[str, Any]] | None:  # where it is, and the state; None when there is no checkpoint
     "Read the newest checkpoint that is sound; raises `DamagedError` when none is"
     listed = list_checkpoints(directory)
     for path in reversed(listed):
-        try: return path, read_checkpoint(path)
+        try: return path, read_checkpoint(path, whole=whole)
         except (DamagedError, OSError) as error:
             if strict: raise
             told(f"passed over: {error}")

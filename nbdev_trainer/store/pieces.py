@@ -29,7 +29,7 @@ from .sealed import DamagedError
 
 # %% auto #0
 __all__ = ['OFFSETS', 'Box', 'Piece', 'place_in', 'piece_of', 'in_pieces', 'piece_file', 'write_pieces', 'common', 'within',
-           'Parted', 'places_in', 'read_pieces', 'joined', 'divide', 'divided_like']
+           'Parted', 'places_in', 'read_pieces', 'joined', 'gathered', 'divide', 'divided_like']
 
 # %% ../../nbs/api/store/05b_pieces.ipynb #b7e028a0
 class Piece(NamedTuple):
@@ -156,6 +156,18 @@ def joined(state: Any) -> Any:
     if type(state) is dict: return {key: joined(one) for key, one in state.items()}
     if type(state) in (list, tuple): return type(state)(joined(one) for one in state)
     return state
+
+# %% ../../nbs/api/store/05b_pieces.ipynb #b8621b25
+def gathered(
+    weights: Mapping[str, Tensor],  # by name, some of them divided
+    rank: int,                      # of this process
+) -> dict[str, Tensor]:  # on the first process whole; on the others without what is divided
+    "Bring together what is divided; for all processes to call"
+    found: dict[str, Tensor] = {}
+    for name, one in weights.items():
+        whole: Any = one.detach().full_tensor().cpu() if is_divided(one) else one  # type: ignore[attr-defined]
+        if rank == 0 or not is_divided(one): found[name] = whole
+    return found
 
 # %% ../../nbs/api/store/05b_pieces.ipynb #c869b2c7
 def divide(

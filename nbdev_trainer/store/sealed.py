@@ -29,8 +29,8 @@ from ..core.errors import Problems, describe
 from .files import sync, write_text
 
 # %% auto #0
-__all__ = ['MANIFEST', 'LARGEST_MANIFEST', 'FILE_NAME', 'sum_of', 'sealed_text', 'check_space', 'seal', 'sealing', 'DamagedError',
-           'read_manifest', 'is_list', 'verify']
+__all__ = ['MANIFEST', 'LARGEST_MANIFEST', 'FILE_NAME', 'sum_of', 'sealed_text', 'check_space', 'seal', 'begin_sealing',
+           'sealing', 'DamagedError', 'read_manifest', 'is_list', 'verify']
 
 # %% ../../nbs/api/store/06b_sealed.ipynb #9abef5c7
 MANIFEST = "manifest.json"
@@ -65,29 +65,39 @@ def check_space(
 def seal(
     directory: Path,           # with files
     facts: Mapping[str, Any],  # plain data to keep in the list
+    known: Mapping[str, Any] | None = None,  # size and sum of files that are on the disk already, by name
 ) -> None:
     "Bring a directory's files to the disk, and write the list of them into it"
-    paths = sorted(directory.iterdir())
+    files = dict(known or {})
+    paths = sorted(path for path in directory.iterdir() if path.name not in files)
     with ThreadPoolExecutor(1) as beside:  # the disk is at work while the sums are made
         synced = beside.map(sync, paths)
-        files = {path.name: {"size": path.stat().st_size, "sha256": sum_of(path)} for path in paths}
+        files |= {path.name: {"size": path.stat().st_size, "sha256": sum_of(path)} for path in paths}
         for _ in synced: pass  # raises what was raised there
-    write_text(directory / MANIFEST, sealed_text({**facts, "files": files}))
+    write_text(directory / MANIFEST, sealed_text({**facts, "files": dict(sorted(files.items()))}))
+
+def begin_sealing(
+    path: Path,  # the directory; it must not exist, and its parent must
+) -> Path:
+    "Make the directory that is going to have this name"
+    if path.exists(): raise FileExistsError(f"'{path}' exists; a sealed directory is never changed")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    return temporary
 
 @contextmanager
 def sealing(
     path: Path,                # the directory; it must not exist, and its parent must
     facts: Mapping[str, Any],  # plain data to keep in the list
     needed: int = 0,           # bytes that are going to be written
-) -> Iterator[Path]:           # the directory to write to
+    begun: Path | None = None, # what `begin_sealing` gave
+) -> Iterator[tuple[Path, dict[str, Any]]]:  # the directory to write to, and sums of files that are known
     "A directory that takes its name when the block is done; if that fails, nothing is left"
-    if path.exists(): raise FileExistsError(f"'{path}' exists; a sealed directory is never changed")
-    check_space(path.parent, needed)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
+    temporary, known = begun or begin_sealing(path), dict[str, Any]()
     try:
-        yield temporary
-        seal(temporary, facts)
+        check_space(path.parent, needed)
+        yield temporary, known
+        seal(temporary, facts, known)
         os.rename(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import Problems, describe
+from .pieces import Piece
 
 # %% auto #0
 __all__ = ['PLAIN', 'Place', 'READERS', 'take_apart', 'put_together', 'number', 'pairs']
@@ -34,14 +35,14 @@ Place = Callable[[tuple[str, ...]], tuple[str, str]]  # the path of a tensor to 
 def take_apart(
     value: Any,                              # dicts, lists and tuples of plain values and tensors
     place: Place,
-    tensors: dict[str, dict[str, Tensor]],   # by file, by name; the tensors are added to it
+    tensors: dict[str, dict[str, Any]],      # by file, by name; tensors and pieces of them are added to it
     problems: Problems,                      # what cannot be kept is noted here
     path: tuple[str, ...] = (),
 ) -> Any:  # what JSON holds
     "Take a nesting apart into tensors and what JSON can hold"
     def part(name: Any, one: Any) -> Any: return take_apart(one, place, tensors, problems, (*path, str(name)))
 
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Piece)):
         file, name = place(path)
         named = tensors.setdefault(file, {})
         while name in named: name += "'"  # another path that reads the same
@@ -63,7 +64,7 @@ def take_apart(
 # %% ../../nbs/api/store/06_trees.ipynb #f7e24c81
 def put_together(
     value: Any,                                   # what JSON held
-    tensors: Mapping[str, Mapping[str, Tensor]],  # by file, by name
+    tensors: Mapping[str, Mapping[str, Any]],  # by file, by name
 ) -> Any:
     "Put together what `take_apart` took apart; raises `ValueError` for what it cannot have written"
     if isinstance(value, list): return [put_together(one, tensors) for one in value]

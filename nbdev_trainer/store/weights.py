@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import Problems, counted
+from ..core.nested import own_parts
 from .files import existing_file
+from .pieces import divide
 
 # %% auto #0
 __all__ = ['FOREIGN', 'LoadReport', 'listed', 'raise_for_prefix', 'difference', 'compare_weights', 'check_suffix', 'load_weights']
@@ -113,7 +115,7 @@ def compare_weights(
     common = [name for name in expected if name in tensors]
     mismatched = {name: why for name in common if (why := difference(tensors[name], expected[name]))}
     loaded = [name for name in common if name not in mismatched]
-    places = {name: (one.data_ptr(), one.shape) for name, one in expected.items()}
+    places = {name: (part.data_ptr(), one.shape) for (name, one), part in zip(expected.items(), own_parts(expected.values()))}
     filled = {places[name] for name in loaded if expected[name].numel() and not expected[name].is_meta}
     missing = [name for name, place in places.items() if name not in tensors and place not in filled]
     return LoadReport(source, loaded, missing, [name for name in tensors if name not in expected], mismatched)
@@ -145,5 +147,6 @@ def load_weights(
         held, own = (listed(list(names), 3) or "no tensor" for names in (tensors, model.state_dict()))
         raise ValueError(f"nothing in {source} fits the model. It holds {held}; the model has {own}. "
                          "A prefix may have to go: import_weights(path, prefix='model.')")
-    model.load_state_dict({name: tensors[name] for name in report.loaded}, strict=False)
+    own = model.state_dict()
+    model.load_state_dict({name: divide(own[name], tensors[name]) for name in report.loaded}, strict=False)
     return report
