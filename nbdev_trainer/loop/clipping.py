@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.nested import is_divided, own_parts
+
 # %% auto #0
-__all__ = ['LIMITS', 'unit_norms', 'clip_adaptively', 'GradientClip', 'make_clip']
+__all__ = ['LIMITS', 'unit_norms', 'clip_adaptively', 'clip_norm_of_all', 'GradientClip', 'make_clip']
 
 # %% ../../nbs/api/loop/05c_clipping.ipynb #2bb8e7ae
 def unit_norms(
@@ -40,6 +42,21 @@ def clip_adaptively(
         p.grad.mul_(torch.where(norms > largest, largest / norms.clamp_min(1e-6), 1.0))
 
 # %% ../../nbs/api/loop/05c_clipping.ipynb #2ab40193
+def clip_norm_of_all(
+    params: Sequence[Tensor],  # with gradients, which are changed in place
+    limit: float,
+) -> Tensor:  # () the norm before
+    "Limit the norm of all gradients together, whole or divided over processes"
+    gradients = [p.grad for p in params if p.grad is not None]
+    if not any(is_divided(one) for one in gradients): return nn.utils.clip_grad_norm_(params, limit)
+    kinds: dict[Any, list[Tensor]] = {}
+    for one in gradients: kinds.setdefault(getattr(one, "device_mesh", None), []).append(one)
+    norms: list[Any] = [nn.utils.get_total_norm(of) for of in kinds.values()]
+    norm = torch.linalg.vector_norm(torch.stack([one.full_tensor() if is_divided(one) else one for one in norms]))
+    torch._foreach_mul_(own_parts(gradients), (limit / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+# %% ../../nbs/api/loop/05c_clipping.ipynb #3ce82c90
 LIMITS = ("clip_norm", "clip_value", "clip_adaptive")
 
 class GradientClip:
@@ -58,7 +75,7 @@ class GradientClip:
         params: Sequence[Tensor],  # with gradients, which are changed in place
     ) -> Tensor | None:  # () the norm before, where it is known
         "Limit the gradients"
-        if self.kind == "clip_norm": return nn.utils.clip_grad_norm_(params, self.limit)
+        if self.kind == "clip_norm": return clip_norm_of_all(params, self.limit)
         if self.kind == "clip_value": nn.utils.clip_grad_value_(params, self.limit)
         else: clip_adaptively(params, self.limit)
         return None

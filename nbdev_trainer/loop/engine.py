@@ -102,6 +102,7 @@ class ProcessParts:
     "What a process gets of model and data; here all of it"
     rank: int = 0        # of this process
     world_size: int = 1  # processes; above 1 the loop asks for the rest
+    copies: int = 1      # processes that have the same part of the data, because they divide layers
 
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
         "The model that the step calls, with the same weights everywhere; its optimizers are told of new parameters"
@@ -368,7 +369,7 @@ class Engine(EngineParts):
         if self.together:
             total = self.strategy.meet(slot)
             if not isinstance(total, Tensor) and total == 0: return False
-            correction = window.correction(total, self.strategy.world_size)
+            correction = window.correction(total, self.strategy.world_size // self.strategy.copies)
         elif window.counts: correction = window.correction()
         if correction is not None:
             gradients = [p.grad for p in slot.params if p.grad is not None]

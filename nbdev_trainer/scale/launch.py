@@ -90,6 +90,8 @@ def show(source: IO[str], rank: int) -> None:
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 class Crew:
     "Processes that run one call"
+    first: int | None = None  # the rank that ended first of those that failed
+
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
         self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
@@ -110,7 +112,8 @@ class Crew:
         while True:
             codes = [one.poll() for one in self.members]
             if None not in codes: return [int(code or 0) for code in codes]
-            if failed is None and any(codes): failed = time.monotonic()
+            if failed is None and any(codes):
+                failed, self.first = time.monotonic(), next(rank for rank, code in enumerate(codes) if code)
             if failed is not None and time.monotonic() - failed > grace: self.end()
             time.sleep(0.02)
 
@@ -129,12 +132,17 @@ class Crew:
                 if pipe is not None: pipe.close()
 
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
-def first_error(folder: Path, codes: list[int]) -> BaseException:
+def first_error(
+    folder: Path,             # where errors are left
+    codes: list[int],         # exit codes, by rank
+    first: int | None = None, # the rank that ended first
+) -> BaseException:
     "What the process raised that failed first"
     paths = [path for path in folder.glob("error-*") if path.suffix != ".new"]
     found = [(*pickle.loads(path.read_bytes()), path.name.removeprefix("error-")) for path in paths]
     if not found:
-        rank, code = next((r, code) for r, code in enumerate(codes) if code)
+        rank = next(r for r, code in enumerate(codes) if code) if first is None else first
+        code = codes[rank]
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return RuntimeError(f"rank {rank} {how}, and raised nothing; look at what it printed")
     when, text, error, rank = min(found, key=lambda one: one[0])
@@ -162,7 +170,7 @@ def launch(
             crew.wait(grace=10.0)
             raise
         finally: crew.end()
-        if any(codes): raise first_error(Path(folder), codes)
+        if any(codes): raise first_error(Path(folder), codes, crew.first)
         answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
     if error is not None: raise error
     return answer

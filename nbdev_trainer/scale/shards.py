@@ -124,7 +124,7 @@ class Shards(Together):
         self.wrap, self.plan, self.methods = wrap, tensor_parallel, list(forward_methods)
         self.mesh = mesh
         self.mixed_precision, self.cpu_offload, self.sync_batch_norm = mixed_precision, cpu_offload, sync_batch_norm
-        if tensor_parallel is not None: self.copies = mesh_size(mesh, "tp")
+        if tensor_parallel is not None: self.copies = mesh_size(mesh)
 
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method

@@ -92,7 +92,6 @@ class Agreeing(Strategy):
     trainer: Any = None               # of the running fit
     work: dist.Work | None = None     # the message of this step, on its way
     clock = 0.0                       # of rank 0, when it was last heard
-    copies = 1                        # processes that have the same part of the data
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
@@ -254,9 +253,12 @@ class Together(Agreeing):
         return self.work is not None
 
     def whole(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
-        measured = {name: over_all(self.processes, getattr(trainer, name), self.copies).state_dict() for name in MEASURED}
+        sets = {name: getattr(trainer, name) for name in MEASURED}
+        measured = {name: over_all(self.processes, one, self.copies).state_dict() for name, one in sets.items()}
         windows = {name: self.whole_window(one, trainer.engine.slots[name].params) for name, one in state["windows"].items()}
-        return {**state, **measured, "windows": windows, "ranks": self.processes.gather(state["rng"])}
+        short = all(metric.sums() is not None for one in sets.values() for metric in one.metrics)  # none keeps outputs
+        mine = {"rng": state["rng"], "measured": {name: one.state_dict() for name, one in sets.items()} if short else None}
+        return {**state, **measured, "windows": windows, "ranks": self.processes.gather(mine)}
 
     def whole_window(self, window: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         "The open window of all processes as that of one"
@@ -264,8 +266,10 @@ class Together(Agreeing):
 
     def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
         ranks, first = state.get("ranks", []), self.index == 0
-        rng = ranks[self.rank] if len(ranks) == self.world_size else for_rank(state["rng"], self.index)
-        measured = {} if first else {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in MEASURED}
+        mine = ranks[self.rank] if len(ranks) == self.world_size else {"rng": for_rank(state["rng"], self.index), "measured": None}
+        measured = mine["measured"]  # as it was added up here, so that a run goes on to the bit
+        if measured is None and first: measured = {}
+        if measured is None: measured = {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in MEASURED}
         windows = {name: divided(one, trainer.engine.accumulate, self.world_size // self.copies, first)
                    for name, one in state["windows"].items()}
-        return {**state, **measured, "windows": windows, "rng": rng}
+        return {**state, **measured, "windows": windows, "rng": mine["rng"]}
