@@ -6,7 +6,7 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
-from nbdev_trainer.callbacks.averaging import EMA
+from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.data.batch import StepOutput
 from nbdev_trainer.data.kinds import Array, Category
@@ -264,7 +264,12 @@ def synced_norms_after_the_backward_pass():
     return norms(overlap=False, loaders=data(n=14, batch_size=4, valid=3))
 
 
-SCENARIOS = [plain, synced_norms, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
+def synced_norms_averaged():
+    """The statistics of the mean weights are measured on the data, each sample once."""
+    return norms(callbacks=[SWA(0.3)], epochs=3)
+
+
+SCENARIOS = [plain, synced_norms, synced_norms_averaged, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream, frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped, clipped_by_unit, averaged,
              ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
              sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own,
              several_optimizers, kept_outputs, stopped_early, logged, by_batches]
