@@ -164,8 +164,9 @@ class Reads(Control):
 
     def read(self, raw: Any, needs_targets: bool = True) -> Batch:
         "What a loader yielded, as a batch"
-        nothing = self.together and type(raw) is Batch and raw.inputs is None  # stands for the end of a shorter loader
-        return to_batch(raw if nothing or self.as_batch is None else self.as_batch(raw), needs_targets)
+        nothing = self.together and type(raw) is Batch and raw.inputs is None  # a shorter loader has ended
+        read = raw if nothing or self.as_batch is None else self.as_batch(raw)
+        return to_batch(read, needs_targets)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #fa49cf70
 class Evaluation(Reads):

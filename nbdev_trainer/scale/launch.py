@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,9 @@ class Crew:
     "Processes that run one call"
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
-        self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        place = socket.create_server(("127.0.0.1", 0))  # by itself the store listens to all networks
+        self.store = TCPStore("127.0.0.1", place.getsockname()[1], size, is_master=True,
+                              wait_for_workers=False, master_listen_fd=place.detach())
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
         for rank in range(size):
             member = subprocess.Popen(
@@ -112,7 +115,7 @@ class Crew:
             self.shows[-1].start()
 
     def wait(self, grace: float = 5.0, failed: float | None = None) -> list[int]:  # exit codes, by rank
-        "Until all have ended; `grace` is how many seconds the rest has after one has failed, or since `failed`"
+        "Until all have ended; the rest has `grace` seconds after one has failed, or since `failed`"
         while True:
             codes = [one.poll() for one in self.members]
             if None not in codes: return [int(code or 0) for code in codes]

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import time
+from ipaddress import ip_address
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -46,3 +48,16 @@ def does_not_end():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("deaf", flush=True)
     time.sleep(60)
+
+
+def who_listens():
+    """The port where the processes meet, and the addresses at which it is open."""
+    port, found = int(os.environ["MASTER_PORT"]), set()
+    for name, width in (("tcp", 8), ("tcp6", 32)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            address, local_port = line.split()[1].split(":")
+            if int(local_port, 16) != port or line.split()[3] != "0A":
+                continue
+            words = [bytes.fromhex(address[k:k + 8])[::-1] for k in range(0, width, 8)]
+            found.add(str(ip_address(b"".join(words))))
+    return port, found

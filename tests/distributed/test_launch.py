@@ -130,3 +130,8 @@ def test_an_interrupt_ends_also_processes_that_do_not_listen():
         parent.kill()
     assert heard == ["[rank 1] deaf\n", "deaf\n"]
     assert parent.returncode not in (0, -signal.SIGKILL)
+
+
+def test_the_meeting_point_is_reached_from_this_machine_alone():
+    port, listening = launch(launched.who_listens, processes=1)
+    assert listening == {"127.0.0.1"}, port
