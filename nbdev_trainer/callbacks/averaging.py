@@ -193,7 +193,9 @@ def norm_statistics(
                            "resume=True) first")
     with (isolated_rng(), looking_at(data), torch.no_grad(), unheard(trainer),
           weights_in_place(trainer.model, weights), measuring_norms(trainer.model) as norms):
-        source = data.batches(0) if isinstance(data, EpochLoader) else data
+        strategy = trainer.engine.strategy
+        own = strategy.part(data) if strategy.needs_all else data  # norms that add up what all processes see
+        source = own.batches(0) if isinstance(data, EpochLoader) else own
         for raw in islice(source, n_batches):
             batch = trainer.state.current_batch = trainer.engine.move(trainer.read(raw, needs_targets=False))
             trainer.engine.run(trainer.step.predict, trainer, batch)

@@ -117,6 +117,7 @@ def outputs(
         if isinstance(loader, EpochLoader):
             own = loader.in_order()
             if state.phase != "predict": own = trainer.engine.strategy.part(own)
+            elif trainer.together: own = own.shard(0, 1)  # a stream may be cut to the part of this process
             source = own.batches(0, device=trainer.engine.device)
         for n, raw in enumerate(islice(source, limit_batches), 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
@@ -165,7 +166,9 @@ class Reads(Control):
 
     def read(self, raw: Any, needs_targets: bool = True) -> Batch:
         "What a loader yielded, as a batch"
-        return to_batch(raw if self.as_batch is None else self.as_batch(raw), needs_targets)
+        nothing = self.together and type(raw) is Batch and raw.inputs is None  # a shorter loader has ended
+        read = raw if nothing or self.as_batch is None else self.as_batch(raw)
+        return to_batch(read, needs_targets)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #fa49cf70
 class Evaluation(Reads):
@@ -180,9 +183,9 @@ class Evaluation(Reads):
         "Loss and metrics over a loader"
         results = self.measuring = MetricSet(self.metrics)
         with ExitStack() as undo:
-            self.engine.strategy.same_buffers()
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
+            self.engine.strategy.same_buffers()  # also those of averaged weights, which are in place now
             for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
             values = self.engine.strategy.measured(results).compute()

@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.nested import map_tensors
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'digest', 'names_of', 'other_names', 'add_up', 'sums_of', 'merged', 'over_all',
-           'settled', 'gathered', 'divided', 'for_rank']
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of', 'merged',
+           'over_all', 'settled', 'gathered', 'divided', 'for_rank']
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #2a0b5cb0
 FIRST = 256  # numbers in the first message, the digest among them
@@ -49,9 +50,20 @@ def other_names(found: list[list[str]], rank: int) -> ValueError:  # `found` by 
                       "process must log the same names and have the same metrics; this is rank "
                       f"{rank}")
 
+def completed(
+    found: list[tuple[list[str], bool]],  # by rank: names, and whether there were samples
+) -> list[str] | None:  # None: it cannot be
+    "The names of those that have seen samples, where the others lack nothing but scalars"
+    full = [names for names, seen in found if seen]
+    if not full or any(names != full[0] for names in full): return None
+    lacking = {one for names, _ in found for one in set(full[0]) ^ set(names)}
+    if not all(one in full[0] and one.endswith(" ()") for one in lacking): return None
+    return [one.rsplit(" (", 1)[0] for one in full[0]]
+
 def add_up(
     processes: Processes,
     sums: Mapping[str, Tensor],  # by name, any shapes, on any device
+    seen: bool = True,           # False: this process had no sample, and may lack names
 ) -> dict[str, Tensor]:  # on the CPU, in double precision
     "The sums of all processes; raises `ValueError` when they have different names or shapes"
     names = names_of(sums)
@@ -62,7 +74,9 @@ def add_up(
     first[:min(FIRST, len(numbers))] = numbers[:FIRST]
     processes.sum(first).wait()
     if first[:3].tolist() != [one * processes.world_size for one in header]:
-        raise other_names(processes.gather(names), processes.rank)
+        found = processes.gather((names, seen))
+        if (keys := completed(found)) is None: raise other_names([one for one, _ in found], processes.rank)
+        return add_up(processes, {key: sums.get(key, torch.zeros(())) for key in keys})
     rest = numbers[FIRST:]
     if len(rest): processes.sum(rest).wait()
     whole = torch.cat([first, rest])[3:len(numbers)]
@@ -81,8 +95,10 @@ def sums_of(metrics: MetricSet) -> dict[str, Tensor]:
 
 def merged(processes: Processes, metric: Metric, copies: int = 1) -> Metric:
     "A metric with what those of all processes have seen; of `copies` in a row only the first"
-    states = processes.gather(metric.state_dict())[::copies]
-    parts = [copy.deepcopy(metric) for _ in states]
+    blank = copy.deepcopy(metric)
+    blank.reset()
+    states = processes.gather(map_tensors(Tensor.cpu, metric.state_dict()))[::copies]  # no device of another rank
+    parts = [copy.deepcopy(blank) for _ in states]
     for one, state in zip(parts, states): one.load_state_dict(state)
     for other in parts[1:]: parts[0].merge(other)
     return parts[0]
@@ -91,9 +107,11 @@ def over_all(
     processes: Processes,
     metrics: MetricSet,  # of this process
     copies: int = 1,     # processes that have seen the same
+    by_all: bool = False,  # names must be on all, also where there was no sample
 ) -> MetricSet:
     "A set of metrics as if one process had seen everything"
-    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, sums_of(metrics))
+    seen = by_all or metrics.has_loss or bool(metrics.logs)
+    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, sums_of(metrics), seen)
     if copies > 1: sums = {name: one / copies for name, one in sums.items()}
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}/"): one for key, one in sums.items() if key.startswith(f"{name}/")}
@@ -101,7 +119,7 @@ def over_all(
         if metric.adds_up_itself: whole.metrics[k] = metric
         elif metric.sums() is None: whole.metrics[k] = merged(processes, metric, copies)
         else: whole.metrics[k].load_sums(part(metric.name))
-    for name in metrics.logs:
+    for name in [key.removesuffix("/logged") for key in sums if key.endswith("/logged")]:
         whole.logs[name] = RunningMean()
         whole.logs[name].total, whole.logs[name].weight = sums[f"{name}/logged"], sums[f"{name}/logged weight"]
     whole.has_loss = bool(sums["has a loss"] > 0)
@@ -134,12 +152,14 @@ def gathered(
     "The open window of all processes as that of one"
     counts = processes.gather([float(one) for one in window["counts"]])
     if not any(processes.gather(window["pending"])): return {**window, "counts": [], "divisor": None}
+    divisors = processes.gather(None if window["divisor"] is None else float(window["divisor"]))  # of those that counted
     there = processes.gather([one is not None for one in window["gradients"]])
     gradients: list[Tensor | None] = []
     for p, own, some in zip(params, window["gradients"], [any(column) for column in zip(*there)]):
         gradients.append((torch.zeros_like(p) if own is None else own.clone()) if some else None)
         if some: dist.all_reduce(gradients[-1])
-    return {**window, "pending": True, "counts": [sum(sum(of) for of in counts)], "gradients": gradients}
+    return {**window, "pending": True, "counts": [sum(sum(of) for of in counts)], "gradients": gradients,
+            "divisor": next((one for one in divisors if one is not None), None)}
 
 def divided(
     window: dict[str, Any],  # as it was saved

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from typing import IO, Any
 from ..core.errors import checked_keywords, require
 
 # %% auto #0
-__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'work', 'variables', 'show', 'Crew', 'first_error', 'launch']
+__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'Crew', 'first_error',
+           'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -46,19 +48,24 @@ def leave(
     path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
-def end_with(lifeline: IO[bytes]) -> None:
+def end_with(lifeline: int) -> None:  # the number of a file
     "End this process when the other end of a pipe is closed"
-    while lifeline.read(1): pass
+    while os.read(lifeline, 1): pass
     os._exit(1)
 
 def no_answer(failed: Exception) -> TypeError:
     "The error for an answer that cannot be sent"
     return TypeError(f"what the function returned cannot be sent back: {failed}")
 
+def as_sent(error: BaseException) -> BaseException:
+    "The error as it will arrive; a `RuntimeError` with its text where it cannot be made again"
+    try: return pickle.loads(pickler().dumps(error))  # type: ignore[no-any-return]
+    except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
+
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
-    threading.Thread(target=end_with, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     code = 1
     try:
         fn, args = pickle.loads((here / "call").read_bytes())
@@ -66,8 +73,8 @@ def work(folder: str) -> None:
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
-        text, when, why = traceback.format_exc(), time.time(), f"{type(error).__name__}: {error}"
-        leave(here / f"error-{rank}", (when, text, error), lambda failed: (when, text, RuntimeError(why)))
+        found = time.time(), traceback.format_exc(), as_sent(error)
+        leave(here / f"error-{rank}", found, lambda failed: (*found[:2], failed))
     sys.stdout.flush()
     os._exit(code)
 
@@ -85,7 +92,8 @@ def variables(size: int, rank: int, port: int) -> dict[str, str]:
 
 def show(source: IO[str], rank: int) -> None:
     "Print what a process prints; of all but the first with their rank"
-    for line in source: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
+    with source:
+        for line in source: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
 
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 class Crew:
@@ -94,7 +102,9 @@ class Crew:
 
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
-        self.store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        place = socket.create_server(("127.0.0.1", 0))  # by itself the store listens to all networks
+        self.store = TCPStore("127.0.0.1", place.getsockname()[1], size, is_master=True,
+                              wait_for_workers=False, master_listen_fd=place.detach())
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
         for rank in range(size):
             member = subprocess.Popen(
@@ -106,9 +116,8 @@ class Crew:
             self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
             self.shows[-1].start()
 
-    def wait(self, grace: float = 5.0) -> list[int]:  # exit codes, by rank
-        "Until all have ended; `grace` is how many seconds the rest has after one has failed"
-        failed = None
+    def wait(self, grace: float = 5.0, failed: float | None = None) -> list[int]:  # exit codes, by rank
+        "Until all have ended; the rest has `grace` seconds after one has failed, or since `failed`"
         while True:
             codes = [one.poll() for one in self.members]
             if None not in codes: return [int(code or 0) for code in codes]
@@ -123,13 +132,16 @@ class Crew:
             if one.poll() is None: one.send_signal(number)
 
     def end(self) -> None:
-        "End what still runs"
-        self.tell(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+        "End what still runs, with what it has started"
+        for one in self.members:
+            if one.poll() is not None: continue
+            if os.name == "nt": one.terminate()
+            else: os.killpg(one.pid, signal.SIGKILL)  # not waited for yet, so the number is its own
+        until = time.monotonic() + 5
         for one, shown in zip(self.members, self.shows):
             one.wait()
-            shown.join(5)
-            for pipe in (one.stdin, one.stdout):
-                if pipe is not None: pipe.close()
+            shown.join(max(until - time.monotonic(), 0))
+            if one.stdin is not None: one.stdin.close()
 
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
 def first_error(
@@ -167,10 +179,11 @@ def launch(
         try: codes = crew.wait()
         except KeyboardInterrupt:
             crew.tell(signal.SIGTERM)
-            crew.wait(grace=10.0)
+            crew.wait(grace=10.0, failed=time.monotonic())
             raise
         finally: crew.end()
         if any(codes): raise first_error(Path(folder), codes, crew.first)
-        answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
+        try: answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
+        except Exception as failed: raise no_answer(failed) from failed
     if error is not None: raise error
     return answer

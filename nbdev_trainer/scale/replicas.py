@@ -31,7 +31,7 @@ from .together import Together, must_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['BUFFERS', 'average_gradients', 'Called', 'zero_of', 'Carry', 'sums_from', 'Replicas']
+__all__ = ['BUFFERS', 'average_gradients', 'Called', 'unused', 'zero_of', 'Carry', 'sums_from', 'Replicas']
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #54590f2c
 @torch.no_grad()
@@ -42,7 +42,7 @@ def average_gradients(
     "Replace each gradient by its mean over the processes"
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        if p.requires_grad: kinds.setdefault((p.device, p.dtype), []).append(p)
+        kinds.setdefault((p.device, p.dtype), []).append(p)
     for (device, dtype), of_kind in kinds.items():
         there = torch.tensor([float(p.grad is not None) for p in of_kind], dtype=dtype, device=device)
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in of_kind])
@@ -66,6 +66,13 @@ class Called(nn.Module):
         "What the call returns, its loss in front"
         output = call(*arguments)
         return (output.loss if type(output) is StepOutput else None), output
+
+def unused(model: nn.Module, rank: int) -> RuntimeError:
+    "The error for parameters that had no part in the loss"
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return RuntimeError(f"on rank {rank} the loss did not depend on {', '.join(names[:5]) or 'all parameters'}, and the "
+                        "other processes wait for all gradients. Freeze what does not train, by requires_grad_(False), or "
+                        "say that it may be left out: strategy=Replicas(join(), find_unused_parameters=True)")
 
 BUFFERS = "forward_sync_buffers"  # as the argument is called since torch 2.13
 if BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters: BUFFERS = "broadcast_buffers"
@@ -129,6 +136,7 @@ class Replicas(Together):
         self.armed = self.averaged = False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         self.trainable: list[bool] = []
+        self.trained = set[int]()  # which parameters did in the open window, by identity
 
     def end(self) -> None: self.ddp = self.values = None
 
@@ -146,9 +154,16 @@ class Replicas(Together):
         like = next(p for p in self.model.parameters() if p.requires_grad)
         by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
         plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and self.comm_hook is None
-        return nn.Parameter(torch.zeros(3 + len(WISHES), dtype=like.dtype)) if by_all and plain else None
+        return nn.Parameter(torch.zeros(4 + len(WISHES), dtype=like.dtype)) if by_all and plain else None
+
+    def remember(self) -> None:
+        "Note what trains: a parameter that is frozen before its window is full has a gradient all the same"
+        engine = self.trainer.engine
+        if engine.accumulate == 1: return
+        self.trained |= {id(p) for one in engine.slots.values() for p in one.params if p.requires_grad}
 
     def train(self, run: Callable[..., Any], method: Callable[..., Any], trainer: Trainer, batch: Batch) -> Any:
+        self.remember()
         if trainer.closing: self.make_ready()
         if self.ddp is None or not trainer.closing: return run(method, trainer, batch)
         self.armed = self.averaged = True
@@ -157,6 +172,7 @@ class Replicas(Together):
         return output
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None:
+        self.remember()
         if closing and not self.armed: self.make_ready()
         if closing and self.ddp is not None and not self.armed:
             self.armed = self.averaged = True
@@ -192,9 +208,18 @@ class Replicas(Together):
     def is_sent(self) -> bool: return self.work is not None or self.values is not None
 
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
-        total = super().meet(slot)
-        self.armed = self.averaged = False
-        return total
+        if self.averaged: self.check_used()
+        try: return super().meet(slot)
+        finally: self.armed = self.averaged = False
+
+    def check_used(self) -> None:
+        "Raise `RuntimeError` when a parameter had no part in the loss, and so nobody has averaged it"
+        if self.ddp is None: return
+        try: self.ddp._check_reducer_finalized()
+        except RuntimeError as error: raise unused(self.model, self.rank) from error
 
     def average(self, slot: OptimizerSlot) -> None:
-        if not self.averaged: average_gradients(slot.params, self.world_size)
+        left = [p for p in slot.params if id(p) in self.trained and not p.requires_grad]
+        if not self.averaged: left += [p for p in slot.params if p.requires_grad]
+        average_gradients(left, self.world_size)
+        self.trained -= {id(p) for p in slot.params}

@@ -57,16 +57,18 @@ class Synced(nn.modules.batchnorm._BatchNorm):
         "The normalized batch (samples, channels, ...)"
         if not self.training: return super().forward(input)
         others, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
-        here = input.new_tensor([input.numel() / max(input.shape[1], 1)])
-        sums = sum_over_all(torch.cat([input.sum(others), here]))
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        here = values.new_tensor([input.numel() / max(input.shape[1], 1)])
+        sums = sum_over_all(torch.cat([values.sum(others), here]))
         n = sums[-1].detach()
         if not n.is_cuda and n <= 1: raise too_few(input)  # there it would have to be waited for
         mean = sums[:-1] / n
-        centered = input - mean.view(shape)
+        centered = values - mean.view(shape)
         variance = sum_over_all(centered.pow(2).sum(others)) / n
         self.follow(mean.detach(), variance.detach(), n)
         normal = centered * torch.rsqrt(variance + self.eps).view(shape)
-        return normal if self.weight is None else normal * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None: normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(input.dtype)
 
     @torch.no_grad()
     def follow(self,
@@ -78,8 +80,8 @@ class Synced(nn.modules.batchnorm._BatchNorm):
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None: return
         self.num_batches_tracked += 1
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance * n / (n - 1), share)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_((variance * n / (n - 1)).to(self.running_var.dtype), share)
 
 class SyncedBatchNorm1d(Synced, nn.BatchNorm1d): "For vectors and series"
 class SyncedBatchNorm2d(Synced, nn.BatchNorm2d): "For pictures"

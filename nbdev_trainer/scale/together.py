@@ -104,12 +104,13 @@ class Agreeing(Strategy):
         self.tell(sum(slot.window.counts) + count)
 
     def in_hand(self, count: int | float | Tensor) -> list[float]:
-        "What the others are to know: the count, samples, the time of rank 0, requests"
+        "What the others are to know: the count, samples, the time of rank 0, whether a count is on a device, requests"
         self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
         known = 0.0 if self.on_device is not None else float(count)
         new, clock = self.trainer.state.samples - self.samples, time.monotonic() - self.began if self.rank == 0 else 0.0
         self.dropped = False
-        return [known / self.copies, new / self.copies, clock, *(float(what in self.wishes) for what in WISHES)]
+        there = float(self.on_device is not None)
+        return [known / self.copies, new / self.copies, clock, there, *(float(what in self.wishes) for what in WISHES)]
 
     def tell(self, count: int | float | Tensor) -> None:
         "Begin to send what is in hand"
@@ -124,17 +125,19 @@ class Agreeing(Strategy):
 
     def hear(self) -> float | Tensor:
         "Wait for what all have sent, and follow what they ask for; the count"
-        state, (count, new, self.clock, *asked) = self.trainer.state, self.received()
+        state, (count, new, self.clock, on_devices, *asked) = self.trainer.state, self.received()
         self.samples = state.samples = self.samples + round(new)
         if any(asked):
-            found, self.wishes = settled(self.processes.gather(self.wishes)), {}
+            own, self.wishes = self.wishes, {}  # a signal may add one while the others are heard
+            found = settled(self.processes.gather(own))
             if why := found.pop("skip_batch", None):
                 state.control.append({"what": "skip_batch", "why": why, "epoch": state.epoch, "batch": state.batch})
                 self.dropped = self.trainer.engine.accumulate == 1
             for what, why in found.items(): setattr(state, what, why)
-        if self.on_device is None: return count
-        total = self.on_device.detach().to(torch.float64) / self.copies
-        dist.all_reduce(total)
+        if not on_devices: return count
+        total = torch.tensor(count / self.world_size, dtype=torch.float64, device=self.trainer.engine.device)
+        if self.on_device is not None: total += self.on_device.detach() / self.copies
+        dist.all_reduce(total)  # by all, also where the part is empty
         return total
 
     def ask(self, what: str, why: str) -> None: self.wishes[what] = why
@@ -146,7 +149,9 @@ class Agreeing(Strategy):
 
     def share(self, value: Any) -> Any: return self.processes.share(value)
 
-    def measured(self, metrics: MetricSet) -> MetricSet: return over_all(self.processes, metrics, self.copies)
+    def measured(self, metrics: MetricSet) -> MetricSet:
+        by_all = self.trainer is not None and metrics is self.trainer.logged
+        return over_all(self.processes, metrics, self.copies, by_all)
 
     def now(self) -> float: return time.monotonic() if self.trainer is None else self.clock
 
@@ -176,7 +181,12 @@ class Together(Agreeing):
         "Make the gradients of the window the means over the processes"
 
     def same_buffers(self) -> None:
-        for one in self.model.buffers(): dist.broadcast(one, src=0)
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for one in self.model.buffers(): kinds.setdefault((one.device, one.dtype), []).append(one.detach())
+        for of_kind in kinds.values():
+            packed = torch.cat([one.reshape(-1) for one in of_kind])
+            dist.broadcast(packed, src=0)
+            for one, part in zip(of_kind, packed.split([one.numel() for one in of_kind])): one.copy_(part.view(one.shape))
 
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
@@ -223,7 +233,9 @@ class Together(Agreeing):
 
     def part(self, loader: Any) -> Any:
         if isinstance(loader, EpochLoader):  # the part is kept, and with it the workers that read for it
-            parts = self.world_size // self.copies
+            parts, plan = self.world_size // self.copies, self.trainer and self.trainer.plan
+            ours = [plan.train, *plan.valid_sets.values()] if plan else []
+            if not any(loader is one for one in ours): return loader.shard(self.index, parts)
             if id(loader) not in self.parts: self.parts[id(loader)] = loader, loader.shard(self.index, parts)
             return self.parts[id(loader)][1]
         if self.trainer is not None and loader is self.trainer.plan.train: set_epoch(loader, self.trainer.state.epoch)
@@ -254,7 +266,7 @@ class Together(Agreeing):
 
     def whole(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
         sets = {name: getattr(trainer, name) for name in MEASURED}
-        measured = {name: over_all(self.processes, one, self.copies).state_dict() for name, one in sets.items()}
+        measured = {name: over_all(self.processes, one, self.copies, name == "logged").state_dict() for name, one in sets.items()}
         windows = {name: self.whole_window(one, trainer.engine.slots[name].params) for name, one in state["windows"].items()}
         short = all(metric.sums() is not None for one in sets.values() for metric in one.metrics)  # none keeps outputs
         mine = {"rng": state["rng"], "measured": {name: one.state_dict() for name, one in sets.items()} if short else None}

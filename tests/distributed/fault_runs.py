@@ -15,6 +15,8 @@ from nbdev_trainer.callbacks.checkpoint import Checkpoint
 from nbdev_trainer.data.loaders import Loaders
 from nbdev_trainer.learner import Learner
 from nbdev_trainer.loop.callback import Callback
+from nbdev_trainer.loop.steps import SupervisedStep
+from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.classification import Accuracy
 from nbdev_trainer.metrics.regression import MeanAbsoluteError
 from nbdev_trainer.scale.processes import has_group, join
@@ -111,6 +113,44 @@ def nan_on_rank_1(callbacks=()):
 
 def skip_bad():
     return nan_on_rank_1([BadBatches("skip")])
+
+
+class WithMore(nn.Module):
+    """One layer takes part on some ranks only."""
+
+    def __init__(self, without):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.extra, self.without = nn.Linear(6, 3).double(), nn.Linear(6, 3).double(), without
+
+    def forward(self, inputs):
+        return self.layer(inputs) + (0 if rank() in self.without else self.extra(inputs))
+
+
+def unused_on(ranks):
+    strategy, model = Replicas(join(timeout="20s")), WithMore(ranks)
+    data = Loaders.from_arrays(*arrays(), batch_size=8, seed=3)
+    step, optimizer = SupervisedStep(nn.functional.cross_entropy), optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, step, optimizer, strategy=strategy).fit(data.train, None, "1ba")
+
+
+class OnADevice(Replicas):
+    """As if a count that is a tensor were on a GPU."""
+
+    def in_hand(self, count):
+        numbers = super().in_hand(count)
+        if isinstance(count, torch.Tensor):
+            self.on_device, numbers[0], numbers[3] = count, 0.0, 1.0
+        return numbers
+
+
+def counts_on_a_device():
+    step = SupervisedStep(nn.functional.cross_entropy, count=lambda output, batch: torch.tensor(float(batch.size)))
+    strategy, model = OnADevice(join(timeout="8s")), nn.Linear(6, 3).double()
+    trainer = Trainer(model, step, optim.SGD(model.parameters(), lr=0.1), strategy=strategy)
+    inputs, targets = arrays(5)
+    trainer.fit(Loaders.from_arrays(inputs, targets, batch_size=1, seed=3).train, None, 1)
+    return trainer.state.step, trainer.state.samples
 
 
 def other_metrics():

@@ -6,7 +6,7 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 
-from nbdev_trainer.callbacks.averaging import EMA
+from nbdev_trainer.callbacks.averaging import EMA, SWA
 from nbdev_trainer.callbacks.stopping import EarlyStopping
 from nbdev_trainer.data.batch import StepOutput
 from nbdev_trainer.data.kinds import Array, Category
@@ -235,6 +235,23 @@ def frozen_for_a_while():
     return supervised(callbacks=[Freezes()])
 
 
+def frozen_within_a_window():
+    """What the first layer learned from the first batch of a window still counts in its step."""
+    return supervised(callbacks=[Freezes()], accumulate=2)
+
+
+class SaysItsLoss(Step):
+    def train(self, trainer, batch):
+        predictions = trainer.model(batch.inputs)
+        loss = F.cross_entropy(predictions, batch.targets)
+        return StepOutput(loss, predictions, logs={"again": loss.detach()})
+
+
+def logs_of_a_step_without_samples():
+    """Some ranks never have a sample, in training or in evaluation."""
+    return supervised(step=SaysItsLoss(), loaders=data(n=5, batch_size=1, valid=1))
+
+
 def by_turns():
     loaders = Loaders(Combined({"one": data(n=20).train, "other": data(n=13, batch_size=4).train}), data().valid)
     return supervised(loaders=loaders)
@@ -275,11 +292,17 @@ def synced_norms_after_the_backward_pass():
     return norms(overlap=False, loaders=data(n=14, batch_size=4, valid=3))
 
 
-SCENARIOS = [plain, synced_norms, synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
-             frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch, accumulated_and_clipped,
-             clipped_by_unit, averaged, ignored_targets, class_weights, sample_weights, micro_batches, sharpness_aware, lbfgs,
-             sharpness_aware_with_empty_shards, lbfgs_that_searches, a_step_of_ones_own, several_optimizers, kept_outputs,
-             stopped_early, logged, by_batches]
+def synced_norms_averaged():
+    """The statistics of the mean weights are measured on the data, each sample once."""
+    return norms(callbacks=[SWA(0.3)], epochs=3)
+
+
+SCENARIOS = [plain, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
+             synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
+             frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch,
+             accumulated_and_clipped, clipped_by_unit, averaged, ignored_targets, class_weights, sample_weights,
+             micro_batches, sharpness_aware, lbfgs, sharpness_aware_with_empty_shards, lbfgs_that_searches,
+             a_step_of_ones_own, several_optimizers, kept_outputs, stopped_early, logged, by_batches]
 NOT_DIVIDED = (after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
 DIVIDED = [one for one in SCENARIOS if one not in NOT_DIVIDED]
 

@@ -120,6 +120,26 @@ def test_different_metrics_are_an_error_that_names_rank_and_key(run):
 
 
 @pytest.mark.fault(
+    "a parameter without a part in the loss",
+    "on both processes, on one, and in a fit of one batch",
+    "an error that names rank, parameter and the way out, at that batch",
+)
+@pytest.mark.parametrize("on", [(0, 1), (1,)])
+def test_a_parameter_that_is_not_used_is_named_at_once(on):
+    with pytest.raises(RuntimeError, match=r"on rank \d the loss did not depend on extra.weight.*find_unused_parameters"):
+        launch(fault_runs.unused_on, on)
+
+
+@pytest.mark.fault(
+    "counts on the device, and nothing for one process",
+    "as on a GPU: one process knows its count on the device alone, the other has no sample",
+    "both add it up",
+)
+def test_counts_on_the_device_are_added_up_by_all():
+    assert launch(fault_runs.counts_on_a_device) == (5, 5)
+
+
+@pytest.mark.fault(
     "processes with different data",
     "a split without a seed",
     "refused before the first batch",

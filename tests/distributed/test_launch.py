@@ -8,9 +8,12 @@ import threading
 import time
 from pathlib import Path
 
+import launched
 import pytest
 from execnb.shell import CaptureShell
 from left_over import left
+
+from nbdev_trainer.scale.launch import launch
 
 CELL = """
 from nbdev_trainer.scale.launch import launch
@@ -74,3 +77,61 @@ def test_the_processes_end_when_whoever_started_them_is_killed():
     while left():
         assert time.monotonic() < end + 10, "they live on"
         time.sleep(0.1)
+
+
+def is_running(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_loader_with_workers_gives_its_batches():
+    """The worker is forked from a process in which a thread listens."""
+    assert launch(launched.batches_of_a_worker, processes=1) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_nobody_waits_for_a_program_that_the_function_has_left_running(tmp_path):
+    began = time.monotonic()
+    assert launch(launched.start_a_program, str(tmp_path / "number")) == "returned"
+    assert time.monotonic() - began < 25
+    os.kill(int((tmp_path / "number").read_text()), signal.SIGKILL)
+
+
+def test_what_a_process_has_started_ends_with_it_when_it_is_ended(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="no label"):
+        launch(launched.start_a_program_and_fail, str(tmp_path / "number"))
+    assert time.monotonic() - began < 25
+    assert not is_running(int((tmp_path / "number").read_text()))
+
+
+def test_an_error_that_cannot_be_made_again_is_shown_by_its_text():
+    with pytest.raises(RuntimeError, match="NoLabel: sample 7 in train.csv") as caught:
+        launch(launched.fail_with_two_arguments, processes=1)
+    assert any("in fail_with_two_arguments" in note for note in caught.value.__notes__)
+
+
+def test_an_answer_that_cannot_be_made_again_is_an_error_that_says_so():
+    with pytest.raises(TypeError, match="what the function returned cannot be sent back: .*__init__"):
+        launch(launched.NotMadeAgain, processes=1)
+
+
+def test_an_interrupt_ends_also_processes_that_do_not_listen():
+    program = "import launched; from nbdev_trainer.scale.launch import launch; launch(launched.does_not_end)"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = sorted(parent.stdout.readline() for _ in range(2))
+    parent.send_signal(signal.SIGINT)
+    try:
+        parent.communicate(timeout=25)  # ten seconds are given to those that save
+    finally:
+        parent.kill()
+    assert heard == ["[rank 1] deaf\n", "deaf\n"]
+    assert parent.returncode not in (0, -signal.SIGKILL)
+
+
+def test_the_meeting_point_is_reached_from_this_machine_alone():
+    port, listening = launch(launched.who_listens, processes=1)
+    assert listening == {"127.0.0.1"}, port
