@@ -42,7 +42,8 @@ def resume_run(
 ) -> Path | None:                    # the checkpoint; None when there is none
     "Load the newest checkpoint that is sound; raises `DamagedError`, and `ValueError` for what has changed"
     def told(text: str) -> None: tell(text, trainer.shown)
-    found = newest_checkpoint(directory, strict=strict, told=told, whole=not trainer.engine.strategy.in_pieces)
+    in_pieces = trainer.engine.strategy.in_pieces  # then each process reads its part alone
+    found = newest_checkpoint(directory, strict=strict, told=told, whole=not in_pieces)
     if found is None: return None
     path, state = found
     if why := cannot_be_positioned(train): raise ValueError(why)

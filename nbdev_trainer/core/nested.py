@@ -86,7 +86,8 @@ def own_parts(
     several: Iterable[Tensor],
 ) -> list[Tensor]:  # sharing their numbers
     "The tensors, and of those that are divided the parts of this process."
-    return [one.detach().to_local() if is_divided(one) else one for one in several]  # type: ignore[attr-defined]
+    def part(one: Any) -> Tensor: return one.detach().to_local() if is_divided(one) else one
+    return [part(one) for one in several]
 
 # %% ../../nbs/api/core/01_nested.ipynb #2db63768
 _EXPECTED = ("Expected a tensor whose first dimension counts the samples, a list with one entry for each "

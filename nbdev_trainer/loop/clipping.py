@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,8 @@ def clip_norm_of_all(
     kinds: dict[Any, list[Tensor]] = {}
     for one in gradients: kinds.setdefault(getattr(one, "device_mesh", None), []).append(one)
     norms: list[Any] = [nn.utils.get_total_norm(of) for of in kinds.values()]
-    norm = torch.linalg.vector_norm(torch.stack([one.full_tensor() if is_divided(one) else one for one in norms]))
+    whole = [one.full_tensor() if is_divided(one) else one for one in norms]
+    norm = torch.linalg.vector_norm(torch.stack(whole))
     torch._foreach_mul_(own_parts(gradients), (limit / (norm + 1e-6)).clamp_max(1.0))
     return norm
 

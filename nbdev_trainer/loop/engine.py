@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'gradients_kept', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'backward_to', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -105,7 +105,7 @@ class ProcessParts:
     copies: int = 1      # processes that have the same part of the data, because they divide layers
 
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
-        "The model that the step calls, with the same weights everywhere; its optimizers are told of new parameters"
+        "The model that the step calls, the same everywhere; its optimizers are told of new parameters"
         return model
 
     def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
@@ -327,14 +327,19 @@ class EngineParts:
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
-@contextmanager
-def gradients_kept(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    "Whatever the block adds to the gradients of these is forgotten"
-    before = [(p, p.grad) for p in params]
-    for p, _ in before: p.grad = None
-    try: yield
-    finally:
-        for p, gradient in before: p.grad = gradient
+def backward_to(
+    params: Iterable[Tensor],  # whose gradients are meant
+    model: nn.Module,
+    loss: Tensor,              # ()
+    weight: Tensor | None,     # () to multiply the gradient with
+    retain_graph: bool,
+) -> None:
+    "A backward pass through all of a model, of which some parameters keep what it adds"
+    meant = {id(p) for p in params}
+    others = [(p, p.grad) for p in model.parameters() if id(p) not in meant]
+    for p, _ in others: p.grad = None
+    loss.backward(weight, retain_graph=retain_graph)
+    for p, gradient in others: p.grad = gradient
 
 # %% ../../nbs/api/loop/06_engine.ipynb #7833e032
 class Engine(EngineParts):
@@ -358,10 +363,8 @@ class Engine(EngineParts):
         slot.pending = True
         if self.together: loss = self.strategy.carrying(loss)
         loss = self.precision.scale(loss, slot.optimizer)
-        if inputs is None or not self.strategy.in_pieces: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
-        else:
-            with gradients_kept(p for p in self.model.parameters() if all(p is not one for one in inputs)):
-                loss.backward(weight, retain_graph=retain_graph)
+        if inputs is not None and self.strategy.in_pieces: backward_to(inputs, self.model, loss, weight, retain_graph)
+        else: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"

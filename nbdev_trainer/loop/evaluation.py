@@ -122,7 +122,8 @@ def outputs(
         for n, raw in enumerate(islice(source, limit_batches), 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
             if trainer.together and batch.size == 0:  # all of it is for others
-                if trainer.engine.strategy.in_pieces: trainer.engine.run(method, trainer, batch)  # they wait for weights
+                wait = trainer.engine.strategy.in_pieces  # they do, for this part of the weights
+                if wait: trainer.engine.run(method, trainer, batch)
                 continue
             state.current_batch = batch
             if on.before_evaluate_batch:

@@ -82,7 +82,7 @@ def data_settings(loader: Any) -> dict[str, Any]:
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #f5e1c29c
 def class_name(module: nn.Module) -> str:
-    "The name of its class; torch makes another one, FSDP..., of a module whose weights are divided over processes"
+    "The name of its class, as the user knows it"
     name = type(module).__name__
     divided = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
     return name.removeprefix("FSDP") if divided else name

@@ -190,7 +190,7 @@ class Loop(Results):
             if type(output) is not StepOutput: raise no_output(self.step, "train", output)
         if state.skip_batch is None and not absent:
             if self.step.automatic: self.optimize(output.loss, count=output.count)
-            if not engine.strategy.dropped:
+            if not engine.strategy.dropped and not (self.together and batch.size == 0):
                 self.train_metrics.update(output, batch)
                 state.samples += batch.size
         else: self.pass_over()

@@ -46,10 +46,11 @@ def other_names(found: list[list[str]], rank: int) -> ValueError:  # `found` by 
     "The error for processes that measure different things"
     other = next(r for r, one in enumerate(found) if one != found[0])
     keys = sorted(set(found[0]) ^ set(found[other])) or found[other]
-    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not on both. Every "
-                      "process must log the same names and have the same metrics; this is rank "
+    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not on both. "
+                      "Every process must log the same names and have the same metrics; this is rank "
                       f"{rank}")
 
+# %% ../../nbs/api/scale/03c_exchange.ipynb #afa2a50f
 def completed(
     found: list[tuple[list[str], bool]],  # by rank: names, and whether there were samples
 ) -> list[str] | None:  # None: it cannot be
@@ -86,7 +87,8 @@ def add_up(
 # %% ../../nbs/api/scale/03c_exchange.ipynb #a6dcfc88
 def sums_of(metrics: MetricSet) -> dict[str, Tensor]:
     "All sums of a set of metrics, by metric and name"
-    found = {f"{metric.name}/{key}": one for metric in metrics.metrics for key, one in (metric.sums() or {}).items()}
+    found = {f"{metric.name}/{key}": one for metric in metrics.metrics
+             for key, one in (metric.sums() or {}).items()}
     for name, mean in metrics.logs.items():
         total, weight = mean.sums()
         found |= {f"{name}/{key}": torch.zeros(()) if one is None else one
@@ -97,12 +99,14 @@ def merged(processes: Processes, metric: Metric, copies: int = 1) -> Metric:
     "A metric with what those of all processes have seen; of `copies` in a row only the first"
     blank = copy.deepcopy(metric)
     blank.reset()
-    states = processes.gather(map_tensors(Tensor.cpu, metric.state_dict()))[::copies]  # no device of another rank
+    on_host = map_tensors(Tensor.cpu, metric.state_dict())  # the device of another rank is of no use
+    states = processes.gather(on_host)[::copies]
     parts = [copy.deepcopy(blank) for _ in states]
     for one, state in zip(parts, states): one.load_state_dict(state)
     for other in parts[1:]: parts[0].merge(other)
     return parts[0]
 
+# %% ../../nbs/api/scale/03c_exchange.ipynb #c6b3ae40
 def over_all(
     processes: Processes,
     metrics: MetricSet,  # of this process
@@ -121,7 +125,8 @@ def over_all(
         else: whole.metrics[k].load_sums(part(metric.name))
     for name in [key.removesuffix("/logged") for key in sums if key.endswith("/logged")]:
         whole.logs[name] = RunningMean()
-        whole.logs[name].total, whole.logs[name].weight = sums[f"{name}/logged"], sums[f"{name}/logged weight"]
+        whole.logs[name].total = sums[f"{name}/logged"]
+        whole.logs[name].weight = sums[f"{name}/logged weight"]
     whole.has_loss = bool(sums["has a loss"] > 0)
     return whole
 
@@ -152,7 +157,8 @@ def gathered(
     "The open window of all processes as that of one"
     counts = processes.gather([float(one) for one in window["counts"]])
     if not any(processes.gather(window["pending"])): return {**window, "counts": [], "divisor": None}
-    divisors = processes.gather(None if window["divisor"] is None else float(window["divisor"]))  # of those that counted
+    divisor = window["divisor"]  # None where nothing counted
+    divisors = processes.gather(None if divisor is None else float(divisor))
     there = processes.gather([one is not None for one in window["gradients"]])
     gradients: list[Tensor | None] = []
     for p, own, some in zip(params, window["gradients"], [any(column) for column in zip(*there)]):

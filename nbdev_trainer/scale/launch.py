@@ -28,8 +28,8 @@ from typing import IO, Any
 from ..core.errors import checked_keywords, require
 
 # %% auto #0
-__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'Crew', 'first_error',
-           'launch']
+__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'started', 'Crew',
+           'first_error', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -96,6 +96,13 @@ def show(source: IO[str], rank: int) -> None:
         for line in source: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
 
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
+def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    "One process, which reads its call from the folder"
+    return subprocess.Popen([sys.executable, "-c", COMMAND, folder, *sys.path], env=environment,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, errors="replace", start_new_session=True)
+
+# %% ../../nbs/api/scale/03_launch.ipynb #7e5bf0c1
 class Crew:
     "Processes that run one call"
     first: int | None = None  # the rank that ended first of those that failed
@@ -107,11 +114,7 @@ class Crew:
                               wait_for_workers=False, master_listen_fd=place.detach())
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
         for rank in range(size):
-            member = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, folder, *sys.path],
-                env=variables(size, rank, self.store.port),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", start_new_session=True)
+            member = started(folder, variables(size, rank, self.store.port))
             self.members.append(member)
             self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
             self.shows[-1].start()

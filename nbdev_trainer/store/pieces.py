@@ -28,8 +28,8 @@ from .files import open_tensors, write_tensors
 from .sealed import DamagedError
 
 # %% auto #0
-__all__ = ['OFFSETS', 'Box', 'Piece', 'place_in', 'piece_of', 'in_pieces', 'piece_file', 'write_pieces', 'common', 'within',
-           'Parted', 'places_in', 'read_pieces', 'joined', 'gathered', 'divide', 'divided_like']
+__all__ = ['OFFSETS', 'Box', 'Numbers', 'Piece', 'place_in', 'piece_of', 'in_pieces', 'piece_file', 'write_pieces', 'common',
+           'within', 'Parted', 'places_in', 'read_pieces', 'joined', 'gathered', 'divide', 'divided_like']
 
 # %% ../../nbs/api/store/05b_pieces.ipynb #b7e028a0
 class Piece(NamedTuple):
@@ -45,10 +45,10 @@ def place_in(whole: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:  # its shap
     return compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
 
 def piece_of(one: Any) -> Piece:  # of a DTensor
-    "What this process keeps of a divided tensor; raises `ValueError` for one that is a sum over the processes"
+    "What this process keeps of a divided tensor; raises `ValueError` for a sum that is not added up"
     if any(placement.is_partial() for placement in one.placements):
-        raise ValueError(f"a tensor of shape {tuple(one.shape)} is a sum over the processes ({one.placements}), which "
-                         "has no pieces; call redistribute(...) on it before")
+        raise ValueError(f"a tensor of shape {tuple(one.shape)} is a sum over the processes, not added up "
+                         f"yet ({one.placements}), and has no pieces; call redistribute(...) on it before")
     found = zip(one.device_mesh.get_coordinate(), one.placements)
     is_first = all(place == 0 for place, placement in found if placement.is_replicate())
     return Piece(one.detach().to_local(), tuple(place_in(one)[1]), tuple(one.shape), is_first)
@@ -81,23 +81,25 @@ def write_pieces(
 
 # %% ../../nbs/api/store/05b_pieces.ipynb #f621c246
 Box = list[tuple[int, int]]  # from and to, in each dimension
+Numbers = Sequence[int]
 
-def common(offsets: Sequence[int], shape: Sequence[int], first: Sequence[int], size: Sequence[int]) -> Box | None:
+def common(offsets: Numbers, shape: Numbers, first: Numbers, size: Numbers) -> Box | None:
     "Where two parts of a tensor overlap; None: nowhere"
     box = [(max(o, f), min(o + n, f + m)) for o, n, f, m in zip(offsets, shape, first, size)]
     return box if all(start < end for start, end in box) else None
 
-def within(box: Box, offsets: Sequence[int]) -> tuple[slice, ...]:
+def within(box: Box, offsets: Numbers) -> tuple[slice, ...]:
     "A box in a part that begins at some offsets"
     return tuple(slice(start - origin, end - origin) for (start, end), origin in zip(box, offsets))
 
+# %% ../../nbs/api/store/05b_pieces.ipynb #1d049414
 class Parted:
     "A tensor that lies in files in pieces"
     def __init__(self, name: str) -> None:
-        self.name, self.pieces = name, list[tuple[Path, tuple[int, ...], tuple[int, ...]]]()  # file, offsets, shape
-        self.shape, self.dtype = torch.Size(), torch.float32
+        self.name, self.shape, self.dtype = name, torch.Size(), torch.float32
+        self.pieces: list[tuple[Path, Numbers, Numbers]] = []  # file, offsets, shape
 
-    def add(self, path: Path, offsets: Sequence[int], like: Tensor) -> None:
+    def add(self, path: Path, offsets: Numbers, like: Tensor) -> None:
         "One more piece"
         self.pieces.append((path, tuple(offsets), tuple(like.shape)))
         ends = [first + size for first, size in zip(offsets, like.shape)]
@@ -107,31 +109,35 @@ class Parted:
     @property
     def ndim(self) -> int: return len(self.shape)
 
-    def read(self, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def read(self, offsets: Numbers, shape: Numbers) -> Tensor:
         "A part of the whole, or all of it; raises `DamagedError` when no piece has some of it"
         found = [(path, first, common(offsets, shape, first, size)) for path, first, size in self.pieces]
         there = sum(math.prod(end - start for start, end in box) for _, _, box in found if box is not None)
         if there != math.prod(shape):
-            raise DamagedError(f"{self.name!r} has {math.prod(shape):,} numbers from {tuple(offsets)}, and the files hold "
-                               f"{there:,} of them; the file of some process is missing")
+            numbers = math.prod(shape)
+            raise DamagedError(f"{self.name!r} has {numbers:,} numbers from {tuple(offsets)}, and the "
+                               f"files hold {there:,} of them; the file of some process is missing")
         result = torch.empty(tuple(shape), dtype=self.dtype)
         for path, first, box in found:
             if box is None: continue
-            with open_tensors(path) as file: values = file.get_slice(self.name)[within(box, first)] if box else file.get_tensor(self.name)
-            result[within(box, offsets)] = values
+            with open_tensors(path) as file:
+                part = file.get_slice(self.name)[within(box, first)] if box else file.get_tensor(self.name)
+            result[within(box, offsets)] = part
         return result
 
     def whole(self) -> Tensor:
         "All of it"
         return self.read([0] * self.ndim, self.shape)
 
+# %% ../../nbs/api/store/05b_pieces.ipynb #06434c0f
 def places_in(path: Path, file: Any) -> dict[str, list[int]]:
     "Where the tensors of a file lie in the whole; raises `DamagedError` where it does not say"
     try:
         noted = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
         places = {name: noted[name]["saved_offsets"] for name in file.keys()}
         for name, place in places.items():
-            if len(place) != len(file.get_slice(name).get_shape()) or min(place, default=0) < 0: raise ValueError(name)
+            dimensions = len(file.get_slice(name).get_shape())
+            if len(place) != dimensions or min(place, default=0) < 0: raise ValueError(name)
         return places
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DamagedError(f"'{path}' does not say where its tensors lie in the whole ({error!r})") from None
@@ -164,14 +170,15 @@ def gathered(
 ) -> dict[str, Tensor]:  # on the first process whole; on the others without what is divided
     "Bring together what is divided; for all processes to call"
     found: dict[str, Tensor] = {}
-    for name, one in weights.items():
-        whole: Any = one.detach().full_tensor().cpu() if is_divided(one) else one  # type: ignore[attr-defined]
+    for name, given in weights.items():
+        one: Any = given
+        whole = one.detach().full_tensor().cpu() if is_divided(one) else one
         if rank == 0 or not is_divided(one): found[name] = whole
     return found
 
 # %% ../../nbs/api/store/05b_pieces.ipynb #c869b2c7
 def divide(
-    like: Tensor,            # whole, or divided over the processes
+    like: Tensor,             # whole, or divided over the processes
     values: Tensor | Parted,  # of the same shape
 ) -> Tensor:  # on the device of `like`
     "A tensor that is divided as another one"
@@ -179,20 +186,20 @@ def divide(
         return values.whole() if isinstance(values, Parted) else values
     made: Any = torch.empty_like(like, dtype=values.dtype, requires_grad=False)
     shape, offsets = place_in(made)
-    part = values.read(offsets, shape) if isinstance(values, Parted) else values[
-        tuple(slice(first, first + size) for first, size in zip(offsets, shape))]
+    if isinstance(values, Parted): part = values.read(offsets, shape)
+    else: part = values[tuple(slice(first, first + size) for first, size in zip(offsets, shape))]
     made.to_local().copy_(part)
     return made
 
 def divided_like(
-    state: Any,                    # dicts, lists and tuples with tensors, whole or in pieces
+    state: Any,                     # dicts, lists and tuples with tensors, whole or in pieces
     weights: Mapping[str, Tensor],  # by name, some of them divided
-    like: Tensor | None = None,    # the weight under whose name this stands
+    like: Tensor | None = None,     # the weight under whose name this stands
 ) -> Any:
     "What stands under the name of a weight and has its shape, divided as the weight is; the rest whole"
     if isinstance(state, (Tensor, Parted)):
-        same = like is not None and tuple(like.shape) == tuple(state.shape)
-        return divide(like, state) if same else joined(state)  # type: ignore[arg-type]
+        if like is not None and tuple(like.shape) == tuple(state.shape): return divide(like, state)
+        return joined(state)
     if isinstance(state, dict):
         return {key: divided_like(one, weights, weights.get(key, like) if isinstance(key, str) else like)
                 for key, one in state.items()}

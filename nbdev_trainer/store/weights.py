@@ -115,7 +115,8 @@ def compare_weights(
     common = [name for name in expected if name in tensors]
     mismatched = {name: why for name in common if (why := difference(tensors[name], expected[name]))}
     loaded = [name for name in common if name not in mismatched]
-    places = {name: (part.data_ptr(), one.shape) for (name, one), part in zip(expected.items(), own_parts(expected.values()))}
+    parts = own_parts(expected.values())
+    places = {name: (part.data_ptr(), one.shape) for (name, one), part in zip(expected.items(), parts)}
     filled = {places[name] for name in loaded if expected[name].numel() and not expected[name].is_meta}
     missing = [name for name, place in places.items() if name not in tensors and place not in filled]
     return LoadReport(source, loaded, missing, [name for name in tensors if name not in expected], mismatched)
