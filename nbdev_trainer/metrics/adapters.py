@@ -73,7 +73,7 @@ class FunctionMetric(Metric):
         if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
             raise ValueError(f"metric {self.name!r} returned {describe(values)} for a batch of {batch.size} "
                              "samples; expected one value per sample, or a single number over the whole set")
-        values = values.detach().float()
+        values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
         if values.ndim > 1: values = values.flatten(1).mean(1)
         if batch.weights is None: self.mean.add(values.mean(), batch.size)
         else: self.mean.add((values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum())
@@ -96,6 +96,14 @@ class FunctionMetric(Metric):
         self.per_sample = state["per_sample"]
         self.mean.load_state_dict(state["mean"])
         self.whole.load_state_dict(state["whole"])
+
+    def merge(self, other: Metric) -> None:
+        "Take in what the same function has seen elsewhere; raises `TypeError` for another metric"
+        if not isinstance(other, FunctionMetric): return super().merge(other)
+        if self.per_sample is None: self.per_sample = other.per_sample
+        self.whole.merge(other.whole)
+        total, weight = other.mean.sums()
+        if total is not None and weight is not None: self.mean.add(total / weight, weight)
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #4f4c3682
 class TorchMetric(Metric):
