@@ -25,7 +25,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Kept, Metric, function_name, refuse_weights, snake_case, targets_of
 
 # %% auto #0
-__all__ = ['WholeSet', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
+__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
 class WholeSet(Kept):
@@ -51,6 +51,21 @@ class WholeSet(Kept):
         return self.fn(*(concatenate(list(parts)) for parts in zip(*self.kept)))
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
+def averaged(
+    name: str,    # of the metric
+    values: Any,  # what the function returned, for a batch of which it is wanted per sample
+    batch: Batch,
+) -> tuple[Tensor, int | float | Tensor]:
+    "The mean of the values of a batch, and what it counts; raises `ValueError` unless there is one per sample"
+    if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
+        raise ValueError(f"metric {name!r} returned {describe(values)} for a batch of {batch.size} "
+                         "samples; expected one value per sample, or a single number over the whole set")
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    if values.ndim > 1: values = values.flatten(1).mean(1)
+    if batch.weights is None: return values.mean(), batch.size
+    return (values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum()
+
+# %% ../../nbs/api/metrics/02_adapters.ipynb #db385f5f
 class FunctionMetric(Metric):
     "A function of (predictions, targets), averaged where it answers per sample, else called on the whole set"
     @checked_keywords
@@ -70,13 +85,7 @@ class FunctionMetric(Metric):
         if self.per_sample is None:
             self.per_sample = isinstance(values, Tensor) and values.ndim > 0
             if not self.per_sample: return self.whole.update(output, batch)
-        if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
-            raise ValueError(f"metric {self.name!r} returned {describe(values)} for a batch of {batch.size} "
-                             "samples; expected one value per sample, or a single number over the whole set")
-        values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-        if values.ndim > 1: values = values.flatten(1).mean(1)
-        if batch.weights is None: self.mean.add(values.mean(), batch.size)
-        else: self.mean.add((values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum())
+        self.mean.add(*averaged(self.name, values, batch))
 
     def compute(self) -> Any:
         "The mean of the samples' values, or the answer for the whole set"
