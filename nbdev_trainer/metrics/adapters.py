@@ -56,7 +56,7 @@ def averaged(
     values: Any,  # what the function returned, for a batch of which it is wanted per sample
     batch: Batch,
 ) -> tuple[Tensor, int | float | Tensor]:
-    "The mean of the values of a batch, and what it counts; raises `ValueError` unless there is one per sample"
+    "The mean of the values of a batch, and what it counts; `ValueError` unless there is one per sample"
     if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
         raise ValueError(f"metric {name!r} returned {describe(values)} for a batch of {batch.size} "
                          "samples; expected one value per sample, or a single number over the whole set")
@@ -93,8 +93,7 @@ class FunctionMetric(Metric):
 
     def reset(self) -> None:
         "Forget all batches, but not what kind of function it is"
-        self.mean.reset()
-        self.whole.reset()
+        for one in (self.mean, self.whole): one.reset()
 
     def state_dict(self) -> dict[str, Any]:
         "The state of whichever way is in use"
