@@ -25,7 +25,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Kept, Metric, function_name, refuse_weights, snake_case, targets_of
 
 # %% auto #0
-__all__ = ['WholeSet', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
+__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
 class WholeSet(Kept):
@@ -51,6 +51,21 @@ class WholeSet(Kept):
         return self.fn(*(concatenate(list(parts)) for parts in zip(*self.kept)))
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
+def averaged(
+    name: str,    # of the metric
+    values: Any,  # what the function returned, for a batch of which it is wanted per sample
+    batch: Batch,
+) -> tuple[Tensor, int | float | Tensor]:
+    "The mean of the values of a batch, and what it counts; `ValueError` unless there is one per sample"
+    if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
+        raise ValueError(f"metric {name!r} returned {describe(values)} for a batch of {batch.size} "
+                         "samples; expected one value per sample, or a single number over the whole set")
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    if values.ndim > 1: values = values.flatten(1).mean(1)
+    if batch.weights is None: return values.mean(), batch.size
+    return (values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum()
+
+# %% ../../nbs/api/metrics/02_adapters.ipynb #db385f5f
 class FunctionMetric(Metric):
     "A function of (predictions, targets), averaged where it answers per sample, else called on the whole set"
     @checked_keywords
@@ -70,13 +85,7 @@ class FunctionMetric(Metric):
         if self.per_sample is None:
             self.per_sample = isinstance(values, Tensor) and values.ndim > 0
             if not self.per_sample: return self.whole.update(output, batch)
-        if not isinstance(values, Tensor) or values.shape[:1] != (batch.size,):
-            raise ValueError(f"metric {self.name!r} returned {describe(values)} for a batch of {batch.size} "
-                             "samples; expected one value per sample, or a single number over the whole set")
-        values = values.detach().float()
-        if values.ndim > 1: values = values.flatten(1).mean(1)
-        if batch.weights is None: self.mean.add(values.mean(), batch.size)
-        else: self.mean.add((values * batch.weights).sum() / batch.weights.sum(), batch.weights.sum())
+        self.mean.add(*averaged(self.name, values, batch))
 
     def compute(self) -> Any:
         "The mean of the samples' values, or the answer for the whole set"
@@ -84,8 +93,7 @@ class FunctionMetric(Metric):
 
     def reset(self) -> None:
         "Forget all batches, but not what kind of function it is"
-        self.mean.reset()
-        self.whole.reset()
+        for one in (self.mean, self.whole): one.reset()
 
     def state_dict(self) -> dict[str, Any]:
         "The state of whichever way is in use"
@@ -96,6 +104,14 @@ class FunctionMetric(Metric):
         self.per_sample = state["per_sample"]
         self.mean.load_state_dict(state["mean"])
         self.whole.load_state_dict(state["whole"])
+
+    def merge(self, other: Metric) -> None:
+        "Take in what the same function has seen elsewhere; raises `TypeError` for another metric"
+        if not isinstance(other, FunctionMetric): return super().merge(other)
+        if self.per_sample is None: self.per_sample = other.per_sample
+        self.whole.merge(other.whole)
+        total, weight = other.mean.sums()
+        if total is not None and weight is not None: self.mean.add(total / weight, weight)
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #4f4c3682
 class TorchMetric(Metric):

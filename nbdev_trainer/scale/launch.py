@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/launch.html.md"""
 # %% ../../nbs/api/scale/03_launch.ipynb #1c3ac241
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import signal
@@ -21,15 +22,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import IO, Any
 
-from ..core.errors import checked_keywords, require
+from ..core.errors import describe, require
+from ..loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'started', 'Crew',
-           'first_error', 'launch']
+           'first_error', 'brought', 'check_call', 'sent', 'function_name', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -68,8 +71,8 @@ def work(folder: str) -> None:
     threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     code = 1
     try:
-        fn, args = pickle.loads((here / "call").read_bytes())
-        answer = fn(*args)
+        fn, args, by_name = pickle.loads((here / "call").read_bytes())
+        answer = fn(*args, **by_name)
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
@@ -164,20 +167,56 @@ def first_error(
     error.add_note(f"raised on rank {rank}:\n{text}")
     return error
 
+# %% ../../nbs/api/scale/03_launch.ipynb #6b144a85
+def brought(fn: Callable[..., Any], given: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    "What a function brings along, by the name it has there"
+    yield from ((f"an argument, {describe(one)}", one) for one in given)
+    yield "its method's object", getattr(fn, "__self__", None)
+    if not isinstance(fn, FunctionType): return
+    used = inspect.getclosurevars(fn)
+    yield from ((f"the name {name!r}", one) for name, one in {**used.globals, **used.nonlocals}.items())
+
+def check_call(fn: Any, args: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+    "Raise `TypeError` for a call that could not work in other processes"
+    if not callable(fn):
+        raise TypeError(f"fn is {describe(fn)}; expected a function, without parentheses: launch(train), "
+                        "and its arguments behind it: launch(train, 5)")
+    try: inspect.signature(fn).bind(*args, **by_name)
+    except TypeError as error:
+        raise TypeError(f"{function_name(fn)}(): {error}; launch() itself takes processes=") from None
+    except ValueError: pass  # it is written in C, and does not say what it takes
+    for where, one in brought(fn, (*args, *by_name.values())):
+        if isinstance(getattr(one, "trainer", one), Trainer):
+            raise TypeError(f"{where} is a {type(one).__name__} of this process, which would train alone in "
+                            "each of the others. Make it in the function, of what it needs, such as a model")
+
+def sent(fn: Callable[..., Any], args: tuple[Any, ...], by_name: dict[str, Any]) -> bytes:
+    "A call as it is sent; what cannot be sent gets a note on where it comes from"
+    try: return bytes(pickler().dumps((fn, args, by_name)))
+    except Exception as error:
+        error.add_note(f"{function_name(fn)} is sent with its arguments and all it uses; make in the "
+                       "function what cannot be sent, such as an open file, a lock or a connection")
+        raise
+
+def function_name(fn: Callable[..., Any]) -> str:
+    "What to call a function in a message"
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
 # %% ../../nbs/api/scale/03_launch.ipynb #daf2f834
-@checked_keywords
 def launch(
     fn: Callable[..., Any],  # runs in each process; from a cell, a script or a module
     *args: Any,              # of the function
     processes: int = 2,      # how many, on this machine
+    **by_name: Any,          # of the function
 ) -> Any:  # what the function returned on rank 0
     "Run a function in several processes that know each other; raises what the first of them to fail raised"
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"processes is {processes!r}; expected how many, at least 1")
+        raise ValueError(f"processes is {processes!r}; expected how many, a whole number from 1")
     if "RANK" in os.environ: raise RuntimeError("launch() was called in a process that was launched itself")
+    check_call(fn, args, by_name)
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        (Path(folder) / "call").write_bytes(pickler().dumps((fn, args)))
+        (Path(folder) / "call").write_bytes(sent(fn, args, by_name))
         crew = Crew(folder, processes)
         try: codes = crew.wait()
         except KeyboardInterrupt:

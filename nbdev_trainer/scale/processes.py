@@ -11,9 +11,11 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/processes.html.md"
 # %% ../../nbs/api/scale/02_processes.ipynb #09098d22
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.duration import Duration
+from ..core.errors import counted
 from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'has_group', 'join']
+           'fresh_store', 'has_group', 'leave', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -119,18 +122,29 @@ class Processes:
         self.small, self.timeout = small, timeout
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
+    def check_alive(self) -> None:
+        "Raise `RuntimeError` where the group is no more"
+        if has_group(): return
+        those = counted(self.world_size, "process", "processes")
+        raise RuntimeError(f"the group of {those} that this was part of has ended, and alone it cannot train "
+                           "or evaluate. Make a Learner here, and take over the weights: "
+                           "learner.model.load_state_dict(came_back.model.state_dict())")
+
     def sum(self, values: Tensor) -> dist.Work:
         "Begin to add up a tensor on the CPU over all ranks, in place; `wait()` for it"
+        self.check_alive()
         return dist.all_reduce(values, group=self.small, async_op=True)
 
     def gather(self, value: Any) -> list[Any]:  # by rank
         "What each rank has given, on all ranks"
+        self.check_alive()
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value, group=self.small)
         return found
 
     def share(self, value: Any) -> Any:
         "What rank 0 has given, on all ranks"
+        self.check_alive()
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.small)
         return box[0]
@@ -169,6 +183,12 @@ def has_group() -> bool:
     "Whether this process has joined others already"
     return dist.is_available() and dist.is_initialized()
 
+def leave() -> None:
+    "Leave the group at the end of a program that has not failed"
+    if not has_group() or getattr(sys, "last_value", None) is not None: return
+    dist.destroy_process_group()
+    time.sleep(0.1)  # whoever waits for Python gets it now
+
 def join(
     place: Place | None = None,      # None: by the variables of whoever started the process
     device: torch.device | str = "cpu",  # where the model trains
@@ -190,6 +210,7 @@ def join(
         else: how["init_method"] = f"tcp://{place.address}:{place.port}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
                                 world_size=place.world_size, timeout=limit, **how)
+        atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())
     if "gloo" in backend: return Processes(timeout=seconds)

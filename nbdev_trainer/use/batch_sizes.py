@@ -127,7 +127,7 @@ def batch_size_find(
         while limit is None or size <= limit:
             if not try_size(trainer, train, size, repeats, found): break
             size *= 2
-    return found
+    return trainer.engine.strategy.share(found)  # of the first process, so that all train with one size
 
 def try_size(trainer: Trainer, train: Any, size: int, repeats: int, found: BatchSizes) -> bool:
     "Time one size; whether a larger one is worth a try"

@@ -214,7 +214,8 @@ def linear_evidence(inputs: Tensor, columns: Tensor) -> float:  # in standard de
     "Whether a ridge regression on one half predicts the other"
     half = len(inputs) // 2
     known, other = inputs[:half], inputs[half:]
-    weights = torch.linalg.solve(known @ known.T + 0.1 * half * torch.eye(half), columns[:half])
+    ridge = 0.1 * half * torch.eye(half, dtype=known.dtype)
+    weights = torch.linalg.solve(known @ known.T + ridge, columns[:half])
     guess = other @ (known.T @ weights)
     guess = guess - guess.mean(0)
     told = columns[half:] - columns[half:].mean(0)

@@ -202,7 +202,7 @@ def dry_run(
     more = check_callbacks(callbacks)
     sets, ran = named_sets(valid), min(batches, length_of(train) or batches)
     involved = [*trainer.callbacks, *more]
-    with TemporaryDirectory() as place, undisturbed(trainer, train, *sets.values()):
+    with TemporaryDirectory() as place, undisturbed(trainer, train, *sets.values(), alone=False):
         folder = Path(place)
         with rehearsing(involved, folder):
             trainer.state.epoch_batch = 0

@@ -251,6 +251,7 @@ def lr_find(
                 break
             test.lrs.append(lr)
             test.losses.append(loss)
+    test = trainer.engine.strategy.share(test)
     if test.losses: return test
     raise ValueError("the very first loss is not a number; learner.check() looks for the cause")
 

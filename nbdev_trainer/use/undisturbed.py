@@ -28,14 +28,14 @@ from ..core.nested import map_tensors
 from ..core.seeding import isolated_rng
 from ..data.loaders import looking_at
 from ..loop.callback import handler_table
-from ..loop.engine import OptimizerSlot, Window
+from ..loop.engine import OptimizerSlot, Strategy, Window
 from ..loop.optimizers import load_optimizer_state, optimizer_state
 from ..loop.trainer import Trainer
 from ..metrics.collection import MetricSet
 
 # %% auto #0
 __all__ = ['modules_of', 'shares_memory', 'keep_tensors', 'keep_optimizer', 'keep_value', 'keep_attributes', 'keep_counters',
-           'undisturbed']
+           'keep_together', 'undisturbed']
 
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #ae50c5c0
 def modules_of(trainer: Trainer) -> list[nn.Module]:
@@ -151,11 +151,21 @@ def keep_counters(trainer: Trainer) -> Callable[[], None]:  # puts them back
         for part, values in saved: part.load_state_dict(values)
     return put_back
 
+# %% ../../nbs/api/use/03b_undisturbed.ipynb #386a66e8
+def keep_together(trainer: Trainer) -> Callable[[], None]:  # puts it back
+    "Let this process be alone during the look, although it trains with others"
+    engine = trainer.engine
+    before = engine.strategy, engine.together, trainer.together
+    engine.strategy, engine.together, trainer.together = Strategy(), False, False
+    def put_back() -> None: engine.strategy, engine.together, trainer.together = before
+    return put_back
+
 # %% ../../nbs/api/use/03b_undisturbed.ipynb #a6a10f6f
 @contextmanager
 def undisturbed(
     trainer: Trainer,
-    *loaders: Any,  # that the block will read
+    *loaders: Any,       # that the block will read
+    alone: bool = True,  # each process by itself; False: for a block that fits, as all of them do together
 ) -> Iterator[None]:
     "Let the block do what it likes with a run; afterwards it is as before. `RuntimeError` during a fit"
     if trainer.plan is not None:
@@ -167,5 +177,6 @@ def undisturbed(
         undo.callback(keep_tensors(modules_of(trainer), params))
         for slot in slots: undo.callback(keep_optimizer(slot, trainer.model))
         for loader in loaders: undo.enter_context(looking_at(loader))
+        if alone: undo.callback(keep_together(trainer))
         undo.callback(keep_counters(trainer))
         yield

@@ -200,6 +200,19 @@ def kept_outputs():
     return supervised(loaders=loaders, metrics=[F1Score("multiclass", 3), AUROC("multiclass", 3)])
 
 
+def sure(predictions, targets):
+    return predictions.softmax(1).amax(1)
+
+
+def spread_of_errors(predictions, targets):
+    losses = F.cross_entropy(predictions, targets, reduction="none")
+    return losses.max() - losses.min()
+
+
+def functions_as_metrics():
+    return supervised(metrics=[sure, spread_of_errors], loaders=data(n=13, batch_size=4, valid=1))
+
+
 def stopped_early():
     return supervised(callbacks=[EarlyStopping("valid_loss", patience=1)], epochs=30,
                       optimizer=lambda model: optim.Adam(model.parameters(), lr=1.0))
@@ -302,7 +315,7 @@ SCENARIOS = [plain, synced_norms, synced_norms_averaged, frozen_within_a_window,
              frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch,
              accumulated_and_clipped, clipped_by_unit, averaged, ignored_targets, class_weights, sample_weights,
              micro_batches, sharpness_aware, lbfgs, sharpness_aware_with_empty_shards, lbfgs_that_searches,
-             a_step_of_ones_own, several_optimizers, kept_outputs, stopped_early, logged, by_batches]
+             a_step_of_ones_own, several_optimizers, kept_outputs, functions_as_metrics, stopped_early, logged, by_batches]
 NOT_DIVIDED = (after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
 DIVIDED = [one for one in SCENARIOS if one not in NOT_DIVIDED]
 

@@ -235,3 +235,21 @@ def test_no_process_is_left():
     time.sleep(0.2)
     assert left() == []
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)
+
+
+LEAVES = """
+import atexit
+from nbdev_trainer.scale.processes import has_group, join
+atexit.register(lambda: print(f"still in the group: {has_group()}", flush=True))  # runs after what comes later
+processes = join(timeout="30s")
+processes.gather(processes.rank)
+"""
+
+
+def test_a_program_leaves_the_group_before_python_ends(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LEAVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("still in the group: False") == 2
