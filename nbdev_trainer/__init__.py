@@ -209,6 +209,7 @@ from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.scale.processes import Processes, join
 from nbdev_trainer.scale.ray import ray_trainer
 from nbdev_trainer.scale.replicas import Replicas
+from nbdev_trainer.scale.shards import Shards
 from nbdev_trainer.store.checkpoints import list_checkpoints, read_checkpoint
 from nbdev_trainer.store.foreign import import_weights
 from nbdev_trainer.store.history import History, plot_histories
@@ -236,7 +237,7 @@ __all__ = [
     "NonFiniteError", "PearsonCorrelation", "Perplexity", "Precision", "PrecisionScore", "Predictions",
     "Processes", "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder",
     "ReduceOnPlateau", "Replicas", "ReportToRay", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
-    "SAM", "SWA", "Schedule", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
+    "SAM", "SWA", "Schedule", "Shards", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
     "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
     "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check", "compile_model",
     "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict",

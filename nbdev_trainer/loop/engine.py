@@ -363,7 +363,7 @@ class Engine(EngineParts):
         slot.pending = True
         if self.together: loss = self.strategy.carrying(loss)
         loss = self.precision.scale(loss, slot.optimizer)
-        if inputs is not None and self.strategy.in_pieces: backward_to(inputs, self.model, loss, weight, retain_graph)
+        if inputs and self.strategy.in_pieces: backward_to(inputs, self.model, loss, weight, retain_graph)
         else: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts

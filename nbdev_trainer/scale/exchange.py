@@ -46,9 +46,9 @@ def other_names(found: list[list[str]], rank: int) -> ValueError:  # `found` by 
     "The error for processes that measure different things"
     other = next(r for r, one in enumerate(found) if one != found[0])
     keys = sorted(set(found[0]) ^ set(found[other])) or found[other]
-    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not on both. "
-                      "Every process must log the same names and have the same metrics; this is rank "
-                      f"{rank}")
+    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not "
+                      "on both. Every process must log the same names and have the same metrics; this is "
+                      f"rank {rank}")
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #afa2a50f
 def completed(

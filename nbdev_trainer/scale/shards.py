@@ -130,7 +130,7 @@ class Shards(Together):
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
         if self.sync_batch_norm: sync_norms(model)
         self.model, before = model, dict(model.named_parameters())
-        for one in (*model.parameters(), *model.buffers()): dist.broadcast(one.data, src=0)
+        for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.data, src=0)
         if self.plan is not None: divide_layers(model, self.mesh, self.plan)
         options: dict[str, Any] = {"mesh": self.over_data(model), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
@@ -138,7 +138,8 @@ class Shards(Together):
         for one in find_blocks(model, self.wrap).values(): fully_shard(one, **options)
         fully_shard(model, **options)
         for method in self.methods: register_fsdp_forward_method(model, method)
-        fully_shard.state(model)._lazy_init()  # else a step that calls a part before the whole makes that part the root
+        state: Any = fully_shard
+        state.state(model)._lazy_init()  # else a step that calls a part before the whole makes that part the root
         meet_again(before, model, optimizers)
         return model
 
@@ -151,8 +152,9 @@ class Shards(Together):
 
     def begin(self, trainer: Trainer) -> None:
         refuse(trainer)
-        sizes = {name: one for name, one in trainer.plan.valid_sets.items() if not isinstance(one, EpochLoader)}
-        lengths = {name: len(one) if hasattr(one, "__len__") else None for name, one in sizes.items()}
+        sets: dict[str, Any] = {} if trainer.plan is None else dict(trainer.plan.valid_sets)
+        lengths = {name: len(one) if hasattr(one, "__len__") else None for name, one in sets.items()
+                   if not isinstance(one, EpochLoader)}
         for rank, other in enumerate(found := self.processes.gather(lengths)):
             if other != found[0] or None in other.values():
                 raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "

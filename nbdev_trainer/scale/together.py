@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.messages import tell
 from ..core.seeding import rng_state, set_rng_state
@@ -37,9 +37,15 @@ from .processes import Processes
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
+__all__ = ['LOST', 'is_divided_by_hand', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
+def is_divided_by_hand(loader: Any) -> bool:
+    "Whether a foreign loader may give each process its own part: it has another sampler than torch's for everything"
+    for_all = torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler
+    found = [one for one in samplers_of(loader).values() if one is not None]
+    return not any(type(one) in for_all for one in found)
+
 def set_epoch(
     loader: Any,
     epoch: int,
@@ -92,6 +98,8 @@ class Agreeing(Strategy):
     trainer: Any = None               # of the running fit
     work: dist.Work | None = None     # the message of this step, on its way
     clock = 0.0                       # of rank 0, when it was last heard
+    samples = 0                       # that all have trained on
+    began = 0.0                       # when the fit did
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
@@ -151,7 +159,10 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        return over_all(self.processes, metrics, self.copies, by_all)
+        try: return over_all(self.processes, metrics, self.copies, by_all)
+        except RuntimeError as error:
+            if self.trainer is None: explain(error, self.rank)  # an evaluation outside of a fit
+            raise
 
     def now(self) -> float: return time.monotonic() if self.trainer is None else self.clock
 
@@ -165,6 +176,7 @@ def must_run(why: str) -> RuntimeError:
 # %% ../../nbs/api/scale/04_together.ipynb #4c4b044a
 class Together(Agreeing):
     "A fit of several processes; how weights and gradients lie in them is for its subclasses"
+    model: nn.Module               # as the step calls it
     uneven = False                 # the processes have different numbers of batches
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
 
@@ -193,12 +205,17 @@ class Together(Agreeing):
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
         settings = run_settings(trainer, plan.train, plan.valid_sets)
-        if not isinstance(plan.train, EpochLoader): settings.pop("training data")  # each may have its own part
-        self.check_same({**settings, **done})
-        undivided = [name for name, one in plan.valid_sets.items() if not isinstance(one, EpochLoader)]
-        if undivided and trainer.state.batch == 0:
-            tell(f"each process evaluates all that its own loader gives ({', '.join(undivided)}): let each have its part, "
-                 "such as sampler=range(rank, n, world_size), else samples count several times", trainer.shown)
+        sets = {"train": plan.train, **plan.valid_sets}
+        divided_by_us = {name for name, one in sets.items() if isinstance(one, EpochLoader)}
+        if "train" not in divided_by_us: settings.pop("training data")  # each may have its own part
+        settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
+        rates = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
+                 for name, slot in trainer.engine.slots.items()}
+        self.check_same({**settings, **done, "learning rates": rates})
+        if undivided := [name for name, one in sets.items() if name not in divided_by_us and not is_divided_by_hand(one)]:
+            tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
+                 "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "
+                 "count several times", trainer.shown and trainer.state.batch == 0)
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
         self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()

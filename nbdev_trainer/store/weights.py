@@ -148,6 +148,6 @@ def load_weights(
         held, own = (listed(list(names), 3) or "no tensor" for names in (tensors, model.state_dict()))
         raise ValueError(f"nothing in {source} fits the model. It holds {held}; the model has {own}. "
                          "A prefix may have to go: import_weights(path, prefix='model.')")
-    own = model.state_dict()
-    model.load_state_dict({name: divide(own[name], tensors[name]) for name in report.loaded}, strict=False)
+    places = model.state_dict()
+    model.load_state_dict({name: divide(places[name], tensors[name]) for name in report.loaded}, strict=False)
     return report

@@ -55,7 +55,7 @@ def write_parts(
     kinds: Mapping[str, Mapping[str, Piece]],  # pieces by kind and name
 ) -> dict[str, Any]:  # size and sum by file
     "Write the pieces of this process, a file for each kind, and bring them to the disk"
-    files = {}
+    files: dict[str, Any] = {}
     for kind, pieces in kinds.items():
         path = shared.temporary / piece_file(kind, shared.rank, shared.of)
         write_pieces(path, pieces)
@@ -80,7 +80,7 @@ def reporting(shared: Shared) -> Iterator[dict[str, Any]]:  # to be filled with 
 # %% ../../nbs/api/store/06c_writers.ipynb #78b6100a
 def wait_for_parts(shared: Shared) -> dict[str, Any]:  # size and sum by file
     "What the others have written, for the first process; raises `OSError` for one that could not"
-    end, files = time.monotonic() + shared.timeout, {}
+    end, files = time.monotonic() + shared.timeout, dict[str, Any]()
     for rank in range(1, shared.of):
         path = shared.report(rank)
         while not path.exists():
