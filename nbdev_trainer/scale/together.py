@@ -37,14 +37,14 @@ from .processes import Processes
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'is_divided_by_hand', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
+__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
-def is_divided_by_hand(loader: Any) -> bool:
-    "Whether a foreign loader may give each process its own part: it has another sampler than torch's for everything"
+def takes_all(loader: Any) -> bool:
+    "Whether a loader of torch goes through all of its data set, by torch's own samplers"
     for_all = torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler
-    found = [one for one in samplers_of(loader).values() if one is not None]
-    return not any(type(one) in for_all for one in found)
+    has_size = hasattr(getattr(loader, "dataset", None), "__len__")
+    return has_size and any(type(one) in for_all for one in samplers_of(loader).values())
 
 def set_epoch(
     loader: Any,
@@ -212,7 +212,9 @@ class Together(Agreeing):
         rates = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
                  for name, slot in trainer.engine.slots.items()}
         self.check_same({**settings, **done, "learning rates": rates})
-        if undivided := [name for name, one in sets.items() if name not in divided_by_us and not is_divided_by_hand(one)]:
+        sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
+        found = self.processes.gather(sizes)  # a data set of another size on each is a part of it
+        if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
             tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
                  "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "
                  "count several times", trainer.shown and trainer.state.batch == 0)

@@ -156,7 +156,7 @@ def test_data_that_were_split_without_a_seed_are_refused():
 )
 def test_foreign_loaders_of_other_lengths_are_used_to_their_ends(capfd):
     assert launch(fault_runs.uneven_foreign)[3] == 2 * (20 + 12)
-    assert "each process evaluates all that its own loader gives (valid)" in capfd.readouterr().out
+    assert "each process takes all that its own loader gives (valid)" in capfd.readouterr().out
 
 
 def test_one_process_writes_and_speaks(tmp_path, capfd):
