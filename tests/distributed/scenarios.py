@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn, optim
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 
 from nbdev_trainer.callbacks.averaging import EMA, SWA
@@ -60,12 +61,12 @@ def result(trainer, *more):
             "counters": (state.epoch, state.batch, state.step, state.samples), "more": more}
 
 
-def supervised(loss=F.cross_entropy, loaders=None, epochs=2, step=None, optimizer=None, metrics=(), callbacks=(), schedule=None,
+def supervised(loss=F.cross_entropy, loaders=None, replicas=None, epochs=2, step=None, optimizer=None, metrics=(), callbacks=(), schedule=None,
                model=None, overlap=True, sync_batch_norm=False, accuracy=Accuracy, **options):
     model, loaders = model or model_of(), loaders or data()
     optimizer = optim.Adam(model.parameters(), lr=0.05) if optimizer is None else optimizer(model)
     trainer = Trainer(model, step or SupervisedStep(loss), optimizer, metrics=[accuracy(), *metrics], callbacks=callbacks,
-                      strategy=strategy(overlap=overlap, sync_batch_norm=sync_batch_norm), **options)
+                      strategy=strategy(overlap=overlap, sync_batch_norm=sync_batch_norm, **(replicas or {})), **options)
     trainer.fit(loaders.train, loaders.valid_sets, epochs, schedule=schedule)
     return result(trainer)
 
@@ -76,6 +77,14 @@ def plain():
 
 def after_the_backward_pass():
     return supervised(overlap=False)
+
+
+def one_graph_for_all_batches():
+    return supervised(replicas={"static_graph": True}, loaders=data(n=32), accumulate=2)
+
+
+def a_hook_of_ones_own():
+    return supervised(replicas={"comm_hook": default_hooks.allreduce_hook, "bucket_mb": 0.001}, accumulate=3)
 
 
 def empty_shards():
@@ -310,13 +319,13 @@ def synced_norms_averaged():
     return norms(callbacks=[SWA(0.3)], epochs=3)
 
 
-SCENARIOS = [plain, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
+SCENARIOS = [plain, one_graph_for_all_batches, a_hook_of_ones_own, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
              synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
              frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch,
              accumulated_and_clipped, clipped_by_unit, averaged, ignored_targets, class_weights, sample_weights,
              micro_batches, sharpness_aware, lbfgs, sharpness_aware_with_empty_shards, lbfgs_that_searches,
              a_step_of_ones_own, several_optimizers, kept_outputs, functions_as_metrics, stopped_early, logged, by_batches]
-NOT_DIVIDED = (after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
+NOT_DIVIDED = (one_graph_for_all_batches, a_hook_of_ones_own, after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
 DIVIDED = [one for one in SCENARIOS if one not in NOT_DIVIDED]
 
 
