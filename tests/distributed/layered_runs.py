@@ -43,6 +43,15 @@ def layers_divided(shape, **options):
     return train(Shards(processes, mesh=mesh, tensor_parallel=plan), **options)
 
 
+def in_copies_of_shards(**options):
+    """Divided over two processes, and the same once more in two others."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    processes = join(timeout="40s")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return train(Shards(processes, mesh=mesh), **options)
+
+
 def of_three_kinds():
     """In single precision: whole, divided, divided and kept on the host; and with layers that compute in bfloat16."""
     from torch.distributed.fsdp import MixedPrecisionPolicy

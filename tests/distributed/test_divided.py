@@ -161,6 +161,11 @@ def test_layers_divided_further_train_as_whole_ones(shape, clip_norm):
     assert_close(one, launch(partial(layered_runs.layers_divided, shape, clip_norm=clip_norm), processes=shape[0] * shape[1]), shape)
 
 
+def test_copies_of_divided_weights_train_as_whole_ones():
+    one = layered_runs.train(None, clip_norm=1.0)
+    assert_close(one, launch(partial(layered_runs.in_copies_of_shards, clip_norm=1.0), processes=4), "replicate and shard")
+
+
 def test_losses_are_those_of_replicas_also_on_the_host_and_nearly_in_bfloat16():
     found = launch(layered_runs.of_three_kinds)
     expected = found["whole"]["metrics"]["valid_loss"]
