@@ -83,6 +83,7 @@ Modules:
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 - `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
+- `nbdev_trainer.loop.memory_format`: Images and the weights of convolutions with the channels of a pixel side by side: the same numbers in another order of memory
 - `nbdev_trainer.loop.micro_batches`: A batch that does not fit into memory, trained in parts: the same gradient, less memory, also after it has run out
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step

@@ -18,18 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..core.errors import did_you_mean
-from ..core.nested import map_tensors, tensors, to_device
+from ..core.nested import map_tensors, to_device
 from ..data.batch import Batch
 from .clipping import GradientClip
+from .memory_format import lay_out, laid_out
 from .optimizers import step_lightly
 
 # %% auto #0
-__all__ = ['FORMATS', 'CONTIGUOUS', 'available_devices', 'find_device', 'move_model', 'find_format', 'laid_out', 'lay_out',
-           'Precision', 'convert', 'ProcessParts', 'ProcessGradients', 'Strategy', 'quotient', 'on_device', 'Window',
-           'OptimizerSlot', 'EngineParts', 'gradients_kept', 'Engine']
+__all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'gradients_kept', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -67,47 +65,6 @@ def move_model(
                          f"with model.to_empty(device={str(device)!r}), and fill it, with "
                          "load_state_dict(...).")
     model.to(device)
-
-# %% ../../nbs/api/loop/06_engine.ipynb #d6a27103
-FORMATS = {"channels_last": (torch.channels_last, 4), "channels_last_3d": (torch.channels_last_3d, 5)}
-
-def find_format(
-    name: str,  # one of `FORMATS`
-) -> tuple[torch.memory_format, int]:  # and the dimensions of a tensor that can have it
-    "torch's memory format of this name; raises `ValueError` for another"
-    if name in FORMATS: return FORMATS[name]
-    raise ValueError(f"memory_format is {name!r}; expected None or a text. "
-                     f"{did_you_mean(str(name).removeprefix('torch.'), FORMATS, what='memory format')}")
-
-def laid_out(
-    one: Tensor,
-    name: str,  # of the format
-) -> Tensor:  # itself, if it is so already
-    "A floating-point tensor in a memory format; one of other dimensions or of whole numbers as it is"
-    memory_format, dimensions = find_format(name)
-    fits = one.ndim == dimensions and one.is_floating_point()
-    return one.contiguous(memory_format=memory_format) if fits else one
-
-# %% ../../nbs/api/loop/06_engine.ipynb #034f64b5
-def lay_out(
-    model: nn.Module,
-    optimizers: Iterable[torch.optim.Optimizer],  # they may have stepped already
-    name: str,                                    # of the format
-) -> None:
-    "Weights, gradients and what optimizers keep for them in a memory format, in place; `ValueError` where there are none"
-    dimensions, weights = find_format(name)[1], list(model.parameters())
-    if lazy := sum(map(is_lazy, weights)):
-        raise ValueError(f"memory_format={name!r} needs the shapes of all weights, and {lazy} have none yet; send a batch "
-                         "through the model first: model(inputs)")
-    if not any(p.ndim == dimensions for p in weights):
-        raise ValueError(f"memory_format={name!r} is for weights with {dimensions} dimensions, as convolutions have, and "
-                         f"{type(model).__name__} has none; leave it out")
-    if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
-        raise ValueError(f"memory_format={name!r} does not go together with LBFGS, which reads gradients in the usual order; "
-                         "leave it out, or use another optimizer")
-    gradients = [p.grad for p in weights if p.grad is not None]
-    kept = [one for optimizer in optimizers for one in tensors(list(optimizer.state.values()))]
-    for one in (*weights, *gradients, *kept, *model.buffers()): one.data = laid_out(one.data, name)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3
 class Precision:
@@ -328,9 +285,6 @@ class OptimizerSlot:
         if self.window.counts: self.window.clear()
 
 # %% ../../nbs/api/loop/06_engine.ipynb #34b99878
-CONTIGUOUS = ("memory_format={!r} does not go together with divided weights: torch divides only what lies in memory in "
-              "the usual order. Leave it out, or use strategy='ddp'")
-
 class EngineParts:
     "What an engine is made of: where steps run, and in which context"
     def __init__(self,
@@ -346,13 +300,10 @@ class EngineParts:
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; expected the batches of a step, at least 1")
-        self.device, self.accumulate, self.clip = device, accumulate, clip
+        self.device, self.accumulate, self.clip, self.memory_format = device, accumulate, clip, memory_format
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
-        self.together = self.strategy.world_size > 1  # several processes train
-        self.memory_format = memory_format
-        if memory_format is not None:
-            if self.strategy.in_pieces: raise ValueError(CONTIGUOUS.format(memory_format))
-            lay_out(model, optimizers.values(), memory_format)
+        self.together, in_pieces = self.strategy.world_size > 1, self.strategy.in_pieces
+        if memory_format is not None: lay_out(model, optimizers.values(), memory_format, in_pieces)
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
@@ -362,8 +313,7 @@ class EngineParts:
         batch.inputs = to_device(batch.inputs, self.device, non_blocking=True)
         if batch.targets is not None: batch.targets = to_device(batch.targets, self.device, non_blocking=True)
         if batch.weights is not None: batch.weights = to_device(batch.weights, self.device, non_blocking=True)
-        if (name := self.memory_format) is not None:  # there, not on the way: so a copy from pinned memory goes on by itself
-            batch.inputs = map_tensors(lambda one: laid_out(one, name), batch.inputs)
+        if self.memory_format is not None: batch.inputs = laid_out(batch.inputs, self.memory_format)
         return batch
 
     def run(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
