@@ -107,6 +107,7 @@ Modules:
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
+- `nbdev_trainer.scale.float8`: Matrix products of linear layers in 8 bits, by torchao; everything else in bf16
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
