@@ -207,6 +207,7 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.scale.float8 import Float8
 from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.scale.processes import Processes, join
 from nbdev_trainer.scale.ray import ray_trainer
@@ -231,7 +232,7 @@ __all__ = [
     "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint",
     "CohenKappa", "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss",
     "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
-    "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU",
+    "FiniteLoss", "Float8", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU",
     "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow",
     "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError",
     "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite",
