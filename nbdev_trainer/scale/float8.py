@@ -46,8 +46,10 @@ def check_float8(
 # %% ../../nbs/api/scale/00b_float8.ipynb #b75db9b6
 def fits_float8(module: nn.Module) -> bool:
     "Whether a module is a plain linear layer with sizes that are multiples of 16"
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks: return False
-    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+    if type(module) is not nn.Linear: return False
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooked = any(getattr(module, kind) for kind in kinds)
+    return not hooked and module.in_features % 16 == 0 and module.out_features % 16 == 0
 
 def float8_layers(
     model: nn.Module,
@@ -95,6 +97,9 @@ def convert_layers(model: nn.Module, layers: Mapping[str, nn.Module], recipe: st
     "Exchange layers of a model for torchao's, which hold the same parameters"
     float8: Any = require("torchao.float8", extra="float8", why="precision='float8'")
     config = replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
+    if others := [name for name, one in layers.items() if is_float8(one) and one.config != config]:
+        raise ValueError(f"{len(others)} layers, such as {others[0]!r}, are in float8 already, with another "
+                         "recipe or emulated; build the model anew")
     modes = {name: one.training for name, one in layers.items() if not is_float8(one)}
     chosen = [layers[name] for name in modes]
     float8.convert_to_float8_training(
