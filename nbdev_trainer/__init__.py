@@ -83,6 +83,7 @@ Modules:
 - `nbdev_trainer.loop.events`: The one list of moments in a run at which a callback can act
 - `nbdev_trainer.loop.groups`: Which parameters train, and at which rate: parts of a model by name, type or depth; frozen batch norm; groups of an optimizer
 - `nbdev_trainer.loop.losses`: Losses that torch does not have: focal loss, Dice loss, quantile loss
+- `nbdev_trainer.loop.memory_format`: Images and the weights of convolutions with the channels of a pixel side by side: the same numbers in another order of memory
 - `nbdev_trainer.loop.micro_batches`: A batch that does not fit into memory, trained in parts: the same gradient, less memory, also after it has run out
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
@@ -106,6 +107,7 @@ Modules:
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
+- `nbdev_trainer.scale.float8`: Matrix products of linear layers in 8 bits, by torchao; everything else in bf16
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
@@ -205,6 +207,7 @@ from nbdev_trainer.metrics.regression import (
 )
 from nbdev_trainer.metrics.text import BLEU, CharErrorRate, Perplexity, WordErrorRate
 from nbdev_trainer.scale.compilation import compile_model, uncompile_model
+from nbdev_trainer.scale.float8 import Float8
 from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.scale.processes import Processes, join
 from nbdev_trainer.scale.ray import ray_trainer
@@ -230,7 +233,7 @@ __all__ = [
     "BrierScore", "CSVTable", "CalibrationError", "Callback", "CharErrorRate", "CheckReport", "Checkpoint",
     "CohenKappa", "ConfusionMatrix", "CutMix", "DamagedError", "Deterministic", "Dice", "DiceLoss",
     "Duration", "EMA", "EarlyStopping", "Event", "ExplainedVariance", "F1Score", "FBetaScore", "Finding",
-    "FiniteLoss", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU",
+    "FiniteLoss", "Float8", "FocalLoss", "FusedAdamW", "GradientNorms", "History", "Interruptions", "IoU",
     "JSONLines", "Kept", "Learner", "LoadReport", "Loader", "Loaders", "LogLoss", "Loss", "MLflow",
     "ManualStep", "MatthewsCorrelation", "Mean", "MeanAbsoluteError", "MeanAbsolutePercentageError",
     "MeanSquaredError", "Metric", "MixOneOf", "Mixup", "ModelSummary", "MultilabelAccuracy", "NonFinite",

@@ -195,7 +195,8 @@ class Learner:
         default_callbacks: bool = True,                       # record the history, show progress, end at NaN
         as_batch: Callable[[Any], Batch] | None = None,       # what the loaders yield, to a `Batch`
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
-        precision: str | Precision = "32",                    # or "bf16", "fp16", "bf16-pure", "64", "tf32"
+        precision: str | Precision = "32",                    # or "bf16", "fp16", "float8", "bf16-pure", "64", "tf32"
+        memory_format: str | None = None,                     # of images: "channels_last"; volumes: "channels_last_3d"
         strategy: str | Strategy | None = "auto",              # "auto": with the processes started beside it; "ddp", "fsdp"
         accumulate: int = 1,                                  # batches per optimizer step
         micro_batch_size: int | str | None = None,            # samples at a time; "auto": as memory allows
@@ -239,7 +240,7 @@ class Learner:
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
                                device=where, accumulate=accumulate, micro_batch_size=micro_batch_size, clip_norm=clip_norm,
                                clip_value=clip_value, clip_adaptive=clip_adaptive,
-                               precision=make_precision(precision, where), strategy=together)
+                               precision=make_precision(precision, where), strategy=together, memory_format=memory_format)
         self.trainer.shown = shown
         compile_model(model, compile, where)
 

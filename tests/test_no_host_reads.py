@@ -63,6 +63,7 @@ RUNS = {  # the loss, and options of trainer and fit
     ),
     "sample weights": (nn.CrossEntropyLoss(), dict(accumulate=2, as_batch=weighted), {}),
     "validation at each batch": (nn.CrossEntropyLoss(), {}, dict(validate_every="1ba", schedule=linear())),
+    "images with channels side by side": (nn.CrossEntropyLoss(), dict(memory_format="channels_last"), {}),
     "own count": (nn.CrossEntropyLoss(), dict(accumulate=4), {}),
 }
 

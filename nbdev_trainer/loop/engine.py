@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.nested import map_tensors, to_device
 from ..data.batch import Batch
 from .clipping import GradientClip
+from .memory_format import lay_out, laid_out
 from .optimizers import step_lightly
 
 # %% auto #0
@@ -295,12 +296,14 @@ class EngineParts:
         clip: GradientClip | None = None,    # a limit for the gradients of each optimizer
         precision: Precision | None = None,  # None: dtypes as the user made them
         strategy: Strategy | None = None,    # None: one process
+        memory_format: str | None = None,    # of images and their weights: "channels_last"; None: as they are
     ) -> None:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; expected the batches of a step, at least 1")
-        self.device, self.accumulate, self.clip = device, accumulate, clip
+        self.device, self.accumulate, self.clip, self.memory_format = device, accumulate, clip, memory_format
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
-        self.together = self.strategy.world_size > 1  # several processes train
+        self.together, in_pieces = self.strategy.world_size > 1, self.strategy.in_pieces
+        if memory_format is not None: lay_out(model, optimizers.values(), memory_format, in_pieces)
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
@@ -310,6 +313,7 @@ class EngineParts:
         batch.inputs = to_device(batch.inputs, self.device, non_blocking=True)
         if batch.targets is not None: batch.targets = to_device(batch.targets, self.device, non_blocking=True)
         if batch.weights is not None: batch.weights = to_device(batch.weights, self.device, non_blocking=True)
+        if self.memory_format is not None: batch.inputs = laid_out(batch.inputs, self.memory_format)
         return batch
 
     def run(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:

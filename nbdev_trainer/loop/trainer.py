@@ -361,6 +361,7 @@ class Trainer(Loop):
         clip_adaptive: float | None = None,                          # largest share of the length of each unit
         precision: Precision | None = None,                          # None: dtypes as the user made them
         strategy: Strategy | None = None,                            # None: one process
+        memory_format: str | None = None,                            # of images: "channels_last", "channels_last_3d"
     ) -> None:
         if not isinstance(step, Step):
             raise TypeError(f"step is {describe(step)}; expected an instance of Step, such as "
@@ -376,7 +377,8 @@ class Trainer(Loop):
         move_model(model, where)
         clip = make_clip(clip_norm, clip_value, clip_adaptive)
         self.engine = make_engine(model, optimizers, where, step=step, micro_batch_size=micro_batch_size,
-                                  accumulate=accumulate, clip=clip, precision=precision, strategy=strategy)
+                                  accumulate=accumulate, clip=clip, precision=precision, strategy=strategy,
+                                  memory_format=memory_format)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
         self.callback_settings = callback_settings(self.callbacks)

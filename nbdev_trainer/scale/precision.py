@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..core.errors import did_you_mean
 from ..loop.engine import Precision
+from .float8 import Float8, check_float8
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'Autocast', 'Scaled', 'Converted', 'TF32', 'can_autocast', 'can_compute', 'has_tf32', 'make_precision']
+__all__ = ['PRECISIONS', 'OTHER_NAMES', 'Autocast', 'Scaled', 'Converted', 'TF32', 'can_autocast', 'can_compute', 'has_tf32',
+           'make_precision']
 
 # %% ../../nbs/api/scale/00_precision.ipynb #026859aa
 class Autocast(Precision):
@@ -113,7 +115,10 @@ def has_tf32(device: torch.device, dtype: torch.dtype) -> bool:
 # %% ../../nbs/api/scale/00_precision.ipynb #2f2aedee
 PRECISIONS = {"32": (None, torch.float32), "bf16": (can_autocast, torch.bfloat16),
               "fp16": (can_autocast, torch.float16), "bf16-pure": (can_compute, torch.bfloat16),
-              "64": (can_compute, torch.float64), "tf32": (has_tf32, torch.float32)}
+              "float8": (None, torch.bfloat16), "64": (can_compute, torch.float64),
+              "tf32": (has_tf32, torch.float32)}
+
+OTHER_NAMES = {"16": "fp16", "fp8": "float8", "fp32": "32", "fp64": "64", "double": "64", "float32": "32"}
 
 def make_precision(
     precision: str | Precision,  # one of `PRECISIONS`, or an object of one's own
@@ -122,7 +127,7 @@ def make_precision(
     "The precision of a run; raises `ValueError` for an unknown name, or one that the device cannot do"
     if isinstance(precision, Precision): return precision
     name = str(precision).removesuffix("-mixed").removesuffix("-true")
-    name = {"16": "fp16", "fp32": "32", "fp64": "64", "double": "64", "float32": "32"}.get(name, name)
+    name = OTHER_NAMES.get(name, name)
     if name not in PRECISIONS:
         known = did_you_mean(str(precision), PRECISIONS, what="precision")
         raise ValueError(f"precision is {precision!r}. {known}")
@@ -133,4 +138,7 @@ def make_precision(
     if name == "bf16": return Autocast(device, dtype)
     if name == "fp16": return Scaled(device)
     if name == "tf32": return TF32()
+    if name == "float8":
+        check_float8(device)
+        return Float8()
     return Precision() if name == "32" else Converted(dtype)
