@@ -56,7 +56,7 @@ from .scale.precision import make_precision
 from .scale.ray import REPORTS
 from .scale.strategies import make_strategy, own_device
 from .store.files import read_tensors, write_tensors
-from .store.pieces import gathered
+from .store.pieces import divide, gathered
 from .store.checkpoints import read_checkpoint
 from .store.history import History
 from .store.run import holds_run
@@ -497,7 +497,9 @@ class Learner:
         report = load_weights(self.model, tensors, source, strict)
         if not report.complete: tell(repr(report), self.verbose > 0)
         keepers = [one for one in self.trainer.callbacks if isinstance(one, AveragedWeights)]
-        for one in keepers: one.begin_anew({} if averaged else averages)
+        places = self.model.state_dict()
+        own = {name: divide(places[name], one) if name in places else one for name, one in averages.items()}
+        for one in keepers: one.begin_anew({} if averaged else own)
         if averages and not averaged and not keepers:
             tell(f"{source} holds averaged weights too; load(path, averaged=True) takes these", self.verbose > 0)
         return report

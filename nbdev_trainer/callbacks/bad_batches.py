@@ -56,7 +56,8 @@ class BadBatches(FiniteLoss):
     def before_batch(self, trainer: Trainer) -> None: self.norms_back = mark_norms(trainer.model)
 
     def after_loss(self, trainer: Trainer) -> None:
-        output = trainer.state.output
+        output, batch = trainer.state.output, trainer.state.current_batch
+        if trainer.together and batch is not None and batch.size == 0: return  # all of it is for others
         if output is None or output.loss is None or bool(torch.isfinite(output.loss)): return
         if self.norms_back is not None: self.norms_back()
         what = f"the loss of {name_batch(trainer)} is {float(output.loss.detach())}"

@@ -51,7 +51,7 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['Copies', 'Beside', 'Due', 'Best', 'LeftOut', 'frozen_weights', 'Checkpoint', 'checkpoint_directory',
-           'check_directory', 'share_directory', 'ranking', 'check_finite', 'take_back']
+           'check_directory', 'gone', 'share_directory', 'ranking', 'check_finite', 'take_back']
 
 # %% ../../nbs/api/callbacks/14_checkpoint.ipynb #c6549fb9
 class Copies:
@@ -265,7 +265,10 @@ class Checkpoint(Callback):
         self.settle()
         state, batch, ranking = trainer_state(trainer, copied=False), trainer.state.batch, self.ranking
         self.best_is_due, self.due.clock = False, self.due.now()
-        shared = share_directory(self.directory, batch, trainer.engine.strategy)
+        try: shared = share_directory(self.directory, batch, trainer.engine.strategy)
+        except OSError as error:
+            if self.on_error == "raise": raise
+            return tell(f"not saved: {error}; training goes on")
         if not self.writes and shared is None: return
         state["settings"] = self.settings
         if self.left_out is not None: self.left_out.take_from(state["model"], trainer.model)
@@ -281,8 +284,7 @@ class Checkpoint(Callback):
               trained: list[str], shared: Shared | None) -> None:
         "Write a state, and remove the checkpoints that are no longer needed"
         if not self.directory.is_dir():  # it was there when the fit began; nobody meant a new one
-            raise FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
-                                    str(self.directory))
+            raise gone(self.directory)
         if not self.writes and shared is not None:
             with reporting(shared) as files:
                 check_finite(state["model"]["state"], trained, batch)
@@ -324,6 +326,11 @@ def check_directory(trainer: Trainer, directory: Path) -> None:
                           "with it: learner.fit(..., resume=True). Else choose another directory or remove this "
                           "one")
 
+def gone(directory: Path) -> FileNotFoundError:
+    "The error for a directory that was there when the fit began; nobody meant a new one"
+    return FileNotFoundError(errno.ENOENT, "the directory of the checkpoints is gone, and what was in it",
+                             str(directory))
+
 def share_directory(
     directory: Path,     # of the checkpoints
     batch: int,
@@ -333,7 +340,9 @@ def share_directory(
     if not strategy.in_pieces: return None
     found: Any = None
     if strategy.rank == 0:
-        try: found = begin_shared(next_name(directory, batch), 0, strategy.world_size, strategy.processes.timeout)
+        try:
+            if not directory.is_dir(): raise gone(directory)
+            found = begin_shared(next_name(directory, batch), 0, strategy.world_size, strategy.processes.timeout)
         except OSError as error: found = error
     found = strategy.share(found)
     if isinstance(found, OSError): raise found

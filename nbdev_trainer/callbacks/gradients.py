@@ -22,6 +22,7 @@ from .activations import plot_curves
 from ..core.duration import count_in
 from ..core.errors import checked_keywords, did_you_mean
 from ..core.wrapping import wrap
+from ..core.nested import is_divided
 from ..loop.callback import Callback
 from ..loop.engine import OptimizerSlot
 from ..loop.groups import by_depth
@@ -61,7 +62,9 @@ def norms_of(
     "The norm of each part"
     every = [dense(tensor.detach()) for part in parts.values() for tensor in part]
     if not every: return {}
-    squares = torch.stack([norm.float() for norm in torch._foreach_norm(every)]).square()
+    norms: list[Any] = list(torch._foreach_norm(every))
+    whole = [one.full_tensor() if is_divided(one) else one for one in norms]
+    squares = torch.stack([one.float() for one in whole]).square()
     pieces = squares.split([len(part) for part in parts.values() if part])
     return {name: piece.sum().sqrt() for name, piece in zip((name for name in parts if parts[name]), pieces)}
 

@@ -141,7 +141,8 @@ def looking(watching: Watching, trainer: Trainer) -> Callable[..., None]:
 
     def around(backward: Any, loss: Tensor, count: Any, slot: OptimizerSlot, *more: Any,
                **options: Any) -> None:
-        left_out = accumulate > 1 and not isinstance(count, Tensor) and count == 0  # by the engine
+        weighted = accumulate > 1 or trainer.engine.together  # then the engine leaves out what counts nothing
+        left_out = weighted and not isinstance(count, Tensor) and count == 0
         if not left_out: watching.look_at(trainer, "loss", [loss])
         backward(loss, count, slot, *more, **options)
         if not (watching.gradients and unscaled): return

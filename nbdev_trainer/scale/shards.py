@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.errors import checked_keywords
+from ..core.nested import is_divided, tensors
 from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
@@ -67,8 +68,9 @@ def meet_again(
     new = {id(old): now[name] for name, old in before.items()}
     for name, optimizer in optimizers.items():
         if optimizer.state:
-            raise ValueError(f"the optimizer {name!r} has stepped already, with weights that were not divided; make it "
-                             "anew, or resume the run from its directory")
+            raise ValueError(f"the optimizer {name!r} has a state already, of weights that were not divided: it has "
+                             "stepped, or is one that begins with a state, such as Adagrad. Make it anew, or take "
+                             "another kind")
         for group in optimizer.param_groups: group["params"] = [new.get(id(p), p) for p in group["params"]]
         if hasattr(optimizer, "cache"): optimizer.cache = None
 
@@ -93,9 +95,11 @@ def divide_layers(model: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
 def refuse(trainer: Any) -> None:
     "Raise `ValueError` for what cannot train with divided weights"
     scaled = type(trainer.engine.precision).step is not Precision.step
+    def has(kind: type) -> bool: return any(isinstance(one.optimizer, kind) for one in trainer.engine.slots.values())
+    other = "another optimizer, or strategy='ddp'"
     wrong = {"precision='fp16'": (scaled, "the scale of the loss would differ between the processes", "precision='bf16'"),
-             "LBFGS": (any(isinstance(slot.optimizer, torch.optim.LBFGS) for slot in trainer.engine.slots.values()),
-                       "it needs all weights in one vector", "another optimizer, or strategy='ddp'"),
+             "LBFGS": (has(torch.optim.LBFGS), "it needs all weights in one vector", other),
+             "Adafactor": (has(torch.optim.Adafactor), "it needs the rows and columns of a weight", other),
              "micro_batch_size": (isinstance(trainer.engine, InParts),
                                   "the processes would cut their parts of a batch into different numbers of pieces",
                                   "accumulate")}
@@ -107,6 +111,7 @@ class Shards(Together):
     "Weights, gradients and averages of the optimizer divided over the processes, by torch's `fully_shard`"
     needs_all = in_pieces = True
     why_all = "each holds a part of the weights"
+    is_empty = False  # nothing counts of what goes backward
 
     @checked_keywords
     def __init__(self,
@@ -129,14 +134,18 @@ class Shards(Together):
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
         if self.sync_batch_norm: sync_norms(model)
+        if any(is_divided(p) for p in model.parameters()):
+            raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
+                             "model anew and load what that one saved")
         self.model, before = model, dict(model.named_parameters())
         for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.data, src=0)
         if self.plan is not None: divide_layers(model, self.mesh, self.plan)
         options: dict[str, Any] = {"mesh": self.over_data(model), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        for one in find_blocks(model, self.wrap).values(): fully_shard(one, **options)
-        fully_shard(model, **options)
+        for one in (*find_blocks(model, self.wrap).values(), model):
+            fully_shard(one, **options)
+            one.register_forward_hook(self.guard)
         for method in self.methods: register_fsdp_forward_method(model, method)
         state: Any = fully_shard
         state.state(model)._lazy_init()  # else a step that calls a part before the whole makes that part the root
@@ -160,8 +169,22 @@ class Shards(Together):
                 raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "
                                  "divided weights each process must have as many. Loaders of ours are divided so")
 
+    def guard(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        "See that a loss over nothing sends back zero, and not 0 / 0"
+        def silence(gradient: Tensor) -> Tensor | None: return torch.zeros_like(gradient) if self.is_empty else None
+        for one in tensors(output):
+            if one.requires_grad: one.register_hook(silence)
+
+    def train(self, run: Any, method: Any, trainer: Any, batch: Any) -> Any:
+        self.is_empty = False
+        return super().train(run, method, trainer, batch)
+
+    def carrying(self, loss: Tensor) -> Tensor:
+        self.is_empty = False
+        return loss
+
     def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:
-        slot.pending = True
+        slot.pending = self.is_empty = True
         return loss * 0  # the others wait for this part of the weights
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None: raise must_run(self.why_all)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import Problems, counted
-from ..core.nested import own_parts
+from ..core.nested import is_divided
 from .files import existing_file
 from .pieces import divide
 
@@ -115,8 +115,10 @@ def compare_weights(
     common = [name for name in expected if name in tensors]
     mismatched = {name: why for name in common if (why := difference(tensors[name], expected[name]))}
     loaded = [name for name in common if name not in mismatched]
-    parts = own_parts(expected.values())
-    places = {name: (part.data_ptr(), one.shape) for (name, one), part in zip(expected.items(), parts)}
+    same = {id(p): name for name, p in model.named_parameters()}  # tied weights have one name
+    every = model.state_dict(keep_vars=True)
+    places = {name: (same.get(id(every[name]), name) if is_divided(one) else one.data_ptr(), one.shape)
+              for name, one in expected.items()}
     filled = {places[name] for name in loaded if expected[name].numel() and not expected[name].is_meta}
     missing = [name for name, place in places.items() if name not in tensors and place not in filled]
     return LoadReport(source, loaded, missing, [name for name in tensors if name not in expected], mismatched)

@@ -36,6 +36,7 @@ from ..loop.snapshot import keyed, trainer_state
 from ..loop.trainer import Trainer, check_callbacks
 from ..metrics.base import targets_of
 from ..metrics.collection import MetricSet
+from ..store.pieces import gathered
 from ..store.files import find_unplain, read_tensors, write_tensors
 from .evidence import fresh, one_step
 from .findings import CheckReport, bytes_text, error
@@ -181,6 +182,8 @@ def try_saving(trainer: Trainer, folder: Path, report: CheckReport) -> None:
         report.add([error("state_cannot_be_saved", "; ".join(problems.texts),
                           "Let state_dict return tensors, numbers, texts, and lists and dicts of these")])
     path, weights = folder / "model.safetensors", trainer.model.state_dict()
+    strategy = trainer.engine.strategy
+    if strategy.in_pieces: weights = gathered(weights, strategy.rank)
     write_tensors(path, weights)
     same = all(torch.equal(value.cpu(), weights[name].cpu()) for name, value in read_tensors(path).items())
     how = "equal" if same else "changed"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from ..core.nested import tensors
+from ..core.nested import tensors, own_parts
 from ..data.loaders import looking_at
 from ..loop.evaluation import evaluating, outputs
 from ..loop.steps import Step, SupervisedStep
@@ -105,7 +105,7 @@ def watching(
 @contextmanager
 def saved_memory(model: nn.Module) -> Iterator[dict[int, int]]:  # bytes by address, filled during the block
     "Count what is kept for the backward pass"
-    known, pieces = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
+    known, pieces = {p.untyped_storage().data_ptr() for p in own_parts(model.parameters())}, dict[int, int]()
     def pack(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided: return tensor.detach()  # a sparse matrix has no storage
         storage = tensor.untyped_storage()

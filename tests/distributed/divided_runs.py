@@ -1,11 +1,13 @@
 """Runs of a learner whose weights may be divided over processes; each returns what is compared."""
 
+import shutil
+
 import torch
 from scenarios import data, whole
 from torch import nn
 from torch.nn import functional as F
 
-from nbdev_trainer import EMA, Callback, Learner
+from nbdev_trainer import EMA, Callback, Checkpoint, Learner
 from nbdev_trainer.scale.processes import has_group
 
 
@@ -27,7 +29,6 @@ def learner_for(strategy="auto", run_dir=None, stop=0, accumulate=1, every="2ba"
     callbacks = [EMA(0.9)] if average else []
     if stop:
         callbacks.append(Stop(stop))
-    from nbdev_trainer import Checkpoint
     if run_dir is not None:
         callbacks.append(Checkpoint(every=every, keep_last=10))
     return Learner(model, data(n=29, batch_size=4), F.cross_entropy, lr=0.05, device="cpu", seed=5, strategy=strategy, verbose=0,
@@ -50,6 +51,50 @@ def train(strategy="auto", run_dir=None, stop=0, resume=False, epochs=2, **optio
     except KeyError:
         return None
     return result(learner)
+
+
+def looks():
+    """What looks into a run finds nothing wrong with one whose weights are divided."""
+    from nbdev_trainer import BadBatches, GradientNorms, NonFinite
+
+    learner = learner_for("fsdp", average=False)
+    found = {"parameters": learner.summary().layers[0].n_parameters, "findings": learner.check().names}
+    learner.dry_run()
+    for one in (BadBatches("skip"), NonFinite(), GradientNorms()):
+        learner.fit(1, callbacks=[one])
+    return found
+
+
+def goes_on_from_loaded_averages(path):
+    """Averages of a file are divided as the weights are, and go on."""
+    learner = learner_for("fsdp")
+    learner.fit(1)
+    learner.save(path)
+    learner.load(path)
+    learner.validate()
+    learner.fit(1)
+    return result(learner)
+
+
+def refused(what):
+    """A second learner on a model that is divided; an optimizer that needs whole weights; a directory that is gone."""
+    first = learner_for("fsdp", what if what != "Adafactor" and what != "second" else None, average=False)
+    if what == "second":
+        Learner(first.model, data(), F.cross_entropy, device="cpu", strategy="fsdp", verbose=0)
+    elif what == "Adafactor":
+        model = nn.Linear(5, 3)
+        Learner(model, data(), F.cross_entropy, optimizer=torch.optim.Adafactor(model.parameters()), device="cpu",
+                strategy="fsdp", verbose=0).fit(1)
+    else:
+        rank_0 = first.trainer.engine.strategy.rank == 0
+        def remove(trainer):
+            if trainer.state.batch == 3 and rank_0:
+                for one in first.trainer.callbacks:
+                    if isinstance(one, Checkpoint):
+                        one.settle()
+                        shutil.rmtree(one.directory)
+        first.trainer.on("after_batch", remove)
+        first.fit(1)
 
 
 def save_and_load(path):

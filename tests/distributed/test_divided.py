@@ -154,6 +154,25 @@ def test_weights_are_saved_together_and_loaded_in_parts(tmp_path):
     assert_close(divided_runs.train(None, epochs=1), one, "as one process")
 
 
+def test_looking_into_a_run_with_divided_weights_works():
+    assert launch(divided_runs.looks) == {"parameters": 7 * 5 + 7 + 7 * 7 + 7 + 3 * 7 + 3, "findings": []}
+
+
+def test_loaded_averages_are_divided_and_go_on(tmp_path):
+    found = launch(divided_runs.goes_on_from_loaded_averages, tmp_path / "model.safetensors")
+    assert all(one.isfinite().all() for one in found["averages"][0].values())
+    assert {name: one.shape for name, one in found["averages"][0].items()} == {
+        name: one.shape for name, one in found["weights"].items()}
+
+
+@pytest.mark.parametrize("what, error, why", [("second", ValueError, "divided already, by another learner"),
+                                              ("Adafactor", ValueError, "Adafactor does not go together"),
+                                              ("run", FileNotFoundError, "the directory of the checkpoints is gone")])
+def test_what_cannot_be_is_an_error_with_its_reason(what, error, why, tmp_path):
+    with pytest.raises(error, match=why):
+        launch(divided_runs.refused, tmp_path / what if what == "run" else what)
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
 def test_layers_divided_further_train_as_whole_ones(shape, clip_norm):
