@@ -126,6 +126,7 @@ class Replicas(Together):
 
     def prepare(self, model: nn.Module, optimizers: Any = ()) -> nn.Module:
         self.model, self.needs_all = model, self.sync_batch_norm and sync_norms(model) > 0
+        if self.needs_all: model.register_forward_hook(self.guard)
         self.same_weights()
         return model
 
@@ -181,14 +182,19 @@ class Replicas(Together):
         if slot.window.usual is None: slot.window.usual = self.largest(0) or None
         if self.needs_all: raise must_run(self.why_all)
         slot.pending = True
-        if self.armed: self.carrying(zero_of(list(self.model.parameters()))).backward()
+        if self.armed: self.carry(zero_of(list(self.model.parameters()))).backward()
 
     def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:
-        slot.pending = True
-        if self.needs_all: return self.carrying(loss * 0)  # the others wait within it
-        return self.carrying(zero_of(list(self.model.parameters()))) if self.armed else None
+        slot.pending, self.is_empty = True, self.needs_all
+        if self.needs_all: return self.carry(loss * 0)  # the others wait within it
+        return self.carry(zero_of(list(self.model.parameters()))) if self.armed else None
 
     def carrying(self, loss: Tensor) -> Tensor:
+        self.is_empty = False
+        return self.carry(loss)
+
+    def carry(self, loss: Tensor) -> Tensor:
+        "Let the message of this step, where there is one, go with the gradient of a loss"
         if self.values is None or self.ddp is None: return loss
         carried: Any = Carry.apply(loss, self.ddp.module.message, self.values)
         return carried

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.errors import checked_keywords
-from ..core.nested import is_divided, tensors
+from ..core.nested import is_divided
 from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
@@ -111,7 +111,6 @@ class Shards(Together):
     "Weights, gradients and averages of the optimizer divided over the processes, by torch's `fully_shard`"
     needs_all = in_pieces = True
     why_all = "each holds a part of the weights"
-    is_empty = False  # nothing counts of what goes backward
 
     @checked_keywords
     def __init__(self,
@@ -145,7 +144,8 @@ class Shards(Together):
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for one in (*find_blocks(model, self.wrap).values(), model):
             fully_shard(one, **options)
-            one.register_forward_hook(self.guard)
+            inside_of_norms = self.sync_batch_norm and one is not model  # which send back what others count
+            if not inside_of_norms: one.register_forward_hook(self.guard)
         for method in self.methods: register_fsdp_forward_method(model, method)
         state: Any = fully_shard
         state.state(model)._lazy_init()  # else a step that calls a part before the whole makes that part the root
@@ -168,16 +168,6 @@ class Shards(Together):
             if other != found[0] or None in other.values():
                 raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "
                                  "divided weights each process must have as many. Loaders of ours are divided so")
-
-    def guard(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        "See that a loss over nothing sends back zero, and not 0 / 0"
-        def silence(gradient: Tensor) -> Tensor | None: return torch.zeros_like(gradient) if self.is_empty else None
-        for one in tensors(output):
-            if one.requires_grad: one.register_hook(silence)
-
-    def train(self, run: Any, method: Any, trainer: Any, batch: Any) -> Any:
-        self.is_empty = False
-        return super().train(run, method, trainer, batch)
 
     def carrying(self, loss: Tensor) -> Tensor:
         self.is_empty = False

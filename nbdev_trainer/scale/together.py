@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.messages import tell
+from ..core.nested import tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch
 from ..data.loaders import EpochLoader, samplers_of
@@ -180,6 +181,14 @@ class Together(Agreeing):
     uneven = False                 # the processes have different numbers of batches
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
 
+    is_empty = False               # nothing counts of what goes backward
+
+    def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        "A forward hook, which sees that a loss over nothing sends back zero, and not 0 / 0"
+        def silence(gradient: Tensor) -> Tensor | None: return torch.zeros_like(gradient) if self.is_empty else None
+        for one in tensors(output):
+            if one.requires_grad: one.register_hook(silence)
+
     def same_weights(self) -> None:
         "Give all processes the weights of the first"
 
@@ -222,8 +231,8 @@ class Together(Agreeing):
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
         self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()
         self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
-        self.begin(trainer)
         try:
+            self.begin(trainer)
             self.agree()
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:

@@ -68,12 +68,14 @@ def reporting(shared: Shared) -> Iterator[dict[str, Any]]:  # to be filled with 
     "Tell the first process what the block has written, or why it failed"
     if not shared.temporary.is_dir():
         raise FileNotFoundError(f"rank {shared.rank} does not see '{shared.temporary}', which rank 0 has "
-                                "made; weights that are divided over processes need a directory that all "
-                                "of them see, such as one on a network file system")
+                                "made. Weights that are divided over processes need a directory that all "
+                                "of them see, such as one on a network file system. (Or rank 0 has failed "
+                                "meanwhile, and says why.)")
     files, report = dict[str, Any](), shared.report(shared.rank)
     try: yield files
     except BaseException as error:
-        if shared.temporary.is_dir(): write_text(report, json.dumps({"error": repr(error)}))
+        said = {"error": repr(error), "no numbers": isinstance(error, FloatingPointError)}
+        if shared.temporary.is_dir(): write_text(report, json.dumps(said))
         raise
     write_text(report, json.dumps({"files": files}))
 
@@ -90,7 +92,8 @@ def wait_for_parts(shared: Shared) -> dict[str, Any]:  # size and sum by file
             time.sleep(0.005)
         report = json.loads(path.read_text())
         if why := report.get("error"):
-            raise OSError(f"rank {rank} could not write its part of '{shared.path}': {why}")
+            kind = FloatingPointError if report["no numbers"] else OSError  # on_error="warn" is for disks
+            raise kind(f"rank {rank} could not write its part of '{shared.path}': {why}")
         files |= report["files"]
     for rank in range(1, shared.of): shared.report(rank).unlink()
     return files

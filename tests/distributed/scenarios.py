@@ -124,6 +124,10 @@ class MaskedMean(Step):
         return StepOutput(F.cross_entropy(predictions, batch.targets), predictions)
 
 
+def synced_norms_and_means_over_nothing():
+    return norms(step=MaskedMean())
+
+
 def means_over_nothing():
     return supervised(step=MaskedMean())
 
@@ -340,7 +344,7 @@ def synced_norms_averaged():
 SCENARIOS = [plain, one_graph_for_all_batches, a_hook_of_ones_own, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
              synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
              frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch,
-             accumulated_and_clipped, clipped_by_unit, averaged, means_over_nothing, ignored_targets, class_weights, sample_weights,
+             accumulated_and_clipped, clipped_by_unit, averaged, means_over_nothing, synced_norms_and_means_over_nothing, ignored_targets, class_weights, sample_weights,
              micro_batches, sharpness_aware, lbfgs, sharpness_aware_with_empty_shards, lbfgs_that_searches,
              a_step_of_ones_own, several_optimizers, kept_outputs, functions_as_metrics, stopped_early, logged, by_batches]
 NOT_DIVIDED = (one_graph_for_all_batches, a_hook_of_ones_own, after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
