@@ -271,12 +271,12 @@ def slow_disk(monkeypatch):
     """Each write of a checkpoint takes a while; noted is what was under way, and what it was given at its begin and end."""
     notes, under_way, real = [], [], write_checkpoint
 
-    def slowly(directory, state, batch, facts=None):
+    def slowly(directory, state, batch, facts=None, shared=None):
         under_way.append(batch)
         weights = state["model"]["state"]["0.weight"]
         note = {"batch": batch, "under way": len(under_way), "weights": weights.clone(), "latest": latest(directory)}
         time.sleep(0.1)
-        path = real(directory, state, batch, facts)
+        path = real(directory, state, batch, facts, shared)
         notes.append({**note, "afterwards": weights.clone(), "path": path})
         under_way.remove(batch)
         return path
@@ -332,10 +332,10 @@ def test_what_is_written_are_the_weights_of_its_batch(slow_disk, tmp_path):
 @pytest.mark.fault("an error beside the training", "the writer raises at batch 4", "raised at the next save, or the end")
 @pytest.mark.parametrize("every, batch", [("1ba", 5), ("4ba", 8), ("20ba", None)])
 def test_an_error_beside_the_training_is_raised(monkeypatch, tmp_path, every, batch):
-    def failing(directory, state, number, facts=None):
+    def failing(directory, state, number, facts=None, shared=None):
         if number >= 4:
             raise RuntimeError("a thing nobody thought of")
-        return write_checkpoint(directory, state, number, facts)
+        return write_checkpoint(directory, state, number, facts, shared)
 
     monkeypatch.setattr(saving, "write_checkpoint", failing)
     one = fault_program.learner(tmp_path / "run", every=every, background=True, rich=False)
