@@ -132,10 +132,10 @@ class Shards(Together):
 
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
-        if self.sync_batch_norm: sync_norms(model)
         if any(is_divided(p) for p in model.parameters()):
             raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
                              "model anew and load what that one saved")
+        if self.sync_batch_norm: sync_norms(model)
         self.model, before = model, dict(model.named_parameters())
         for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.data, src=0)
         if self.plan is not None: divide_layers(model, self.mesh, self.plan)
@@ -182,9 +182,11 @@ class Shards(Together):
     def whole_window(self, window: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         counts = self.processes.gather([float(one) for one in window["counts"]])[::self.copies]
         if not window["pending"]: return {**window, "counts": [], "divisor": None}
-        parts = self.world_size // self.copies
+        divisor, parts = window["divisor"], self.world_size // self.copies  # None where nothing counted here
+        divisors = self.processes.gather(None if divisor is None else float(divisor))
         gradients = [None if one is None else one * parts for one in window["gradients"]]
-        return {**window, "counts": [sum(sum(of) for of in counts)], "gradients": gradients}
+        return {**window, "counts": [sum(sum(of) for of in counts)], "gradients": gradients,
+                "divisor": next((one for one in divisors if one is not None), None)}
 
     def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
         weights: dict[str, Any] = {**dict(self.model.named_parameters()), **self.model.state_dict()}

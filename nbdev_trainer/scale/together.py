@@ -180,7 +180,6 @@ class Together(Agreeing):
     model: nn.Module               # as the step calls it
     uneven = False                 # the processes have different numbers of batches
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
-
     is_empty = False               # nothing counts of what goes backward
 
     def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
