@@ -165,6 +165,8 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_collection_modifyitems(config, items):
+    # what starts several processes takes longest: first, so that not one of two workers is left with it at the end
+    items.sort(key=lambda item: root / "tests" / "distributed" not in item.path.parents)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --full"))

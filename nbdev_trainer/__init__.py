@@ -106,6 +106,7 @@ Modules:
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
+- `nbdev_trainer.scale.empty_weights`: Fill the weights of a model that was built without numbers
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
 - `nbdev_trainer.scale.float8`: Matrix products of linear layers in 8 bits, by torchao; everything else in bf16
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script

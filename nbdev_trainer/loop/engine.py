@@ -12,7 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/engine.html.md"""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'backward_to', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -61,7 +61,8 @@ def move_model(
     empty = [name for name, p in model.named_parameters() if p.device.type == "meta" != device.type]
     if empty:
         raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which "
-                         "holds no numbers. Build the model outside of torch.device('meta'); or make room, "
+                         "holds no numbers. Build the model outside of torch.device('meta'); or divide its "
+                         "weights over processes, strategy='fsdp', which fills them; or make room, "
                          f"with model.to_empty(device={str(device)!r}), and fill it, with "
                          "load_state_dict(...).")
     model.to(device)
@@ -105,7 +106,7 @@ class ProcessParts:
     world_size: int = 1  # processes; above 1 the loop asks for the rest
     copies: int = 1      # processes that have the same part of the data, because they divide layers
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device) -> nn.Module:
         "The model that the step calls, the same everywhere; its optimizers are told of new parameters"
         return model
 
@@ -138,19 +139,18 @@ class ProcessGradients(ProcessParts):
         "The largest of the counts of all processes"
         return float(count)
 
-    def carrying(self, loss: Tensor) -> Tensor:  # ()
-        "The loss, with whose gradient what was announced may travel"
-        return loss
-
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         "Begin to tell the others what the window counts, with what is in hand"
 
     needs_all = False   # the model sends messages when it trains: an empty part goes through it, too
     in_pieces = False   # each process holds a part of the weights, and sends messages in every forward pass
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:  # () None: nobody waits for it
-        "A loss whose gradient is zero"
-        return None
+    def backward(self, loss: Tensor, weight: Tensor | None, retain_graph: bool, inputs: list[Tensor] | None) -> None:
+        "The backward pass of a loss, whose gradient is multiplied with `weight`"
+        loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
+
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
+        "Send back zeros where others wait for it, since nothing of this loss counts"
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None:
         "Take part in a step to which this process has nothing to add"
@@ -304,7 +304,7 @@ class EngineParts:
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
         self.together, in_pieces = self.strategy.world_size > 1, self.strategy.in_pieces
         if memory_format is not None: lay_out(model, optimizers.values(), memory_format, in_pieces)
-        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers)
+        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers, device)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def move(self, batch: Batch) -> Batch:
@@ -331,21 +331,6 @@ class EngineParts:
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
-def backward_to(
-    params: Iterable[Tensor],  # whose gradients are meant
-    model: nn.Module,
-    loss: Tensor,              # ()
-    weight: Tensor | None,     # () to multiply the gradient with
-    retain_graph: bool,
-) -> None:
-    "A backward pass through all of a model, of which some parameters keep what it adds"
-    meant = {id(p) for p in params}
-    others = [(p, p.grad) for p in model.parameters() if id(p) not in meant]
-    for p, _ in others: p.grad = None
-    loss.backward(weight, retain_graph=retain_graph)
-    for p, gradient in others: p.grad = gradient
-
-# %% ../../nbs/api/loop/06_engine.ipynb #7833e032
 class Engine(EngineParts):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
@@ -361,13 +346,10 @@ class Engine(EngineParts):
         if self.together and window.usual is None: window.usual = self.strategy.largest(count) or None
         if self.together or window.size > 1 or window.usual is not None:
             weight = window.weight(count, loss)
-            if weight is None:
-                if (nothing := self.strategy.nothing(slot, loss)) is not None: nothing.backward()
-                return
+            if weight is None: return self.strategy.nothing(slot, loss)
         slot.pending = True
-        if self.together: loss = self.strategy.carrying(loss)
         loss = self.precision.scale(loss, slot.optimizer)
-        if inputs and self.strategy.in_pieces: backward_to(inputs, self.model, loss, weight, retain_graph)
+        if self.together: self.strategy.backward(loss, weight, retain_graph, inputs)
         else: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts

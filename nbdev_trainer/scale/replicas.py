@@ -31,7 +31,7 @@ from .together import Together, must_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['BUFFERS', 'average_gradients', 'Called', 'unused', 'zero_of', 'Carry', 'sums_from', 'Replicas']
+__all__ = ['BUFFERS', 'average_gradients', 'Called', 'unused', 'zero_of', 'sums_from', 'Replicas']
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #54590f2c
 @torch.no_grad()
@@ -82,22 +82,9 @@ def zero_of(params: list[Tensor]) -> Tensor:  # ()
     return torch.stack([p.flatten()[:0].sum() for p in params if p.requires_grad]).sum()
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #ff56be75
-class Carry(torch.autograd.Function):
-    "A loss with whose gradient something else travels"
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, message: Tensor, values: Tensor) -> Tensor:
-        "The loss"
-        ctx.values = values
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        "The gradient of the loss, and of the message the values"
-        return gradients[0], ctx.values, None
-
 def sums_from(mean: Tensor, world_size: int) -> list[float]:
     "What was added up, from its mean over the processes; whole numbers exactly, up to 2**22 in single precision"
-    error, sums = torch.finfo(mean.dtype).eps * 2, [one * world_size for one in mean.tolist()]
+    error, sums = 2.0 ** (-22 if mean.dtype == torch.float32 else -51), [one * world_size for one in mean.tolist()]
     return [float(round(one)) if abs(one - round(one)) <= error * max(abs(one), 1) else one for one in sums]
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #36362c22
@@ -105,7 +92,8 @@ class Replicas(Together):
     "A copy of the model in each process, and gradients averaged over all of them"
     ddp: DistributedDataParallel | None = None  # where the step can be called through it
     armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
-    values: Tensor | None = None                # the message of this step, to go with the gradients
+    carrier: nn.Parameter | None = None         # its gradient carries what the processes tell each other in a step
+    values: Tensor | None = None                # what it is to carry in this step
     why_all = "sync_batch_norm=True adds up over all processes"
 
     @checked_keywords
@@ -124,7 +112,7 @@ class Replicas(Together):
         self.options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "find_unused_parameters": find_unused_parameters,
                                         "static_graph": static_graph}
 
-    def prepare(self, model: nn.Module, optimizers: Any = ()) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Any = (), device: torch.device | None = None) -> nn.Module:
         self.model, self.needs_all = model, self.sync_batch_norm and sync_norms(model) > 0
         if self.needs_all: model.register_forward_hook(self.guard)
         self.same_weights()
@@ -136,23 +124,26 @@ class Replicas(Together):
     def begin(self, trainer: Trainer) -> None:
         self.armed = self.averaged = False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
-        self.trainable: list[bool] = []
+        self.params, self.trainable = list(self.model.parameters()), list[int]()
         self.trained = set[int]()  # which parameters did in the open window, by identity
 
-    def end(self) -> None: self.ddp = self.values = None
+    def end(self) -> None: self.ddp = self.carrier = self.values = None
 
     def make_ready(self) -> None:
         "See that what trains is averaged during the backward pass; something may have been frozen or unfrozen"
-        if not self.through or self.trainable == (now := [p.requires_grad for p in self.model.parameters()]): return
-        self.trainable, self.ddp, options = now, None, {BUFFERS: False, **self.options}
-        if not any(now): return
-        called = Called(self.model, self.messenger())
+        if not self.through: return
+        held = [id(p) for slot in self.trainer.engine.slots.values() for p in slot.params]
+        if self.trainable == (now := [*(p.requires_grad for p in self.params), *held]): return
+        self.params, self.trainable, self.ddp, self.carrier = list(self.model.parameters()), now, None, None
+        if not any(p.requires_grad for p in self.params): return
+        self.carrier, options = self.make_carrier(), {BUFFERS: False, **self.options}
+        called = Called(self.model, self.carrier)
         self.ddp = DistributedDataParallel(called, init_sync=False, gradient_as_bucket_view=True, **options)
         if self.comm_hook is not None: self.ddp.register_comm_hook(None, self.comm_hook)
 
-    def messenger(self) -> nn.Parameter | None:
-        "The parameter that carries messages, where that can be"
-        like = next(p for p in self.model.parameters() if p.requires_grad)
+    def make_carrier(self) -> nn.Parameter | None:
+        "The parameter whose gradient carries messages, where that can be"
+        like = next(p for p in self.params if p.requires_grad)
         by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
         plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and self.comm_hook is None
         return nn.Parameter(torch.zeros(4 + len(WISHES), dtype=like.dtype)) if by_all and plain else None
@@ -182,32 +173,26 @@ class Replicas(Together):
         if slot.window.usual is None: slot.window.usual = self.largest(0) or None
         if self.needs_all: raise must_run(self.why_all)
         slot.pending = True
-        if self.armed: self.carry(zero_of(list(self.model.parameters()))).backward()
+        if self.armed: self.backward(zero_of(self.params))
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
         slot.pending, self.is_empty = True, self.needs_all
-        if self.needs_all: return self.carry(loss * 0)  # the others wait within it
-        return self.carry(zero_of(list(self.model.parameters()))) if self.armed else None
-
-    def carrying(self, loss: Tensor) -> Tensor:
+        if self.needs_all: self.backward(loss * 0)  # the others wait within it
+        elif self.armed: self.backward(zero_of(self.params))
         self.is_empty = False
-        return self.carry(loss)
 
-    def carry(self, loss: Tensor) -> Tensor:
-        "Let the message of this step, where there is one, go with the gradient of a loss"
-        if self.values is None or self.ddp is None: return loss
-        carried: Any = Carry.apply(loss, self.ddp.module.message, self.values)
-        return carried
+    def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
+        if self.values is None: return super().backward(loss, weight, retain_graph, inputs)
+        torch.autograd.backward((loss, self.carrier), (weight, self.values), retain_graph, inputs=inputs)
 
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
-        if not self.armed or self.ddp is None: return
-        message = self.ddp.module.message
-        if message is None: return super().announce(slot, count)
-        self.values = torch.tensor(self.in_hand(sum(slot.window.counts) + count), dtype=message.dtype)
+        if not self.armed: return
+        if self.carrier is None: return super().announce(slot, count)
+        self.values = torch.tensor(self.in_hand(sum(slot.window.counts) + count), dtype=self.carrier.dtype)
 
     def received(self) -> list[float]:
-        if self.values is None or self.ddp is None: return super().received()
-        carried, self.ddp.module.message.grad, self.values = self.ddp.module.message.grad, None, None
+        if self.values is None or self.carrier is None: return super().received()
+        carried, self.carrier.grad, self.values = self.carrier.grad, None, None
         return sums_from(carried, self.world_size)
 
     @property
@@ -225,6 +210,7 @@ class Replicas(Together):
         except RuntimeError as error: raise unused(self.model, self.rank) from error
 
     def average(self, slot: OptimizerSlot) -> None:
+        if self.averaged and not self.trained: return
         left = [p for p in slot.params if id(p) in self.trained and not p.requires_grad]
         if not self.averaged: left += [p for p in slot.params if p.requires_grad]
         average_gradients(left, self.world_size)

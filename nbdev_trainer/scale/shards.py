@@ -15,12 +15,13 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/shards.html.md"""
 # %% ../../nbs/api/scale/04c_shards.ipynb #ad548c4c
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.errors import checked_keywords
 from ..core.nested import is_divided
@@ -28,6 +29,7 @@ from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
 from ..loop.micro_batches import InParts
+from .empty_weights import fill, place
 from .processes import Processes
 from .synced_norms import sync_norms
 from .together import Together, must_run
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['find_blocks', 'meet_again', 'mesh_size', 'divide_layers', 'refuse', 'Shards']
+__all__ = ['find_blocks', 'outermost', 'meet_again', 'mesh_size', 'divide_layers', 'backward_to', 'refuse', 'Shards']
 
 # %% ../../nbs/api/scale/04c_shards.ipynb #4eeb0ae1
 def find_blocks(
@@ -47,15 +49,27 @@ def find_blocks(
     wrap: str | type[nn.Module] | Iterable[str | type[nn.Module]] | None = None,  # None: as above; (): no blocks
 ) -> dict[str, nn.Module]:  # by name, the inner ones first
     "The modules whose weights are brought together at once; raises `ValueError` for a selector that matches none"
-    if wrap is not None: found = chosen_modules(model, wrap)
+    found = dict[str, nn.Module]()
+    if wrap is not None:
+        for one in [wrap] if isinstance(wrap, (str, type)) else wrap: found |= outermost(chosen_modules(model, one), one)
     else:
         of = [(name, one, isinstance(one, nn.ModuleList)) for name, one in model.named_modules()
               if isinstance(one, (nn.ModuleList, nn.Sequential))]
         found = {f"{name}.{key}".strip("."): child for name, one, is_list in of for key, child in one.named_children()
                  if (is_list or list(child.children())) and any(True for _ in child.parameters())}
-    containers = (nn.ModuleList, nn.ModuleDict)  # are never called
+    never_called = nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear  # the last: in torch's attention
     inner_first = sorted(found, key=lambda name: -name.count("."))
-    return {name: found[name] for name in inner_first if name and not isinstance(found[name], containers)}
+    return {name: found[name] for name in inner_first if name and not isinstance(found[name], never_called)}
+
+def outermost(
+    found: dict[str, nn.Module],    # what a selector has chosen
+    what: str | type[nn.Module],    # that selector
+) -> dict[str, nn.Module]:
+    "Of what a pattern matches that which lies in none of the others; all that is of a class"
+    if isinstance(what, type): return found
+    above = {name: name.split(".") for name in found if name}
+    return {name: found[name] for name, parts in above.items()
+            if not any(".".join(parts[:k]) in above for k in range(1, len(parts)))}
 
 # %% ../../nbs/api/scale/04c_shards.ipynb #0cb71cfe
 def meet_again(
@@ -91,6 +105,21 @@ def divide_layers(model: nn.Module, mesh: Any, plan: Mapping[str, Any]) -> None:
     chosen_modules(model, plan)
     parallelize_module(model, mesh["tp"], dict(plan))
 
+# %% ../../nbs/api/scale/04c_shards.ipynb #1b1b9b29
+def backward_to(
+    params: Iterable[Tensor],  # whose gradients are meant
+    model: nn.Module,
+    loss: Tensor,              # ()
+    weight: Tensor | None,     # () to multiply the gradient with
+    retain_graph: bool,
+) -> None:
+    "A backward pass through all of a model, of which some parameters keep what it adds"
+    meant = {id(p) for p in params}
+    others = [(p, p.grad) for p in model.parameters() if id(p) not in meant]
+    for p, _ in others: p.grad = None
+    loss.backward(weight, retain_graph=retain_graph)
+    for p, gradient in others: p.grad = gradient
+
 # %% ../../nbs/api/scale/04c_shards.ipynb #1b914630
 def refuse(trainer: Any) -> None:
     "Raise `ValueError` for what cannot train with divided weights"
@@ -123,26 +152,29 @@ class Shards(Together):
         tensor_parallel: Mapping[str, Any] | None = None,  # how layers are divided over "tp", as `parallelize_module` takes it
         forward_methods: Iterable[str] = (),  # of the model, called by a step beside `forward`
         sync_batch_norm: bool = False,       # norms over the batch of all processes, and not over the part of each
+        initialize: Callable[[nn.Module], object] | None = None,  # fills what a module holds, in a model built on the device "meta"
     ) -> None:
         super().__init__(processes)
         self.wrap, self.plan, self.methods = wrap, tensor_parallel, list(forward_methods)
-        self.mesh = mesh
+        self.mesh, self.initialize = mesh, initialize
         self.mixed_precision, self.cpu_offload, self.sync_batch_norm = mixed_precision, cpu_offload, sync_batch_norm
         if tensor_parallel is not None: self.copies = mesh_size(mesh)
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device) -> nn.Module:
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
         if any(is_divided(p) for p in model.parameters()):
             raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
                              "model anew and load what that one saved")
         if self.sync_batch_norm: sync_norms(model)
-        self.model, before = model, dict(model.named_parameters())
-        for tensor in (*model.parameters(), *model.buffers()): dist.broadcast(tensor.data, src=0)
-        if self.plan is not None: divide_layers(model, self.mesh, self.plan)
-        options: dict[str, Any] = {"mesh": self.over_data(model), "reshard_after_forward": True}
+        self.model, before, made = model, dict(model.named_parameters()), dict[Tensor, Tensor]()
+        if self.plan is not None:
+            self.fill(model, device, made)
+            divide_layers(model, self.mesh, self.plan)
+        options: dict[str, Any] = {"mesh": self.over_data(device), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for one in (*find_blocks(model, self.wrap).values(), model):
+            self.fill(one, device, made)
             fully_shard(one, **options)
             inside_of_norms = self.sync_batch_norm and one is not model  # which send back what others count
             if not inside_of_norms: one.register_forward_hook(self.guard)
@@ -152,11 +184,15 @@ class Shards(Together):
         meet_again(before, model, optimizers)
         return model
 
-    def over_data(self, model: nn.Module) -> DeviceMesh:
+    def fill(self, module: nn.Module, device: torch.device, made: dict[Tensor, Tensor]) -> None:
+        "A part of the model on the device, with the weights of the first process"
+        fill(module, device, self.initialize, made)
+        for tensor in place(module, device): dist.broadcast(tensor.data, src=0)
+
+    def over_data(self, device: torch.device) -> DeviceMesh:
         "The processes that have different parts of the data"
         from torch.distributed.device_mesh import init_device_mesh
-        kind = next((p.device.type for p in model.parameters()), "cpu")
-        if self.mesh is None: self.mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("dp",))
+        if self.mesh is None: self.mesh = init_device_mesh(device.type, (self.world_size,), mesh_dim_names=("dp",))
         return self.mesh["dp"] if self.copies > 1 else self.mesh
 
     def begin(self, trainer: Trainer) -> None:
@@ -169,13 +205,14 @@ class Shards(Together):
                 raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "
                                  "divided weights each process must have as many. Loaders of ours are divided so")
 
-    def carrying(self, loss: Tensor) -> Tensor:
-        self.is_empty = False
-        return loss
+    def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
+        if inputs: backward_to(inputs, self.model, loss, weight, retain_graph)
+        else: loss.backward(weight, retain_graph=retain_graph)
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> Tensor | None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
         slot.pending = self.is_empty = True
-        return loss * 0  # the others wait for this part of the weights
+        self.backward(loss * 0)  # the others wait for this part of the weights
+        self.is_empty = False
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None: raise must_run(self.why_all)
 

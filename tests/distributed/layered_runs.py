@@ -62,3 +62,67 @@ def of_three_kinds():
             "divided": train(Shards(processes, wrap=nn.Linear), torch.float32),
             "on the host": train(Shards(processes, cpu_offload=True), torch.float32),
             "bfloat16": train(Shards(processes, wrap=("up", "down"), mixed_precision=half), torch.float32)}
+
+
+class Position(nn.Module):
+    """Adds a weight of its own, which it does not fill by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((8,), 0.5))
+
+    def forward(self, inputs):
+        return inputs + self.shift
+
+
+class Deep(nn.Module):
+    """Blocks of torch's layers, batch norms among them, and two layers with the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.position, self.same = nn.Linear(5, 8), Position(), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(3)])
+        self.middle, self.leave = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.BatchNorm1d(8)), self.same), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        hidden = self.same(self.position(self.enter(inputs)))[:, None]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.leave(self.middle(hidden[:, 0]))
+
+
+def fill_position(module):
+    if isinstance(module, Position):
+        nn.init.constant_(module.shift, 0.5)
+
+
+def built(device, shards=True, **options):
+    """A model built on a device, by name, or by a list of them for each rank; and how many numbers were there in whole at most."""
+    processes, most = join(timeout="40s") if shards else None, 0
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.float64)
+    with torch.device(device if isinstance(device, str) else device[processes.rank]):
+        model = Deep()
+
+    def initialize(module):
+        nonlocal most
+        fill_position(module)
+        most = max(most, sum(p.numel() for p in model.parameters() if not p.is_meta and not hasattr(p, "placements")))
+
+    torch.manual_seed(2)
+    strategy = Shards(processes, wrap=("blocks.*", "middle.0"), initialize=initialize, sync_batch_norm=True) if shards else None
+    trainer = Trainer(model, SupervisedStep(F.cross_entropy, lambda model, inputs: model(inputs.double())),
+                      optim.SGD(model.parameters(), lr=0.05), metrics=[Accuracy()], strategy=strategy, **options)
+    loaders = data()
+    trainer.fit(loaders.train, loaders.valid_sets, 2)
+    return {**result(trainer), "most": most}
+
+
+def nobody_fills():
+    """The error for a weight that nobody fills; the same on all processes, before anything waits."""
+    with torch.device("meta"):
+        model = Deep()
+    try:
+        Trainer(model, SupervisedStep(F.cross_entropy), optim.SGD(model.parameters(), lr=0.05), strategy=Shards(join()))
+    except ValueError as error:
+        return str(error)

@@ -199,3 +199,22 @@ def test_the_facts_of_a_run_in_parts_are_plain(saved):
     run_dir, _ = saved
     config = json.loads((Path(run_dir) / "config.json").read_text())
     assert "FSDP" not in json.dumps(config)
+
+
+def test_a_model_built_without_numbers_is_filled_part_by_part_the_same_by_any_number_of_processes():
+    found = {n: launch(layered_runs.built, "meta", processes=n) for n in (1, 2, 3)}
+    for n in (2, 3):
+        assert_close(found[1], found[n], f"{n} processes")
+    numbers = sum(one.numel() for one in found[1]["weights"].values())
+    assert 0 < found[2].pop("most") < numbers * 0.6  # of 5 parts
+    fresh = layered_runs.Deep().state_dict()  # torch's layers are filled as torch fills them
+    assert {name: one.shape for name, one in fresh.items()} == {name: one.shape for name, one in found[2]["weights"].items()}
+
+
+def test_the_weights_of_the_first_process_count_where_the_others_have_none():
+    one = layered_runs.built("cpu", shards=False)
+    assert_close(one, launch(layered_runs.built, ["cpu", "meta"]), "built on rank 0 alone")
+
+
+def test_a_weight_that_nobody_fills_is_an_error():
+    assert "Position has 'shift' of its own, built on the device 'meta'" in launch(layered_runs.nobody_fills)

@@ -250,7 +250,7 @@ def test_a_directory_that_is_gone_is_an_error(children, tmp_path, file, backgrou
     gone = DirectoryGoes(7, run_dir / "checkpoints", file)
     assert children.run(fault_program.train_and_tell, report, run_dir, gone, background=background) == 1
     kind, *text = report.read_text().splitlines()
-    assert kind in ("FileNotFoundError", "NotADirectoryError")
+    assert kind in ("FileNotFoundError", "NotADirectoryError", "IsADirectoryError")  # by what was in work just then
     assert str(run_dir / "checkpoints") in "".join(text)
 
 
