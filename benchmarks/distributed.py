@@ -3,9 +3,10 @@
     python benchmarks/distributed.py [--rounds 5] [--steps 300]
 
 Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
-`DistributedDataParallel` in a loop written by hand, which leaves out what ours does besides (metrics, history, requests, the count of
-uneven batches), and `Learner.fit`. Shown are medians over the rounds. Messages are counted where torch.distributed is
-called, and the buckets of DistributedDataParallel by torch itself.
+`DistributedDataParallel` in a loop written by hand, which counts the loss and the accuracy of the training batches; the same without
+them; and `Learner.fit`, which does more (history, requests of each process, the count of uneven batches). Shown are medians over
+the rounds, and beside them the median of the ratios within a round. Messages are counted where torch.distributed is called, and the
+buckets of DistributedDataParallel by torch itself.
 """
 import argparse
 import platform
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import nbdev_trainer
-from nbdev_trainer import Accuracy, Learner, Loaders, join, launch
+from nbdev_trainer import Accuracy, Learner, Loaders, Replicas, join, launch
 
 
 def model_of(width: int) -> nn.Module:
@@ -34,8 +35,8 @@ def model_of(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
-def by_hand(inputs, targets, width):
-    """A function that trains one epoch."""
+def by_hand(inputs, targets, width, measured=True):
+    """A function that trains one epoch; with the loss and the accuracy of what it trains on."""
     processes = join()
     model = DistributedDataParallel(model_of(width), gradient_as_bucket_view=True)
     optimizer = optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -43,10 +44,21 @@ def by_hand(inputs, targets, width):
     epochs = iter(range(10**6))
 
     def epoch():
+        total, right, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64), 0
         for batch in loader.batches(next(epochs)):
             optimizer.zero_grad()
-            F.cross_entropy(model(batch.inputs), batch.targets).backward()
+            scores = model(batch.inputs)
+            loss = F.cross_entropy(scores, batch.targets)
+            loss.backward()
             optimizer.step()
+            if measured:
+                total += loss.detach() * batch.size
+                right += (scores.argmax(1) == batch.targets).sum()
+                count += batch.size
+        if measured:
+            sums = torch.stack([total, right.double(), torch.tensor(float(count), dtype=torch.float64)])
+            dist.all_reduce(sums)
+            return (sums[:2] / sums[2]).tolist()
     return epoch
 
 
@@ -60,10 +72,9 @@ def race(steps: int, rounds: int, width: int) -> dict[str, list[float]]:
     """Milliseconds a step, by loop; each round all take their turn."""
     torch.set_num_threads(1)
     inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
-    loops = {"by hand": by_hand(inputs, targets, width), "Learner": ours(inputs, targets, width),
-             "averaged after the backward pass": None}
-    from nbdev_trainer import Replicas
-    loops["averaged after the backward pass"] = ours(inputs, targets, width, strategy=Replicas(join(), overlap=False))
+    loops = {"by hand": by_hand(inputs, targets, width), "by hand, nothing measured": by_hand(inputs, targets, width, False),
+             "Learner": ours(inputs, targets, width),
+             "averaged after the backward pass": ours(inputs, targets, width, strategy=Replicas(join(), overlap=False))}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(rounds + 1):
         for name, epoch in loops.items():
@@ -124,10 +135,10 @@ def main() -> None:
           f"{platform.python_version()}, gloo, two processes of one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
     for width in (256, 768):
         times = launch(race, arguments.steps, arguments.rounds, width)
-        medians = {name: statistics.median(of) for name, of in times.items()}
         print(f"| width {width} | ms a step | / by hand |\n|---|---|---|")
-        for name, median in medians.items():
-            print(f"| {name} | {median:.2f} | {median / medians['by hand']:.2f} |")
+        for name, of in times.items():
+            ratio = statistics.median(one / hand for one, hand in zip(of, times["by hand"]))
+            print(f"| {name} | {statistics.median(of):.2f} | {ratio:.2f} |")
         print()
     counts = launch(messages, 40)
     more = counts["one fit of many"] - counts["one fit of few steps"]

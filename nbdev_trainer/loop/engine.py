@@ -106,8 +106,12 @@ class ProcessParts:
     world_size: int = 1  # processes; above 1 the loop asks for the rest
     copies: int = 1      # processes that have the same part of the data, because they divide layers
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device) -> nn.Module:
-        "The model that the step calls, the same everywhere; its optimizers are told of new parameters"
+    def prepare(self,
+        model: nn.Module,
+        optimizers: Mapping[str, torch.optim.Optimizer],  # are told of new parameters
+        device: torch.device,                             # where the model trains
+    ) -> nn.Module:
+        "The model that the step calls, the same everywhere"
         return model
 
     def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
@@ -145,8 +149,13 @@ class ProcessGradients(ProcessParts):
     needs_all = False   # the model sends messages when it trains: an empty part goes through it, too
     in_pieces = False   # each process holds a part of the weights, and sends messages in every forward pass
 
-    def backward(self, loss: Tensor, weight: Tensor | None, retain_graph: bool, inputs: list[Tensor] | None) -> None:
-        "The backward pass of a loss, whose gradient is multiplied with `weight`"
+    def backward(self,
+        loss: Tensor,                   # ()
+        weight: Tensor | None = None,   # () to multiply its gradient with
+        retain_graph: bool = False,
+        inputs: list[Tensor] | None = None,  # which alone get a gradient; None: all parameters
+    ) -> None:
+        "The backward pass of a loss, with whatever else goes that way"
         loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:

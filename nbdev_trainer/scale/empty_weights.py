@@ -61,8 +61,8 @@ def not_filled(module: nn.Module, names: list[str], has_way: bool) -> ValueError
 def fill(
     module: nn.Module,
     device: torch.device,
-    initialize: Callable[[nn.Module], object] | None = None,  # of each module, after its own `reset_parameters()`
-    made: dict[Tensor, Tensor] | None = None,                 # by those that were empty; shared with other calls
+    initialize: Callable[[nn.Module], object] | None = None,  # of each module, after its own way
+    made: dict[Tensor, Tensor] | None = None,                 # by those that were empty, in all calls
 ) -> None:
     "Give what is empty in a module its numbers; raises `ValueError` for a tensor that nobody fills"
     made = {} if made is None else made
@@ -71,8 +71,8 @@ def fill(
         shared = [made[tensor] for tensor in empty.values() if tensor in made]
         for name, tensor in empty.items():
             if tensor not in made:
-                new = make_unset(torch.empty_like(tensor, device=device))
-                made[tensor] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                made[tensor] = new = make_unset(torch.empty_like(tensor, device=device))
+                if isinstance(tensor, nn.Parameter): made[tensor] = nn.Parameter(new, tensor.requires_grad)
             setattr(one, name, made[tensor])
         if not empty: continue
         kept = [tensor.clone() for tensor in shared]
