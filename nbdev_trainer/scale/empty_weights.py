@@ -53,11 +53,12 @@ def not_filled(module: nn.Module, names: list[str], has_way: bool) -> ValueError
     "The error for weights that nobody fills"
     kind = type(module).__name__
     why = "left them as they were" if has_way else "it has no reset_parameters() that would fill them"
-    return ValueError(f"{kind} has {', '.join(map(repr, names))} of its own, built on the device 'meta', which "
-                      f"holds no numbers, and {why}. Define {kind}.reset_parameters(self); or pass "
+    return ValueError(f"{kind} has {', '.join(map(repr, names))} of its own, built on the device 'meta', "
+                      f"which holds no numbers, and {why}. Define {kind}.reset_parameters(self); or pass "
                       "Shards(join(), initialize=function), a function of a module that fills what the "
                       "module itself holds")
 
+# %% ../../nbs/api/scale/03d_empty_weights.ipynb #898792f8
 @torch.no_grad()
 def fill(
     module: nn.Module,
