@@ -223,9 +223,9 @@ class Learner:
         if (options := compile_options(compile)) is not None:
             check_tools(options, where)
             tell("compile: the first batches of training and of evaluation take longer", shown)
-        if str(device) == "auto": tell(f"device: {where}", shown)
         together = make_strategy(strategy, where, shown)
         if not together.in_pieces: move_model(model, where)
+        if str(device) == "auto": tell(f"device: {where}", shown)
         usual = None if self.loaders.data is None else self.loaders.data.loss_fn()
         step = make_step(step, loss_fn, forward, self.loaders.train, as_batch, shown, usual)
         if isinstance(step, SupervisedStep) and isinstance(step.loss.loss_fn, nn.Module):

@@ -16,8 +16,10 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,7 +34,7 @@ from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'has_group', 'leave', 'join']
+           'fresh_store', 'has_group', 'leave', 'told_when_long', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -189,6 +191,21 @@ def leave() -> None:
     dist.destroy_process_group()
     time.sleep(0.1)  # whoever waits for Python gets it now
 
+@contextmanager
+def told_when_long(
+    place: Place,
+    timeout: str,
+    after: float = 30,  # seconds
+) -> Iterator[None]:
+    "Say what this process waits for, when the others are long in coming"
+    text = (f"rank {place.rank} of {place.world_size} waits for the others at {place.address}:{place.port}, for "
+            f"{timeout} at most. Are all of them started, and with this address?")
+    timer = threading.Timer(after, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try: yield
+    finally: timer.cancel()
+
 def join(
     place: Place | None = None,      # None: by the variables of whoever started the process
     device: torch.device | str = "cpu",  # where the model trains
@@ -208,8 +225,9 @@ def join(
         if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
         elif place.starter == "torchrun": how["init_method"] = "env://"
         else: how["init_method"] = f"tcp://{place.address}:{place.port}"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=place.rank,
-                                world_size=place.world_size, timeout=limit, **how)
+        backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        with told_when_long(place, timeout):
+            dist.init_process_group(backends, rank=place.rank, world_size=place.world_size, timeout=limit, **how)
         atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())

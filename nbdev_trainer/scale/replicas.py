@@ -92,7 +92,7 @@ class Replicas(Together):
     "A copy of the model in each process, and gradients averaged over all of them"
     ddp: DistributedDataParallel | None = None  # where the step can be called through it
     armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
-    carrier: nn.Parameter | None = None         # its gradient carries what the processes tell each other in a step
+    carrier: Any = None                         # a parameter whose gradient is what the processes tell each other
     values: Tensor | None = None                # what it is to carry in this step
     why_all = "sync_batch_norm=True adds up over all processes"
 
@@ -124,7 +124,7 @@ class Replicas(Together):
     def begin(self, trainer: Trainer) -> None:
         self.armed = self.averaged = False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
-        self.params, self.trainable = list(self.model.parameters()), list[int]()
+        self.params, self.trainable = list[Tensor](self.model.parameters()), list[int]()
         self.trained = set[int]()  # which parameters did in the open window, by identity
 
     def end(self) -> None: self.ddp = self.carrier = self.values = None
