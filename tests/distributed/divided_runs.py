@@ -53,6 +53,13 @@ def train(strategy="auto", run_dir=None, stop=0, resume=False, epochs=2, **optio
     return result(learner)
 
 
+def whole_then_stopped(run_dir):
+    """What an undisturbed run reaches; and another one, which ends at batch 11."""
+    found = train("fsdp")
+    train("fsdp", run_dir, stop=11)
+    return found
+
+
 def looks():
     """What looks into a run finds nothing wrong with one whose weights are divided."""
     from nbdev_trainer import BadBatches, GradientNorms, NonFinite

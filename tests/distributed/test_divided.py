@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -28,17 +29,30 @@ def in_processes(number, strategy, **options):
     return run() if number == 1 else launch(run, processes=number)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs that ended in the middle of a window of three batches, each begun once."""
+    begun = {}
+
+    def copied(first, to):
+        if first not in begun:
+            begun[first] = tmp_path_factory.mktemp("stopped") / "run"
+            in_processes(*first, run_dir=begun[first], stop=11)
+        shutil.copytree(begun[first], to)
+
+    return copied
+
+
 @pytest.mark.parametrize("first, then", [((2, "fsdp"), (1, None)), ((2, "fsdp"), (3, "fsdp")), ((2, "fsdp"), (2, "ddp")),
                                          ((2, "ddp"), (2, "fsdp")), ((1, None), (2, "fsdp"))])
-def test_a_run_goes_on_with_other_processes_and_another_strategy(undisturbed, tmp_path, first, then):
-    in_processes(*first, run_dir=tmp_path / "run", stop=11)
+def test_a_run_goes_on_with_other_processes_and_another_strategy(undisturbed, stopped, tmp_path, first, then):
+    stopped(first, tmp_path / "run")
     assert Run.open(tmp_path / "run").checkpoints[-1].name == "ba-000010"  # in the middle of a window of three batches
     assert_close(undisturbed, in_processes(*then, run_dir=tmp_path / "run", resume=True), f"{first} then {then}")
 
 
 def test_as_many_processes_go_on_bit_for_bit(tmp_path):
-    whole = launch(partial(divided_runs.train, "fsdp"))
-    launch(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", stop=11))
+    whole = launch(divided_runs.whole_then_stopped, tmp_path / "run")
     again = launch(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True))
     for name, one in whole["weights"].items():
         assert torch.equal(one, again["weights"][name]), name
@@ -173,7 +187,7 @@ def test_what_cannot_be_is_an_error_with_its_reason(what, error, why, tmp_path):
         launch(divided_runs.refused, tmp_path / what if what == "run" else what)
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("clip_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
 def test_layers_divided_further_train_as_whole_ones(shape, clip_norm):
     one = layered_runs.train(None, clip_norm=clip_norm)
