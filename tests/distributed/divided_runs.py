@@ -7,7 +7,7 @@ from scenarios import data, whole
 from torch import nn
 from torch.nn import functional as F
 
-from nbdev_trainer import EMA, Callback, Checkpoint, Learner
+from nbdev_trainer import EMA, Callback, Checkpoint, Learner, Loaders
 from nbdev_trainer.scale.processes import has_group
 
 
@@ -22,7 +22,7 @@ class Stop(Callback):
             raise KeyError("as a crash")
 
 
-def learner_for(strategy="auto", run_dir=None, stop=0, accumulate=1, every="2ba", average=True, **options):
+def learner_for(strategy="auto", run_dir=None, stop=0, accumulate=1, every="2ba", average=True, loaders=None, **options):
     torch.manual_seed(1)
     inner = nn.Sequential(nn.Linear(7, 7), nn.Tanh())
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), inner, nn.Linear(7, 3)).double()
@@ -31,7 +31,7 @@ def learner_for(strategy="auto", run_dir=None, stop=0, accumulate=1, every="2ba"
         callbacks.append(Stop(stop))
     if run_dir is not None:
         callbacks.append(Checkpoint(every=every, keep_last=10))
-    return Learner(model, data(n=29, batch_size=4), F.cross_entropy, lr=0.05, device="cpu", seed=5, strategy=strategy, verbose=0,
+    return Learner(model, loaders or data(n=29, batch_size=4), F.cross_entropy, lr=0.05, device="cpu", seed=5, strategy=strategy, verbose=0,
                    run_dir=run_dir, callbacks=callbacks, accumulate=accumulate, **options)
 
 
@@ -58,6 +58,22 @@ def whole_then_stopped(run_dir):
     found = train("fsdp")
     train("fsdp", run_dir, stop=11)
     return found
+
+
+def nothing_for_rank_0(strategy, run_dir=None, stop=0, resume=False, **options):
+    """In the first batch of a window of three nothing counts of what the first of two processes sees."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(24, 5, generator=generator).double(), torch.randint(3, (24,), generator=generator)
+    loaders = Loaders.from_arrays(inputs, targets, batch_size=4, seed=3)
+    seen = list(loaders.train.shard(0, 2).batches(0))[3].ids
+    targets[seen] = -100
+    options["loaders"] = Loaders.from_arrays(inputs, targets, batch_size=4, seed=3)
+    learner = learner_for(strategy, run_dir, stop, accumulate=3, every="4ba", average=False, **options)
+    try:
+        learner.fit(1, resume=resume)
+    except KeyError:
+        return None
+    return result(learner)
 
 
 def looks():

@@ -51,6 +51,15 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(undisturbed, st
     assert_close(undisturbed, in_processes(*then, run_dir=tmp_path / "run", resume=True), f"{first} then {then}")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_window_in_which_nothing_counted_on_rank_0_is_saved_and_goes_on(tmp_path, processes):
+    one = divided_runs.nothing_for_rank_0(None)
+    launch(partial(divided_runs.nothing_for_rank_0, "fsdp", tmp_path / "run", stop=5))
+    assert Run.open(tmp_path / "run").checkpoints[-1].name == "ba-000004"  # one batch of a window of three
+    again = partial(divided_runs.nothing_for_rank_0, "fsdp" if processes > 1 else None, tmp_path / "run", resume=True)
+    assert_close(one, again() if processes == 1 else launch(again), f"resumed by {processes}")
+
+
 def test_as_many_processes_go_on_bit_for_bit(tmp_path):
     whole = launch(divided_runs.whole_then_stopped, tmp_path / "run")
     again = launch(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True))
