@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +27,26 @@ from ..metrics.collection import MetricSet
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of', 'merged',
-           'over_all', 'settled', 'gathered', 'divided', 'for_rank']
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of',
+           'merged', 'over_all', 'settled', 'gathered', 'divided', 'for_rank']
+
+# %% ../../nbs/api/scale/03c_exchange.ipynb #400d1e32
+@torch.no_grad()
+def from_first(
+    tensors: Iterable[Tensor],  # as many, of the same shapes, on all processes
+    most: int = 2 ** 23,        # numbers in a message, unless one tensor has more
+) -> None:
+    "Give tensors the numbers that they have on the first process"
+    kinds: dict[tuple[torch.device, torch.dtype], list[list[Tensor]]] = {}
+    for one in tensors:
+        parts = kinds.setdefault((one.device, one.dtype), [[]])
+        if parts[-1] and sum(each.numel() for each in parts[-1]) + one.numel() > most: parts.append([])
+        parts[-1].append(one.detach())
+    for part in [part for parts in kinds.values() for part in parts]:
+        packed = torch.cat([one.reshape(-1) for one in part]) if len(part) > 1 else part[0].reshape(-1)
+        dist.broadcast(packed, src=0)
+        for one, values in zip(part, packed.split([each.numel() for each in part])):
+            if len(part) > 1 or not one.is_contiguous(): one.copy_(values.view(one.shape))
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #2a0b5cb0
 FIRST = 256  # numbers in the first message, the digest among them

@@ -34,7 +34,7 @@ from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'has_group', 'leave', 'told_when_long', 'join']
+           'fresh_store', 'told_when_long', 'has_group', 'leave', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -180,6 +180,22 @@ def fresh_store(
     raise TimeoutError(f"rank {place.rank} found no rank 0 within {timeout.total_seconds():.0f} s; look at "
                        "what it says")
 
+# %% ../../nbs/api/scale/02_processes.ipynb #c4ca2cc1
+@contextmanager
+def told_when_long(
+    place: Place,
+    timeout: str,
+    after: float = 30,  # seconds
+) -> Iterator[None]:
+    "Say what this process waits for, when the others are long in coming"
+    text = (f"rank {place.rank} of {place.world_size} waits for the others at {place.address}:{place.port}, "
+            f"for {timeout} at most. Are all of them started, and with this address?")
+    timer = threading.Timer(after, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try: yield
+    finally: timer.cancel()
+
 # %% ../../nbs/api/scale/02_processes.ipynb #260f0825
 def has_group() -> bool:
     "Whether this process has joined others already"
@@ -190,21 +206,6 @@ def leave() -> None:
     if not has_group() or getattr(sys, "last_value", None) is not None: return
     dist.destroy_process_group()
     time.sleep(0.1)  # whoever waits for Python gets it now
-
-@contextmanager
-def told_when_long(
-    place: Place,
-    timeout: str,
-    after: float = 30,  # seconds
-) -> Iterator[None]:
-    "Say what this process waits for, when the others are long in coming"
-    text = (f"rank {place.rank} of {place.world_size} waits for the others at {place.address}:{place.port}, for "
-            f"{timeout} at most. Are all of them started, and with this address?")
-    timer = threading.Timer(after, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try: yield
-    finally: timer.cancel()
 
 def join(
     place: Place | None = None,      # None: by the variables of whoever started the process
@@ -225,9 +226,9 @@ def join(
         if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
         elif place.starter == "torchrun": how["init_method"] = "env://"
         else: how["init_method"] = f"tcp://{place.address}:{place.port}"
-        backends = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        how |= {"rank": place.rank, "world_size": place.world_size, "timeout": limit}
         with told_when_long(place, timeout):
-            dist.init_process_group(backends, rank=place.rank, world_size=place.world_size, timeout=limit, **how)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **how)
         atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from ..loop.engine import Engine, OptimizerSlot
-from .exchange import WISHES
+from .exchange import WISHES, from_first
 from .processes import Processes
 from .synced_norms import sync_norms
 from .together import Together, must_run
@@ -118,8 +118,7 @@ class Replicas(Together):
         self.same_weights()
         return model
 
-    def same_weights(self) -> None:
-        for one in (*self.model.parameters(), *self.model.buffers()): dist.broadcast(one.data, src=0)
+    def same_weights(self) -> None: from_first((*self.model.parameters(), *self.model.buffers()))
 
     def begin(self, trainer: Trainer) -> None:
         self.armed = self.averaged = False

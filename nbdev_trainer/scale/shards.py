@@ -30,6 +30,7 @@ from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
 from ..loop.micro_batches import InParts
 from .empty_weights import fill, place
+from .exchange import from_first
 from .processes import Processes
 from .synced_norms import sync_norms
 from .together import Together, must_run
@@ -187,7 +188,7 @@ class Shards(Together):
     def fill(self, module: nn.Module, device: torch.device, made: dict[Tensor, Tensor]) -> None:
         "A part of the model on the device, with the weights of the first process"
         fill(module, device, self.initialize, made)
-        for tensor in place(module, device): dist.broadcast(tensor.data, src=0)
+        from_first(place(module, device))
 
     def over_data(self, device: torch.device) -> DeviceMesh:
         "The processes that have different parts of the data"

@@ -32,7 +32,7 @@ from ..data.loaders import EpochLoader, samplers_of
 from ..loop.engine import OptimizerSlot, Strategy
 from ..loop.settings import differences, run_settings
 from ..metrics.collection import MetricSet
-from .exchange import MEASURED, WISHES, divided, for_rank, gathered, over_all, settled
+from .exchange import MEASURED, WISHES, divided, for_rank, from_first, gathered, over_all, settled
 from .processes import Processes
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -200,13 +200,7 @@ class Together(Agreeing):
     def average(self, slot: OptimizerSlot) -> None:
         "Make the gradients of the window the means over the processes"
 
-    def same_buffers(self) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for one in self.model.buffers(): kinds.setdefault((one.device, one.dtype), []).append(one.detach())
-        for of_kind in kinds.values():
-            packed = torch.cat([one.reshape(-1) for one in of_kind])
-            dist.broadcast(packed, src=0)
-            for one, part in zip(of_kind, packed.split([one.numel() for one in of_kind])): one.copy_(part.view(one.shape))
+    def same_buffers(self) -> None: from_first(self.model.buffers())
 
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
@@ -219,9 +213,8 @@ class Together(Agreeing):
         settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
         rates = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
                  for name, slot in trainer.engine.slots.items()}
-        self.check_same({**settings, **done, "learning rates": rates})
         sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
-        found = self.processes.gather(sizes)  # a data set of another size on each is a part of it
+        found = self.check_same({**settings, **done, "learning rates": rates}, sizes)  # another size on each: a part
         if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
             tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
                  "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "
@@ -241,12 +234,14 @@ class Together(Agreeing):
             self.trainer = self.work = None
             self.end()
 
-    def check_same(self, settings: Mapping[str, Any]) -> None:
-        "Raise `ValueError` when the processes are about to train different things"
-        for rank, other in enumerate(found := self.processes.gather(settings)):
+    def check_same(self, settings: Mapping[str, Any], more: Any) -> list[Any]:
+        "`more` of all processes; raises `ValueError` when they are about to train different things"
+        found, others = zip(*self.processes.gather((settings, more)))
+        for rank, other in enumerate(found):
             if lines := differences(found[0], other, words=("is on rank 0", f"on rank {rank}")):
                 raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build model, "
                                  "data and callbacks alike on all of them; give a seed to what is drawn")
+        return list(others)
 
     def length(self, own: int | None) -> int | None:
         found = self.processes.gather(own)
