@@ -448,10 +448,11 @@ class Learner:
         *,
         start: float = 1e-6,  # the first rate, of the group with the highest one
         end: float = 10.0,    # the last
-        steps: int = 200,     # optimizer steps between them, at least 20
+        steps: int = 200,     # optimizer steps between them, at least 20, of each test
+        tests: int = 3,       # how often, with other batches; the steps are so many times as many, at most
     ) -> RangeTest:
         "Train while the learning rate rises, and say which one to train with; nothing is changed"
-        return lr_find(self.trainer, self.loaders.train, start=start, end=end, steps=steps)
+        return lr_find(self.trainer, self.loaders.train, start=start, end=end, steps=steps, tests=tests)
 
     def batch_size_find(self,
         *,

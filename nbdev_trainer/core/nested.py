@@ -74,11 +74,12 @@ def detach(
     value: Any,  # a tensor, or a nesting of dicts, lists and tuples
 ) -> Any:
     "`value` with every tensor cut from the graph of gradients; the numbers are shared, not copied."
-    return map_tensors(Tensor.detach, value)
+    return value.detach() if isinstance(value, Tensor) else _map(Tensor, Tensor.detach, value)
 
 # %% ../../nbs/api/core/01_nested.ipynb #d0bb3bd2
 def is_divided(one: Tensor) -> bool:
     "Whether several processes keep parts of it"
+    if type(one) is Tensor or type(one) is torch.nn.Parameter: return False  # sooner than looking for it
     return getattr(one, "placements", None) is not None
 
 
@@ -139,7 +140,7 @@ def index(
 def _join(parts: list[Any]) -> Any:
     "Join parts that are all tensors or lists of samples."
     for number, part in enumerate(parts):
-        if not isinstance(part, (Tensor, list)) or isinstance(part, Tensor) and part.ndim == 0:
+        if isinstance(part, Tensor) and part.ndim == 0 or not isinstance(part, (Tensor, list)):
             raise ValueError(f"cannot join {describe(part)} (batch {number}) with other batches. {_EXPECTED}")
     shapes = {part.shape[1:] if isinstance(part, Tensor) else None for part in parts}
     if len(shapes) == 1 and None not in shapes: return torch.cat(parts)
@@ -150,7 +151,9 @@ def concatenate(
     parts: list[Any],  # outputs of batches, all of one structure
 ) -> Any:  # tensors joined on dimension 0, lists extended; None if every part is None
     "Join the outputs of batches into the output of one big batch."
-    if all(part is None for part in parts): return None
+    kinds = {*map(type, parts)}
+    if kinds == {Tensor}: return _join(parts)
+    if kinds <= {type(None)}: return None
     first = parts[0]
     if isinstance(first, Mapping):
         for number, part in enumerate(parts):

@@ -33,6 +33,7 @@ class Batch:
     size: int = None               # type: ignore[assignment]  # number of samples; None: not counted yet
     ids: Tensor | None = None      # (size,) int64, position of each sample in its dataset
     weights: Tensor | None = None  # (size,) float, weight of each sample in the loss and the metrics
+    lowest: tuple[Tensor, int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
 # %% ../../nbs/api/data/00_batch.ipynb #95e1a492
 @dataclass(slots=True)

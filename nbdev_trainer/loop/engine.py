@@ -217,7 +217,7 @@ def on_device(
     kept: dict[Any, Tensor],  # those that were made before
 ) -> Tensor:  # ()
     "A number as a tensor, without waiting for the device"
-    key = value, like.dtype, like.device
+    key = value, like.dtype, like.is_cpu or like.device  # looking at a device takes longer
     if key not in kept:
         if len(kept) >= 8: kept.clear()  # counts that hardly ever come again
         kept[key] = torch.full((), value, dtype=like.dtype, device=like.device)  # never waits

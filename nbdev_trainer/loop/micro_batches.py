@@ -26,8 +26,7 @@ from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot, Window
 from .groups import mark_norms
 from .repeated import Repeating, asks_again
-from .steps import Step
-from ..metrics.base import targets_of
+from .steps import Step, lowest_class
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'piece', 'weighted_mean', 'joined', 'is_out_of_memory', 'check_size', 'window_before', 'traces_before',
@@ -39,20 +38,23 @@ def piece(
     rows: slice,  # of its samples
 ) -> Batch:
     "Some samples of a batch, as a batch"
-    size = len(range(*rows.indices(batch.size)))
-    return Batch(index(batch.inputs, rows), index(batch.targets, rows), size, index(batch.ids, rows),
-                 index(batch.weights, rows))
+    targets, ids, weights, size = batch.targets, batch.ids, batch.weights, len(range(batch.size)[rows])
+    return Batch(index(batch.inputs, rows), None if targets is None else index(targets, rows), size,
+                 None if ids is None else index(ids, rows), None if weights is None else index(weights, rows))
 
 def weighted_mean(
     values: list[Any],  # of the parts: scalars, on one device
     counts: list[Any],  # what each is a mean over; one that is a mean over nothing may be NaN
 ) -> Tensor:  # ()
     "The mean over all parts"
-    kept = [(torch.as_tensor(value), count) for value, count in zip(values, counts)
-            if isinstance(count, Tensor) or count != 0]
-    if not kept: return torch.as_tensor(values[0])
+    values = [value if isinstance(value, Tensor) else torch.as_tensor(value) for value in values]
+    on_host = not any([isinstance(count, Tensor) for count in counts])
+    if on_host and counts[0] and counts.count(counts[0]) == len(counts) and values[0].is_floating_point():
+        return torch.stack(values).mean()
+    kept = [(value, count) for value, count in zip(values, counts) if isinstance(count, Tensor) or count != 0]
+    if not kept: return values[0]
     total = sum(count for _, count in kept)
-    if not isinstance(total, Tensor):
+    if on_host:
         shares = [count / total for _, count in kept]
         return torch.stack(torch._foreach_mul([value for value, _ in kept], shares)).sum()
     total = torch.where(total > 0, total, 1)
@@ -66,9 +68,8 @@ def joined(
 ) -> StepOutput:
     "The outputs of all parts as that of one batch"
     if len(outputs) == 1: return replace(outputs[0], count=counts[0])
-    names = dict.fromkeys(name for one in outputs for name in one.logs or ())
-    logs = dict[str, Tensor]()
-    for name in names:
+    logs: dict[str, Tensor] = {}
+    for name in dict.fromkeys([name for one in outputs if one.logs for name in one.logs]):
         there = [(one.logs[name], n) for one, n in zip(outputs, counts) if one.logs and name in one.logs]
         logs[name] = weighted_mean([value for value, _ in there], [n for _, n in there])
     return StepOutput(weighted_mean([one.loss for one in outputs], counts),
@@ -131,20 +132,24 @@ class InParts(Engine):
 
     def in_parts(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch, size: int) -> Any:
         "The outputs of parts of this size, joined; their gradients are added"
-        slot, outputs, counts = self.slots["main"], list[StepOutput](), list[Any]()
-        self.done = None
+        slot, self.done = self.slots["main"], None
+        outputs: list[StepOutput] = []
+        counts: list[Any] = []
+        lowest = lowest_class(batch.targets)  # looked up once for all parts
+        version = None if lowest is None else batch.targets._version
         for first in range(0, max(batch.size, 1), size):
             self.rows = slice(first, first + size)
             part = trainer.state.current_batch = piece(batch, self.rows)
+            if version is not None: part.lowest = part.targets, version, lowest
             output = self.run(method, trainer, part)
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
             if first == 0: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
-            self.backward(output.loss, counts[-1], slot)
-            targets = targets_of(output, part) if output.targets is not None else None
-            outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), detach(targets),
-                                      logs=detach(output.logs)))
+            super().backward(output.loss, counts[-1], slot)
+            targets = None if output.targets is None else detach(output.targets)
+            outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), targets,
+                                      logs=detach(output.logs) if output.logs else None))
             del output
         joint = joined(outputs, counts)
         self.done = joint.loss
@@ -186,7 +191,7 @@ class MicroBatching(InParts):
                 if erase is None or not is_out_of_memory(error): raise
             finally:
                 trainer.state.current_batch, self.rows = batch, None
-                put_back(slot, held)
+                if held: put_back(slot, held)
             erase()
             self.get_smaller(size, getattr(trainer, "shown", False))
 

@@ -52,7 +52,7 @@ def look_again(
     to_start: Callable[[], None],                # puts the generators back to where the batch began
 ) -> Tensor:  # () the loss
     "Loss and finished gradient of a batch at the weights of now"
-    slot, seen = engine.slots["main"], MetricSet([])
+    slot = engine.slots["main"]
     slot.zero()
     to_start()
     with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
@@ -61,6 +61,7 @@ def look_again(
         engine.backward(output.loss, batch.size if output.count is None else output.count, slot)
     engine.finish(slot)
     if not engine.together: return output.loss.detach()
+    seen = MetricSet([])
     seen.update(StepOutput(output.loss.detach(), count=output.count), batch)
     return loss_of_all(engine, seen)
 

@@ -27,8 +27,9 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'element_weights', 'count_targets', 'unreduced', 'no_match', 'function_text',
-           'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep', 'ManualStep']
+__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'element_weights', 'count_targets', 'weight_of', 'lowest_class', 'unreduced',
+           'no_match', 'function_text', 'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep',
+           'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -81,15 +82,28 @@ def count_targets(
     targets: Tensor,           # (batch, ...) class numbers, or (batch, classes, ...) probabilities
     ignore_index: int,         # class number that does not count
     weight: Tensor | None,     # (classes,) class weights, or None
+    noted: tuple[Tensor, int, int] | None = None,  # targets, their version, a number none is below
 ) -> int | float | Tensor:  # a number where the host has it, a scalar on the device elsewhere
     "What torch's cross-entropy divides by"
     if targets.is_floating_point(): return targets.numel() // targets.shape[1]
-    on_host = targets.device.type == "cpu"
-    if on_host and not targets.numel(): return 0  # the part of a batch on a rank that has none of it
-    if on_host and weight is None and ignore_index < 0 <= targets.min().item(): return targets.numel()
+    on_host, n = targets.is_cpu, targets.numel()
+    if on_host and not n: return 0  # the part of a batch on a rank that has none of it
+    if on_host and weight is None and ignore_index < 0:
+        known = noted is not None and noted[0] is targets and noted[1] == targets._version
+        if (noted[2] if noted and known else targets.min().item()) >= 0: return n
     if weight is None: counted = (targets != ignore_index).sum()
     else: counted = element_weights(targets, ignore_index, weight).sum()
     return counted.item() if on_host else counted
+
+def weight_of(loss_fn: Any) -> Tensor | None:
+    "The class weights of a loss, if it has any; a module takes ten times as long to find them itself"
+    own = getattr(loss_fn, "_buffers", None)
+    return own["weight"] if own and "weight" in own else getattr(loss_fn, "weight", None)
+
+def lowest_class(targets: Any) -> int | None:
+    "The lowest of class numbers on the host; None for anything else, and for none at all"
+    if type(targets) is not Tensor or targets.dtype is not torch.int64 or not targets.is_cpu: return None
+    return int(targets.min()) if targets.numel() and not targets.is_inference() else None
 
 # %% ../../nbs/api/loop/03_steps.ipynb #578011fe
 def unreduced(
@@ -143,7 +157,7 @@ class CountedLoss:
     @property
     def weight(self) -> Tensor | None:
         "The class weights, wherever the loss has been moved by now"
-        return None if self.ignore_index is None else getattr(self.loss_fn, "weight", None)
+        return None if self.ignore_index is None else weight_of(self.loss_fn)
 
     def __call__(self, output: StepOutput, batch: Batch) -> None:
         "Set loss and count of `output`"
@@ -154,7 +168,7 @@ class CountedLoss:
             output.loss = self.loss_fn(output.predictions, targets)
             if self.count is not None: output.count = self.count(output, batch)
             elif self.ignore_index is not None:
-                output.count = count_targets(targets, self.ignore_index, self.weight)
+                output.count = count_targets(targets, self.ignore_index, self.weight, batch.lowest)
         else:
             elements, counts = self.elements(output, batch)
             each = 1.0 if batch.weights is None else batch.weights.view(-1, *[1] * (elements.ndim - 1))

@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 from ..core.errors import describe, require
-from ..data.loaders import EpochLoader
+from ..core.seeding import isolated_rng
+from ..data.loaders import EpochLoader, looking_at
 from ..loop.evaluation import module_modes
 from ..loop.scheduled import current_values, set_values
 from ..loop.trainer import Trainer
@@ -30,7 +31,7 @@ from .undisturbed import undisturbed
 # %% auto #0
 __all__ = ['RULES', 'running_mean', 'smoothed', 'without_outliers', 'crossing', 'at_edge', 'beginning', 'at_minimum',
            'at_steepest', 'in_valley', 'decay_for', 'clear_curve', 'RangeTest', 'draw_test', 'endless', 'train_window',
-           'check_range', 'lr_find', 'rising', 'has_diverged']
+           'check_range', 'one_test', 'lr_find', 'rising', 'has_diverged']
 
 # %% ../../nbs/api/use/04_tune.ipynb #3b63e9b6
 def running_mean(
@@ -215,12 +216,14 @@ def train_window(trainer: Trainer, batches: Iterator[Any]) -> float:
     return float(sum(losses) / len(losses))
 
 # %% ../../nbs/api/use/04_tune.ipynb #3befa9d1
-def check_range(trainer: Trainer, train: Any, start: float, end: float, steps: int) -> None:
+def check_range(trainer: Trainer, train: Any, start: float, end: float, steps: int, tests: int) -> None:
     "Raise `ValueError` or `TypeError` for what no range test can be made with"
     if not 0 < start < end:
         raise ValueError(f"start is {start} and end is {end}; expected two rates above 0, the second larger")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 20:
         raise ValueError(f"steps is {steps!r}; expected a number of optimizer steps, at least 20")
+    if isinstance(tests, bool) or not isinstance(tests, int) or tests < 1:
+        raise ValueError(f"tests is {tests!r}; expected a number of range tests, at least 1")
     if isinstance(train, Iterator): raise ValueError("lr_find would use up an iterator; pass a loader")
     if not trainer.step.automatic:
         names = ", ".join(trainer.engine.slots)
@@ -229,6 +232,17 @@ def check_range(trainer: Trainer, train: Any, start: float, end: float, steps: i
     rates = [float(group["lr"]) for group in trainer.engine.slots["main"].optimizer.param_groups]
     if not max(rates) > 0: raise ValueError("all groups have the rate 0; give them rates in proportion")
 
+def one_test(trainer: Trainer, batches: Iterator[Any], lrs: list[float]) -> list[float]:
+    "The losses at rising rates, up to where training breaks down; weights and optimizer are then as before"
+    losses, decay = list[float](), decay_for(math.log10(lrs[-1] / lrs[0]) / (len(lrs) - 1))
+    with undisturbed(trainer), rising(trainer) as set_rate:
+        for lr in lrs:
+            set_rate(lr)
+            loss = train_window(trainer, batches)
+            if not math.isfinite(loss) or has_diverged([*losses, loss], decay): break
+            losses.append(loss)
+    return losses
+
 # %% ../../nbs/api/use/04_tune.ipynb #df1cb9f1
 def lr_find(
     trainer: Trainer,
@@ -236,24 +250,22 @@ def lr_find(
     *,
     start: float = 1e-6,   # the first rate, of the group with the highest one
     end: float = 10.0,     # the last
-    steps: int = 200,      # optimizer steps between them, at least 20
-) -> RangeTest:
+    steps: int = 200,      # optimizer steps between them, at least 20, of each test
+    tests: int = 3,        # how often, with other batches; the steps are so many times as many, at most
+) -> RangeTest:  # the mean of the losses, as far as all tests came
     "Train at rising rates, watch the loss, put everything back (Smith 2015, arXiv:1506.01186)"
-    check_range(trainer, train, start, end, steps)
-    test, decay = RangeTest([], [], "reached the end"), decay_for(math.log10(end / start) / (steps - 1))
-    with undisturbed(trainer, train), rising(trainer) as set_rate:
+    check_range(trainer, train, start, end, steps, tests)
+    lrs = [start * (end / start) ** (k / (steps - 1)) for k in range(steps)]
+    with isolated_rng(), looking_at(train):
         batches = endless(trainer, train)
-        for k in range(steps):
-            set_rate(lr := start * (end / start) ** (k / (steps - 1)))
-            loss = train_window(trainer, batches)
-            if not math.isfinite(loss) or has_diverged([*test.losses, loss], decay):
-                test.ending = f"diverged at lr {lr:.2g}"
-                break
-            test.lrs.append(lr)
-            test.losses.append(loss)
-    test = trainer.engine.strategy.share(test)
+        curves = [one_test(trainer, batches, lrs) for _ in range(tests)]
+    shortest = min(len(curve) for curve in curves)
+    losses = [sum(at_rate) / tests for at_rate in zip(*curves)]
+    ending = "reached the end" if shortest == steps else f"diverged at lr {lrs[shortest]:.2g}"
+    test = trainer.engine.strategy.share(RangeTest(lrs[:shortest], losses, ending))
     if test.losses: return test
     raise ValueError("the very first loss is not a number; learner.check() looks for the cause")
+
 
 @contextmanager
 def rising(trainer: Trainer) -> Iterator[Callable[[float], None]]:  # sets the rate of the highest group
