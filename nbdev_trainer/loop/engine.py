@@ -27,7 +27,8 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'backward_to', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'backward_to',
+           'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -62,8 +63,7 @@ def move_model(
     if empty:
         raise ValueError(f"{len(empty)} parameters, such as {empty[0]!r}, are on the device 'meta', which "
                          "holds no numbers. Build the model outside of torch.device('meta'); or make room, "
-                         f"with model.to_empty(device={str(device)!r}), and fill it, with "
-                         "load_state_dict(...).")
+                         f"with model.to_empty(device={str(device)!r}), and fill it by load_state_dict(...)")
     model.to(device)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #f429dba3
@@ -286,7 +286,7 @@ class OptimizerSlot:
 
 # %% ../../nbs/api/loop/06_engine.ipynb #34b99878
 class EngineParts:
-    "What an engine is made of: where steps run, and in which context"
+    "What an engine is made of"
     def __init__(self,
         model: nn.Module,                                 # on its device already
         optimizers: Mapping[str, torch.optim.Optimizer],  # by name
@@ -307,6 +307,13 @@ class EngineParts:
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
+    def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
+        "What is set up for the time of a fit"
+        return self.strategy.during(trainer, plan)
+
+# %% ../../nbs/api/loop/06_engine.ipynb #8467f8f8
+class RunsSteps(EngineParts):
+    "Where steps run, and in which context"
     def move(self, batch: Batch) -> Batch:
         "The batch with inputs, targets and weights on the device; `ids` stay where they are"
         if self.precision.dtype is not None: convert(batch, self.precision.dtype)
@@ -346,7 +353,7 @@ def backward_to(
     for p, gradient in others: p.grad = gradient
 
 # %% ../../nbs/api/loop/06_engine.ipynb #7833e032
-class Engine(EngineParts):
+class Engine(RunsSteps):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
         loss: Tensor,                            # () a mean over `count`
