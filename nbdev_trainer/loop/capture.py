@@ -13,7 +13,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/capture.html.md"""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..core.errors import describe
 from ..core.nested import tensors
 
 # %% auto #0
-__all__ = ['ASKS_THE_DEVICE', 'Captures', 'CudaGraphs', 'Notes', 'Tape', 'signature']
+__all__ = ['ASKS', 'INDEXING', 'Captures', 'CudaGraphs', 'asks_the_device', 'Notes', 'Tape', 'signature']
 
 # %% ../../nbs/api/loop/06e_capture.ipynb #8ae46d0e
 class Captures(Protocol):
@@ -75,16 +75,24 @@ class CudaGraphs:  # pragma: gpu
         torch.cuda.empty_cache()
 
 # %% ../../nbs/api/loop/06e_capture.ipynb #d061f3ba
-ASKS_THE_DEVICE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+ASKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")  # ask only where they are given a mask
+
+def asks_the_device(operation: Any, args: Any) -> bool:
+    "Whether the host has to know numbers that are on the device"
+    if operation._schema.name not in INDEXING: return any(tag in operation.tags for tag in ASKS)
+    return any(one.dtype in (torch.bool, torch.uint8) for one in tensors(args[1]))
 
 class Notes(TorchDispatchMode):
     "The operations of a block, in order, with their tensors and their results"
+    listening: ClassVar[bool] = False  # then nothing of ours reads a number on the host, as on a GPU
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in operation.tags for tag in ASKS_THE_DEVICE):
+        if asks_the_device(operation, args):
             raise RuntimeError(f"{operation} gives the host what only the device knows, and what is recorded "
                                "cannot wait for it")
         result = operation(*args, **(kwargs or {}))
@@ -93,6 +101,14 @@ class Notes(TorchDispatchMode):
         if not is_view: self.calls.append((operation, args, kwargs or {}, result))
         return result
 
+    def __enter__(self) -> Any:
+        Notes.listening = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Notes.listening = False
+        super().__exit__(*error)
+
     @torch.no_grad()
     def play(self) -> None:
         "Repeat all operations; results go where they were"
@@ -100,6 +116,7 @@ class Notes(TorchDispatchMode):
             for there, new in zip(tensors(result), tensors(operation(*args, **kwargs))):
                 if there is not new: there.copy_(new)
 
+# %% ../../nbs/api/loop/06e_capture.ipynb #c4cd8e74
 class Tape:
     "Records work on any device, operation by operation: to try what a CUDA graph would do"
     def aside(self, fn: Callable[[], Any]) -> Any:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
+from .capture import Notes
 from .events import STEP_EVENTS, Event
 from ..metrics.base import targets_of
 
@@ -84,7 +85,7 @@ def count_targets(
 ) -> int | float | Tensor:  # a number where the host has it, a scalar on the device elsewhere
     "What torch's cross-entropy divides by"
     if targets.is_floating_point(): return targets.numel() // targets.shape[1]
-    on_host = targets.device.type == "cpu"
+    on_host = targets.device.type == "cpu" and not Notes.listening
     if on_host and not targets.numel(): return 0  # the part of a batch on a rank that has none of it
     if on_host and weight is None and ignore_index < 0 <= targets.min().item(): return targets.numel()
     if weight is None: counted = (targets != ignore_index).sum()
