@@ -12,6 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/capture.html.md"""
 # %% ../../nbs/api/loop/06e_capture.ipynb #2944f488
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -29,6 +30,7 @@ __all__ = ['ASKS', 'INDEXING', 'Captures', 'CudaGraphs', 'asks_the_device', 'Not
 class Captures(Protocol):
     "Records functions and plays them again"
     def aside(self, fn: Callable[[], Any]) -> Any: "Run a function as one that is going to be recorded"
+    def rehearse(self, fn: Callable[[], Any]) -> Any: "Run it, and raise where it waits for the device"
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         "Record a function; what comes back plays it, and returns the result, in the same memory each time"
         ...
@@ -49,6 +51,15 @@ class CudaGraphs:  # pragma: gpu
         current.wait_stream(self.stream)
         return result
 
+    def rehearse(self, fn: Callable[[], Any]) -> Any:
+        "Run a function as `aside` does; what waits for the device is an error of torch"
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():  # torch says that it does not find all of it
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        try: return self.aside(fn)
+        finally: torch.cuda.set_sync_debug_mode(before)
+
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         "Record a function without running it; it must neither wait for the device nor give the host a number"
         graph, current, first = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), []
@@ -58,9 +69,7 @@ class CudaGraphs:  # pragma: gpu
                 except BaseException as error:
                     first.append(error)
                     raise
-        except Exception:
-            if first: raise first[0]
-            raise
+        except Exception as error: raise first[0] if first else error
         finally: torch.cuda.set_stream(current)
         self.pool = graph.pool()
 
@@ -122,6 +131,10 @@ class Tape:
     def aside(self, fn: Callable[[], Any]) -> Any:
         "Run a function"
         return fn()
+
+    def rehearse(self, fn: Callable[[], Any]) -> Any:
+        "Run a function; what asks the device is an error"
+        with Notes(): return fn()
 
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         "Record a function, by running it; the first playing does nothing"

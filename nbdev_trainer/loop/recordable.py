@@ -158,9 +158,9 @@ def host_draws(device: torch.device) -> list[Any]:
     return kept if device.type == "cpu" else [*kept, torch.get_rng_state().tolist()]
 
 # %% ../../nbs/api/loop/06f_recordable.ipynb #835ed2c0
-NOTE = ("The step was being recorded as a CUDA graph (cuda_graph=). Within it nothing may wait for the "
-        "device: no .item(), float() or print of a tensor, no `if` on one, no boolean mask, no nonzero(), no "
-        "copy to the host. Change the step, or leave out cuda_graph=")
+NOTE = ("The step was being recorded as a CUDA graph (cuda_graph=), or rehearsed for that. Within it nothing "
+        "may wait for the device: no .item(), float() or print of a tensor, no `if` on one, no boolean mask, "
+        "no nonzero(), no copy to the host. Change the step, or leave out cuda_graph=")
 
 def draws_on_host(step: Step) -> RuntimeError:
     "The error for random numbers that a recording would keep"

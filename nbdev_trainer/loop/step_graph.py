@@ -221,10 +221,15 @@ class RecordsSteps(Remembering):
                      kind: Hashable) -> tuple[Any, Tensor | None]:
         "The step without a recording, as one that is going to be recorded"
         given = FixedBatch(batch.inputs, batch.targets, batch.size, batch.weights)
-        known, rates = FixedTrainer(trainer), self.rates
-        with warnings.catch_warnings():  # torch warns of an optimizer that is capturable and not recorded
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            result = self.capture.aside(lambda: self.whole_step(method, known, given, rates))
+        known, rates, is_last = FixedTrainer(trainer), self.rates, self.seen.get(kind, 0) == WARM_UP - 1
+        try:
+            with warnings.catch_warnings():  # torch warns of an optimizer that is capturable and not recorded
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                run = self.capture.rehearse if is_last else self.capture.aside
+                result = run(lambda: self.whole_step(method, known, given, rates))
+        except Exception as error:
+            if is_last: error.add_note(NOTE)
+            raise
         self.look()  # the first step has made the state of the optimizer
         self.seen[kind] = self.seen.get(kind, 0) + 1
         return result
