@@ -1,6 +1,8 @@
 """A recorded step beside the plain one, on a tape of operations: what a CUDA graph would repeat, and nothing of Python."""
 
+import inspect
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from nbdev_trainer import (
     AUROC, EMA, ActivationStatistics, Accuracy, AnomalyDetection, BadBatches, Batch, Callback, EarlyStopping, GradientNorms, Learner,
     Loaders, Mixup, NonFinite, StepOutput, SupervisedStep, Tape, TimeSplit, TorchScheduler, one_cycle)
+from nbdev_trainer.loop.capture import CudaGraphs
 from nbdev_trainer.loop.engine import Engine
 from nbdev_trainer.loop.step_graph import StepGraphs
 
@@ -520,3 +523,85 @@ def test_without_a_gpu_and_with_what_does_not_fit_the_model_stays_as_it_was():
 def test_the_plain_engine_is_used_when_nothing_is_asked():
     assert not isinstance(learner_of(False).trainer.engine, StepGraphs)
     assert type(learner_of(False).trainer.engine) is Engine
+
+
+# What is asked of torch.cuda, with a stand-in that writes it down
+
+
+class Cuda:
+    "Streams and graphs that do nothing and write down what they were asked"
+
+    def __init__(self, monkeypatch, breaks=None):
+        self.asked, self.current, self.mode, cuda = [], "the usual stream", 0, self
+        graph_arguments = inspect.signature(torch.cuda.graph).bind  # the real one
+
+        class Stream:
+            def __init__(self, device): cuda.asked.append(f"stream on {device}")
+            def wait_stream(self, other): cuda.asked.append(f"the side waits for {other}")
+            def __repr__(self): return "the side"
+
+        class Usual(str):
+            def wait_stream(self, other): cuda.asked.append(f"{self} waits for {other}")
+
+        class Graph:
+            def replay(self): cuda.asked.append("replay")
+            def pool(self): return "the pool"
+
+        @contextmanager
+        def on(stream):
+            before, cuda.current = cuda.current, stream
+            yield
+            cuda.current = before
+
+        @contextmanager
+        def graph(*args, **options):
+            bound = graph_arguments(*args, **options).arguments
+            cuda.asked.append(f"capture on {bound['stream']}, pool {bound['pool']}, {bound['capture_error_mode']}")
+            cuda.current = bound["stream"]
+            try: yield
+            finally:
+                if breaks: raise RuntimeError("CUDA error: the capture was broken off")  # as torch does, before it puts the stream back
+                cuda.current = self.usual
+
+        self.current = self.usual = Usual("the usual stream")
+        stand_ins = {"Stream": Stream, "CUDAGraph": Graph, "stream": on, "graph": graph, "current_stream": lambda device: self.current,
+                     "set_stream": lambda stream: setattr(self, "current", stream),
+                     "empty_cache": lambda: self.asked.append("empty the cache"),
+                     "get_sync_debug_mode": lambda: self.mode, "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode)}
+        for name, value in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_graphs_are_captured_on_the_stream_of_the_warm_up_and_share_a_pool(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    graphs = CudaGraphs(torch.device("cuda:0"))
+    where = []
+    assert graphs.aside(lambda: where.append(str(cuda.current)) or 5) == 5
+    modes = []
+    assert graphs.rehearse(lambda: modes.append(cuda.mode) or 6) == 6
+    replay = graphs.capture(lambda: where.append(str(cuda.current)) or "the result")
+    assert (replay(), replay(), where, modes, cuda.mode) == ("the result", "the result", ["the side"] * 2, ["error"], 0)
+    graphs.capture(lambda: None)
+    graphs.free()
+    aside = ["the side waits for the usual stream", "the usual stream waits for the side"]
+    assert cuda.asked == ["stream on cuda:0", *aside, *aside, "capture on the side, pool None, thread_local", "replay", "replay",
+                          "capture on the side, pool the pool, thread_local", "empty the cache"]
+    assert graphs.pool is None and cuda.current is cuda.usual
+
+
+def test_of_a_capture_that_breaks_the_first_error_is_raised_and_the_stream_is_put_back(monkeypatch):
+    cuda = Cuda(monkeypatch, breaks=True)
+    graphs = CudaGraphs(torch.device("cuda:0"))
+    def fails(): raise ZeroDivisionError("in the step")
+    with pytest.raises(ZeroDivisionError, match="in the step"): graphs.capture(fails)
+    assert cuda.current is cuda.usual and graphs.pool is None
+    with pytest.raises(RuntimeError, match="broken off"): graphs.capture(lambda: None)
+    assert cuda.current is cuda.usual
+    with pytest.raises(ZeroDivisionError): graphs.rehearse(fails)
+    assert cuda.mode == 0 and cuda.asked[-1] == "the usual stream waits for the side"
+
+
+def test_a_learner_makes_graphs_on_its_device(monkeypatch):
+    Cuda(monkeypatch)
+    learner = learner_of(Tape())
+    engine = StepGraphs(learner.model, {"main": torch.optim.SGD(learner.model.parameters())}, torch.device("cuda:0"), capture=True)
+    assert isinstance(engine.capture, CudaGraphs) and engine.capture.device == torch.device("cuda:0")

@@ -47,9 +47,9 @@ class CudaGraphs:  # pragma: gpu
         "Run a function on the stream that is recorded later"
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream): result = fn()
-        current.wait_stream(self.stream)
-        return result
+        with torch.cuda.stream(self.stream):
+            try: return fn()
+            finally: current.wait_stream(self.stream)
 
     def rehearse(self, fn: Callable[[], Any]) -> Any:
         "Run a function as `aside` does; what waits for the device is an error of torch"
