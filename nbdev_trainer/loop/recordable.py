@@ -26,7 +26,7 @@ from ..data.batch import Batch, StepOutput
 from .capture import Captures
 from .engine import Engine, Precision
 from .events import Event
-from .optimizers import FusedAdamW
+from .optimizers import FusedAdamW, is_plain, is_uniform
 from .repeated import asks_again
 from .steps import Step
 
@@ -38,13 +38,17 @@ __all__ = ['WITHIN', 'HOOKS', 'ONE_PIECE', 'NOTE', 'is_capturable', 'check_captu
 # %% ../../nbs/api/loop/06f_recordable.ipynb #1728e6c2
 def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
     "Whether its step can be recorded: all that changes from step to step is on the device"
-    if isinstance(optimizer, FusedAdamW) or type(optimizer) is torch.optim.SGD: return True
-    return all(group.get("capturable", False) for group in optimizer.param_groups)
+    if type(optimizer) is torch.optim.SGD: return True
+    groups = optimizer.param_groups
+    if all(group.get("capturable") for group in groups): return True
+    if not isinstance(optimizer, FusedAdamW): return False
+    return all(is_plain(group) and is_uniform(group["params"]) for group in groups)
 
 def check_capturable(optimizer: torch.optim.Optimizer) -> None:
     "Raise `ValueError` for an optimizer whose step cannot be recorded"
     if is_capturable(optimizer): return
     name = type(optimizer).__name__
+    if isinstance(optimizer, FusedAdamW): name = "AdamW"  # torch's, which then does the step
     mend = (f"make it with {name}(..., capturable=True)" if "capturable" in optimizer.param_groups[0] else
             "use the default one, SGD(..., fused=True), or one that takes capturable=True")
     raise ValueError(f"cuda_graph= was given with {name}, which counts its steps on the host, and a "

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -75,25 +76,25 @@ class Rates:
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #6587deb8
 def fixed_settings(optimizer: torch.optim.Optimizer) -> list[Any]:
     "The settings of its groups, without the rates that are read on the device"
-    def number(value: Any) -> Any: return value.data_ptr() if isinstance(value, Tensor) else value
-    return [(key, number(value)) for group in optimizer.param_groups for key, value in group.items()
-            if key != "params" and not (key == "lr" and reads_rate(optimizer, group))]
+    names = [[key for key in group if key != "params" and not (key == "lr" and reads_rate(optimizer, group))]
+             for group in optimizer.param_groups]
+    return [itemgetter(*keys)(group) for keys, group in zip(names, optimizer.param_groups)]
 
 def standing(
     modules: list[Any],  # all of the model
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
-    "What a recording relies on, by what it is called"
-    parts = [part for one in modules for part in (one._parameters, one._buffers)]
+    "What a recording relies on, by what it is called; as fast as can be, because each step asks"
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    weights = [one for part in parts for one in part.values() if one is not None]
+    weights = [one for module in modules for one in module._parameters.values() if one is not None]
+    buffers = [one for module in modules for one in module._buffers.values() if one is not None]
     kept = [one for p in params for one in optimizer.state.get(p, {}).values() if isinstance(one, Tensor)]
-    return {"a layer": [id(one) for module in modules for one in module._modules.values()],
-            "where weights are, or which of them train,": [
-                (one.data_ptr(), one.requires_grad) for one in (*weights, *params)],
-            "the mode of a layer, or its hooks,": [
-                (one.training, len(one._forward_hooks), len(one._forward_pre_hooks)) for one in modules],
-            "the optimizer's state": [one.data_ptr() for one in kept],
+    return {"a layer": [one for module in modules for one in module._modules.values()],
+            "where weights are": list(map(Tensor.data_ptr, weights + buffers + params)),
+            "which weights train,": [p.requires_grad for p in params],
+            "the mode of a layer": [one.training for one in modules],
+            "the hooks of a layer": [one for one in modules if one._forward_hooks or one._forward_pre_hooks],
+            "the optimizer's state": list(map(Tensor.data_ptr, kept)),
             "a setting of the optimizer": fixed_settings(optimizer)}
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #59c2e15d
@@ -180,7 +181,8 @@ class Remembering(WholeSteps):
         self.seen: dict[Hashable, int] = {}              # batches of each kind that ran as they are
         self.fixed: dict[str, Any] = {}                  # what recordings rely on
         self.modules: list[nn.Module] = []
-        self.played, self.in_vain, self.told = 0, 0, False
+        self.told: set[str] = set()
+        self.played, self.in_vain = 0, 0
         self.rates = Rates(self.slots["main"].optimizer, self.device)
 
     def look(self) -> None:
@@ -198,13 +200,14 @@ class Remembering(WholeSteps):
 
     def is_time(self, kind: Hashable) -> bool:
         "Whether a batch of this kind is to be recorded now"
-        if self.seen.get(kind, 0) < WARM_UP or has_hooks(self.slots["main"].optimizer): return False
-        if len(self.recordings) < MOST_RECORDINGS: return True
-        if not self.told:
-            tell(f"cuda_graph: batches come in more than {MOST_RECORDINGS} shapes; those of further ones run "
-                 "without a recording. Batches of one shape (drop_last=True, padding to a fixed length) gain "
-                 "most", self.shown)
-        self.told = True
+        if self.seen.get(kind, 0) < WARM_UP: return False
+        listened = has_hooks(self.slots["main"].optimizer)
+        if len(self.recordings) < MOST_RECORDINGS and not listened: return True
+        why = ("a profiler or a hook of optimizers listens, and meanwhile nothing is recorded" if listened else
+               f"batches come in more than {MOST_RECORDINGS} shapes, and those of further ones run without a "
+               "recording; batches of one shape (drop_last=True, padding to a fixed length) gain most")
+        if why not in self.told: tell(f"cuda_graph: {why}", self.shown)
+        self.told.add(why)
         return False
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #7a57f6ea
