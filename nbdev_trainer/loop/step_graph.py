@@ -203,7 +203,7 @@ class Remembering(WholeSteps):
         if self.seen.get(kind, 0) < WARM_UP: return False
         listened = has_hooks(self.slots["main"].optimizer)
         if len(self.recordings) < MOST_RECORDINGS and not listened: return True
-        why = ("a profiler or a hook of optimizers listens, and meanwhile nothing is recorded" if listened else
+        why = ("a profiler or a hook of optimizers listens; meanwhile nothing is recorded" if listened else
                f"batches come in more than {MOST_RECORDINGS} shapes, and those of further ones run without a "
                "recording; batches of one shape (drop_last=True, padding to a fixed length) gain most")
         if why not in self.told: tell(f"cuda_graph: {why}", self.shown)
