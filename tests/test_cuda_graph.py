@@ -13,7 +13,7 @@ from torch import nn
 from nbdev_trainer import (
     AUROC, EMA, ActivationStatistics, Accuracy, AnomalyDetection, BadBatches, Batch, Callback, EarlyStopping, GradientNorms, Learner,
     Loaders, Mixup, NonFinite, StepOutput, SupervisedStep, Tape, TimeSplit, TorchScheduler, one_cycle)
-from nbdev_trainer.loop.capture import CudaGraphs
+from nbdev_trainer.loop.capture import CudaGraphs, side_stream
 from nbdev_trainer.loop.engine import Engine
 from nbdev_trainer.loop.step_graph import StepGraphs
 
@@ -569,6 +569,7 @@ class Cuda:
                      "empty_cache": lambda: self.asked.append("empty the cache"),
                      "get_sync_debug_mode": lambda: self.mode, "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode)}
         for name, value in stand_ins.items(): monkeypatch.setattr(torch.cuda, name, value)
+        side_stream.cache_clear()
 
 
 def test_graphs_are_captured_on_the_stream_of_the_warm_up_and_share_a_pool(monkeypatch):
@@ -586,6 +587,8 @@ def test_graphs_are_captured_on_the_stream_of_the_warm_up_and_share_a_pool(monke
     assert cuda.asked == ["stream on cuda:0", *aside, *aside, "capture on the side, pool None, thread_local", "replay", "replay",
                           "capture on the side, pool the pool, thread_local", "empty the cache"]
     assert graphs.pool is None and cuda.current is cuda.usual
+    assert CudaGraphs(torch.device("cuda:0")).stream is graphs.stream
+    side_stream.cache_clear()
 
 
 def test_of_a_capture_that_breaks_the_first_error_is_raised_and_the_stream_is_put_back(monkeypatch):
@@ -598,6 +601,7 @@ def test_of_a_capture_that_breaks_the_first_error_is_raised_and_the_stream_is_pu
     assert cuda.current is cuda.usual
     with pytest.raises(ZeroDivisionError): graphs.rehearse(fails)
     assert cuda.mode == 0 and cuda.asked[-1] == "the usual stream waits for the side"
+    side_stream.cache_clear()
 
 
 def test_a_learner_makes_graphs_on_its_device(monkeypatch):
@@ -605,3 +609,4 @@ def test_a_learner_makes_graphs_on_its_device(monkeypatch):
     learner = learner_of(Tape())
     engine = StepGraphs(learner.model, {"main": torch.optim.SGD(learner.model.parameters())}, torch.device("cuda:0"), capture=True)
     assert isinstance(engine.capture, CudaGraphs) and engine.capture.device == torch.device("cuda:0")
+    side_stream.cache_clear()

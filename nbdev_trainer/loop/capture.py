@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from ..core.errors import describe
 from ..core.nested import tensors
 
 # %% auto #0
-__all__ = ['ASKS', 'INDEXING', 'Captures', 'CudaGraphs', 'asks_the_device', 'Notes', 'Tape', 'signature']
+__all__ = ['ASKS', 'INDEXING', 'Captures', 'side_stream', 'CudaGraphs', 'asks_the_device', 'Notes', 'Tape', 'signature']
 
 # %% ../../nbs/api/loop/06e_capture.ipynb #8ae46d0e
 class Captures(Protocol):
@@ -36,11 +37,16 @@ class Captures(Protocol):
         ...
     def free(self) -> None: "Give back the memory of recordings that are gone"
 
+@lru_cache
+def side_stream(device: torch.device) -> Any:
+    "The stream on which steps are recorded: one for a device, because libraries keep memory for each"
+    return torch.cuda.Stream(device)
+
 # %% ../../nbs/api/loop/06e_capture.ipynb #da02bbdb
 class CudaGraphs:  # pragma: gpu
     "Records work on a CUDA device as CUDA graphs (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)"
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, side_stream(device)
         self.pool: Any = None
 
     def aside(self, fn: Callable[[], Any]) -> Any:
