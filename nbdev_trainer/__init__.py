@@ -76,6 +76,7 @@ Modules:
 - `nbdev_trainer.learner`: A model, data and a loss, put together with the usual choices: the composition root
 - `nbdev_trainer.loop.advice`: Where an error happened, and what to do about the mistakes that torch's own messages explain least
 - `nbdev_trainer.loop.callback`: Code of one's own at the events of the loop: classes with a method per event, checked when they are defined
+- `nbdev_trainer.loop.capture`: Work that is recorded once and played again without Python: a CUDA graph, or a tape for any device
 - `nbdev_trainer.loop.clipping`: Limits for gradients, between the backward pass and the step: by norm, by value, or by the size of the weights
 - `nbdev_trainer.loop.control`: Calling handlers, asking the loop for something, attaching functions: what callbacks and steps do with a trainer
 - `nbdev_trainer.loop.engine`: Where and how a step runs: the device, the weight of each gradient, and the order in which gradients become a step
@@ -87,12 +88,14 @@ Modules:
 - `nbdev_trainer.loop.micro_batches`: A batch that does not fit into memory, trained in parts: the same gradient, less memory, also after it has run out
 - `nbdev_trainer.loop.optimizers`: The default optimizer, AdamW without the overhead, and the state of any optimizer by parameter name
 - `nbdev_trainer.loop.plan`: What one call of `fit` was asked to do: how long to train, when to validate, which learning rate at which step
+- `nbdev_trainer.loop.recordable`: What of a training step can be recorded as a CUDA graph, and what is refused
 - `nbdev_trainer.loop.repeated`: Optimizers that ask for the loss again within a step: LBFGS, SAM, and any other that needs a closure
 - `nbdev_trainer.loop.scheduled`: What a schedule changes in an optimizer: learning rates, momentum, weight decay
 - `nbdev_trainer.loop.schedules`: Learning rates over a fit, as pure functions of progress
 - `nbdev_trainer.loop.settings`: What decides the result of a run, as plain data, and what differs between two of them
 - `nbdev_trainer.loop.snapshot`: All state of a run as plain data and tensors, and back
 - `nbdev_trainer.loop.state`: Where a run is: the counters, the batch in hand, and what was last measured
+- `nbdev_trainer.loop.step_graph`: The whole training step as one CUDA graph: forward, loss, backward, clipping and optimizer, started by one call
 - `nbdev_trainer.loop.steps`: What happens to one batch: the one thing to replace in order to train anything
 - `nbdev_trainer.loop.trainer`: The loop: what happens from `fit` to the optimizer step, on one screen
 - `nbdev_trainer.metrics.adapters`: Any function, and any metric of torchmetrics, as a metric
@@ -179,6 +182,7 @@ from nbdev_trainer.data.readers import read_mnist_folder, read_numeric_csv
 from nbdev_trainer.data.splits import random_split
 from nbdev_trainer.learner import Learner
 from nbdev_trainer.loop.callback import Callback
+from nbdev_trainer.loop.capture import Tape
 from nbdev_trainer.loop.engine import Precision, Strategy
 from nbdev_trainer.loop.evaluation import Predictions
 from nbdev_trainer.loop.events import Event
@@ -242,7 +246,7 @@ __all__ = [
     "Processes", "Profiler", "Progress", "QuantileLoss", "R2", "RangeTest", "RecallScore", "Recorder",
     "ReduceOnPlateau", "Replicas", "ReportToRay", "RootMeanSquaredError", "Run", "RunDirectory", "RunTable",
     "SAM", "SWA", "Schedule", "Shards", "SpearmanCorrelation", "State", "Step", "StepOutput", "Strategy",
-    "SupervisedStep", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
+    "SupervisedStep", "Tape", "TensorBoard", "TimeSplit", "TopKAccuracy", "TorchScheduler", "Trainer",
     "WeightsAndBiases", "WholeSet", "WordErrorRate", "batch_size_find", "chained", "check", "compile_model",
     "confusion_matrix", "constant", "cosine", "cosine_restarts", "digits", "flat_then_cosine", "from_dict",
     "import_weights", "inverse_square_root", "join", "launch", "linear", "list_checkpoints", "lr_find",

@@ -41,10 +41,12 @@ from .core.wrapping import uncompiled
 from .data.batch import Batch
 from .data.loaders import Loaders
 from .loop.callback import Callback, check_callbacks
+from .loop.capture import Captures
 from .loop.engine import Precision, Strategy, move_model
 from .loop.evaluation import Predictions, averaged_weights
 from .loop.groups import (
     Changed, add_missing, all_but_last, chosen, replace_groups, set_trainable, train_mode)
+from .loop.recordable import check_compiled
 from .loop.scheduled import Factors, set_values
 from .loop.plan import check_resume
 from .loop.schedules import one_cycle
@@ -197,6 +199,7 @@ class Learner:
         device: str | torch.device = "auto",                  # "auto": CUDA, else MPS, else CPU
         precision: str | Precision = "32",                    # or "bf16", "fp16", "float8", "bf16-pure", "64", "tf32"
         memory_format: str | None = None,                     # of images: "channels_last"; volumes: "channels_last_3d"
+        cuda_graph: bool | Captures = False,                  # True: record the training step and play it, on CUDA
         strategy: str | Strategy | None = "auto",              # "auto": with the processes started beside it; "ddp", "fsdp"
         accumulate: int = 1,                                  # batches per optimizer step
         micro_batch_size: int | str | None = None,            # samples at a time; "auto": as memory allows
@@ -222,6 +225,7 @@ class Learner:
         self.model, where = model, own_device(device)
         if (options := compile_options(compile)) is not None:
             check_tools(options, where)
+            if cuda_graph is not False: check_compiled(options)
             tell("compile: the first batches of training and of evaluation take longer", shown)
         together = make_strategy(strategy, where, shown)
         if not together.in_pieces: move_model(model, where)
@@ -240,7 +244,8 @@ class Learner:
         self.trainer = Trainer(model, step, optimizers, metrics=metrics, callbacks=callbacks, as_batch=as_batch,
                                device=where, accumulate=accumulate, micro_batch_size=micro_batch_size, clip_norm=clip_norm,
                                clip_value=clip_value, clip_adaptive=clip_adaptive,
-                               precision=make_precision(precision, where), strategy=together, memory_format=memory_format)
+                               precision=make_precision(precision, where), strategy=together, memory_format=memory_format,
+                               cuda_graph=cuda_graph)
         self.trainer.shown = shown
         compile_model(model, compile, where)
 

@@ -27,7 +27,7 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -295,7 +295,7 @@ class OptimizerSlot:
 
 # %% ../../nbs/api/loop/06_engine.ipynb #34b99878
 class EngineParts:
-    "What an engine is made of: where steps run, and in which context"
+    "What an engine is made of"
     def __init__(self,
         model: nn.Module,                                 # on its device already
         optimizers: Mapping[str, torch.optim.Optimizer],  # by name
@@ -316,6 +316,13 @@ class EngineParts:
         self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers, device)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
+    def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
+        "What is set up for the time of a fit"
+        return self.strategy.during(trainer, plan)
+
+# %% ../../nbs/api/loop/06_engine.ipynb #e853dd84
+class RunsSteps(EngineParts):
+    "Where steps run, and in which context"
     def move(self, batch: Batch) -> Batch:
         "The batch with inputs, targets and weights on the device; `ids` stay where they are"
         if self.precision.dtype is not None: convert(batch, self.precision.dtype)
@@ -340,7 +347,7 @@ class EngineParts:
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
-class Engine(EngineParts):
+class Engine(RunsSteps):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
         loss: Tensor,                            # () a mean over `count`

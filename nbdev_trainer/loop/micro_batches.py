@@ -23,9 +23,12 @@ from ..core.messages import tell
 from ..core.nested import concatenate, detach, index, map_tensors
 from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
+from .capture import Captures
 from .engine import Engine, OptimizerSlot, Window
 from .groups import mark_norms
+from .recordable import check_recordable
 from .repeated import Repeating, asks_again
+from .step_graph import StepGraphs
 from .steps import Step, lowest_class
 
 # %% auto #0
@@ -215,9 +218,13 @@ def make_engine(
     *,
     step: Step,                                  # what will run on it
     micro_batch_size: int | str | None = None,   # samples in a part of a batch; "auto": smaller if need be
+    cuda_graph: bool | Captures = False,         # record the step: True, or what records
     **options: Any,                              # of `Engine`
 ) -> Engine:
     "The engine for what is asked; raises `ValueError` for what does not go together"
+    if cuda_graph is not False:
+        check_recordable(optimizers, device, step, cuda_graph, micro_batch_size, **options)
+        return StepGraphs(model, optimizers, device, capture=cuda_graph, **options)
     again = next((type(one).__name__ for one in optimizers.values() if asks_again(one)), None)
     if micro_batch_size is None and again is None: return Engine(model, optimizers, device, **options)
     asked = f"micro_batch_size={micro_batch_size!r}" if micro_batch_size is not None else again

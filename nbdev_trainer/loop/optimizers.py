@@ -75,7 +75,9 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 def is_plain(group: Mapping[str, Any]) -> bool:
     "Whether a parameter group asks for nothing but fused AdamW"
     if not group["fused"] or group["amsgrad"] or group["capturable"] or group["differentiable"]: return False
-    return not (isinstance(group["lr"], Tensor) or isinstance(group["betas"][0], Tensor))
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device != group["params"][0].device: return False
+    return not isinstance(group["betas"][0], Tensor)
 
 def is_uniform(tensors: list[Tensor]) -> bool:
     "Whether one kernel can take them: dense, on one device, of one floating type, like their gradients"

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..core.errors import describe
 from ..data.batch import Batch, StepOutput
+from .capture import Notes
 from .events import STEP_EVENTS, Event
 from ..metrics.base import targets_of
 
@@ -86,7 +87,7 @@ def count_targets(
 ) -> int | float | Tensor:  # a number where the host has it, a scalar on the device elsewhere
     "What torch's cross-entropy divides by"
     if targets.is_floating_point(): return targets.numel() // targets.shape[1]
-    on_host, n = targets.is_cpu, targets.numel()
+    on_host, n = targets.is_cpu and not Notes.listening, targets.numel()
     if on_host and not n: return 0  # the part of a batch on a rank that has none of it
     if on_host and weight is None and ignore_index < 0:
         known = noted is not None and noted[0] is targets and noted[1] == targets._version

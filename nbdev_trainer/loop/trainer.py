@@ -26,6 +26,7 @@ from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, named_sets
 from .advice import add_notes
 from .callback import Callback, check_callbacks, handler_table, in_order
+from .capture import Captures
 from .clipping import make_clip
 from .control import call_each, check_events
 from .engine import OptimizerSlot, Precision, Strategy, find_device, move_model
@@ -306,7 +307,7 @@ def fitting(trainer: Trainer, plan: FitPlan, callbacks: Sequence[Callback], resu
         trainer.fit_callbacks, trainer.plan = list(callbacks), plan
         ordered = trainer.acting(trainer.all_callbacks())
         check_events(ordered, trainer.step)
-        undo.enter_context(trainer.engine.strategy.during(trainer, plan))
+        undo.enter_context(trainer.engine.during(trainer, plan))
         enter_plan(trainer, plan, resume)
         undo.callback(unfollow, plan, slots)
         trainer.handlers = handler_table(ordered, set(Event) - EVALUATION_EVENTS)
@@ -362,6 +363,7 @@ class Trainer(Loop):
         precision: Precision | None = None,                          # None: dtypes as the user made them
         strategy: Strategy | None = None,                            # None: one process
         memory_format: str | None = None,                            # of images: "channels_last", "channels_last_3d"
+        cuda_graph: bool | Captures = False,                         # True: record the step and play it, on CUDA
     ) -> None:
         if not isinstance(step, Step):
             raise TypeError(f"step is {describe(step)}; expected an instance of Step, such as "
@@ -379,7 +381,7 @@ class Trainer(Loop):
         clip = make_clip(clip_norm, clip_value, clip_adaptive)
         self.engine = make_engine(model, optimizers, where, step=step, micro_batch_size=micro_batch_size,
                                   accumulate=accumulate, clip=clip, precision=precision, strategy=strategy,
-                                  memory_format=memory_format)
+                                  memory_format=memory_format, cuda_graph=cuda_graph)
         self.model, self.device, self.step, self.as_batch = self.engine.model, where, step, as_batch
         self.metrics, self.callbacks = as_metrics(metrics), check_callbacks(callbacks)
         self.callback_settings = callback_settings(self.callbacks)
