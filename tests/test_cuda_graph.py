@@ -87,7 +87,8 @@ def sgd(fused, **more): return lambda params, lr: torch.optim.SGD(params, lr=lr,
 @pytest.mark.parametrize("options", [
     {}, {"clip_norm": 0.1}, {"clip_value": 0.01}, {"clip_adaptive": 0.01}, {"precision": "bf16"}, {"precision": "64"},
     {"optimizer": sgd(True)}, {"optimizer": sgd(False)}, {"optimizer": sgd(False, nesterov=True)}, {"loss_fn": nn.CrossEntropyLoss()},
-    {"loss_fn": nn.CrossEntropyLoss(ignore_index=2)}, {"loss_fn": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))}], ids=str)
+    {"loss_fn": nn.CrossEntropyLoss(ignore_index=2)}, {"loss_fn": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))},
+], ids=lambda options: " ".join(options) or "plain")  # fmt: skip
 def test_a_recorded_step_is_the_plain_step_bit_for_bit(options):
     plain, recorded, tape = both(lambda learner: learner.fit(5), **options)
     assert same_weights(plain, recorded)

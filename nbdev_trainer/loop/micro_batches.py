@@ -139,11 +139,11 @@ class InParts(Engine):
         outputs: list[StepOutput] = []
         counts: list[Any] = []
         lowest = lowest_class(batch.targets)  # looked up once for all parts
-        version = None if lowest is None else batch.targets._version
+        version = 0 if lowest is None else batch.targets._version
         for first in range(0, max(batch.size, 1), size):
             self.rows = slice(first, first + size)
             part = trainer.state.current_batch = piece(batch, self.rows)
-            if version is not None: part.lowest = part.targets, version, lowest
+            if lowest is not None: part.lowest = part.targets, version, lowest
             output = self.run(method, trainer, part)
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over

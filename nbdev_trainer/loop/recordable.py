@@ -148,6 +148,7 @@ class FixedBatch(Batch):
 
     def __init__(self, inputs: Any, targets: Any, size: int, weights: Tensor | None) -> None:
         self.inputs, self.targets, self.size, self.weights = inputs, targets, size, weights
+        self.lowest = None
 
     @property
     def ids(self) -> Any:  # type: ignore[override]
