@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, describe
+from ..core.nested import own_parts
 from ..core.messages import tell
 from ..core.seeding import isolated_rng
 from ..data.loaders import EpochLoader, looking_at
@@ -127,7 +128,7 @@ class EMA(AveragedWeights):
         decay = min(self.decay, (1 + n) / (10 + n)) if warm_up else self.decay
         averages, weights = self.pairs[name]
         alike = [one.to(average.dtype) for one, average in zip(weights, averages)]  # mostly the same tensors
-        torch._foreach_lerp_(averages, alike, 1 - decay)
+        torch._foreach_lerp_(own_parts(averages), own_parts(alike), 1 - decay)
 
     def match(self, trainer: Trainer, name: str) -> tuple[list[Tensor], list[Tensor]]:
         "The averages and the weights of an optimizer, side by side; what is new begins at the weight"

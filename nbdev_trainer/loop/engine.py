@@ -73,8 +73,12 @@ class Precision:
     context: Callable[[], AbstractContextManager[Any]] | None = None  # entered around each step, if any
     dtype: torch.dtype | None = None  # what floating-point inputs and targets become; None: they stay
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
-        "The model in the types it trains in; `optimizers` by name, for what is kept for each"
+    def prepare(self,
+        model: nn.Module,
+        optimizers: Mapping[str, torch.optim.Optimizer],  # by name, for what is kept for each
+        device: torch.device | None = None,               # where it will train; None: where it is
+    ) -> nn.Module:
+        "The model in the types it trains in"
         return model
 
     def during(self) -> AbstractContextManager[Any]:
@@ -149,16 +153,11 @@ class ProcessGradients(ProcessParts):
     needs_all = False   # the model sends messages when it trains: an empty part goes through it, too
     in_pieces = False   # each process holds a part of the weights, and sends messages in every forward pass
 
-    def backward(self,
-        loss: Tensor,                   # ()
-        weight: Tensor | None = None,   # () to multiply its gradient with
-        retain_graph: bool = False,
-        inputs: list[Tensor] | None = None,  # which alone get a gradient; None: all parameters
-    ) -> None:
-        "The backward pass of a loss, with whatever else goes that way"
+    def backward(self, loss: Tensor, weight: Tensor | None, retain_graph: bool, inputs: Any) -> None:
+        "The backward pass of a loss, its gradient times `weight`, to `inputs` alone if there are such"
         loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor, retain_graph: bool, inputs: Any) -> None:
         "Send back zeros where others wait for it, since nothing of this loss counts"
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None:
@@ -312,8 +311,10 @@ class EngineParts:
         self.device, self.accumulate, self.clip, self.memory_format = device, accumulate, clip, memory_format
         self.precision, self.strategy = precision or Precision(), strategy or Strategy()
         self.together, in_pieces = self.strategy.world_size > 1, self.strategy.in_pieces
+        self.by_strategy = self.together or in_pieces
         if memory_format is not None: lay_out(model, optimizers.values(), memory_format, in_pieces)
-        self.model = self.strategy.prepare(self.precision.prepare(model, optimizers), optimizers, device)
+        prepared = self.precision.prepare(model, optimizers, device)
+        self.model = self.strategy.prepare(prepared, optimizers, device)
         self.slots = {name: OptimizerSlot(name, one, accumulate) for name, one in optimizers.items()}
 
     def during(self, trainer: Any, plan: Any) -> AbstractContextManager[Any]:
@@ -344,6 +345,7 @@ class RunsSteps(EngineParts):
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None:
         "Take part, with nothing, in a batch of which nothing is for this process"
+        self.precision.scale(torch.zeros((), device=self.device), slot.optimizer)
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
@@ -362,10 +364,12 @@ class Engine(RunsSteps):
         if self.together and window.usual is None: window.usual = self.strategy.largest(count) or None
         if self.together or window.size > 1 or window.usual is not None:
             weight = window.weight(count, loss)
-            if weight is None: return self.strategy.nothing(slot, loss)
+            if weight is None:
+                self.precision.scale(loss.detach(), slot.optimizer)  # or it could not unscale
+                return self.strategy.nothing(slot, loss, retain_graph, inputs)
         slot.pending = True
         loss = self.precision.scale(loss, slot.optimizer)
-        if self.together: self.strategy.backward(loss, weight, retain_graph, inputs)
+        if self.by_strategy: self.strategy.backward(loss, weight, retain_graph, inputs)
         else: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts

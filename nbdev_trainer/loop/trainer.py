@@ -375,9 +375,10 @@ class Trainer(Loop):
                              "name; pass a single one, use parameter groups, or derive from ManualStep")
         parameter = next(model.parameters(), None)
         if device is None: device = "cpu" if parameter is None else parameter.device
-        in_pieces = strategy is not None and strategy.in_pieces  # it brings the model to the device piece by piece
-        where = find_device("auto" if in_pieces and str(device) == "meta" else device)
-        if not in_pieces: move_model(model, where)
+        where, in_pieces = find_device(device), strategy is not None and strategy.in_pieces
+        if not in_pieces: move_model(model, where)  # else the strategy does it, piece by piece
+        elif where.type == "meta":
+            raise ValueError("the model is on the device 'meta', which holds no numbers; say where it trains: device=")
         clip = make_clip(clip_norm, clip_value, clip_adaptive)
         self.engine = make_engine(model, optimizers, where, step=step, micro_batch_size=micro_batch_size,
                                   accumulate=accumulate, clip=clip, precision=precision, strategy=strategy,

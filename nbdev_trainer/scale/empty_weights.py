@@ -1,8 +1,8 @@
 """Fill the weights of a model that was built without numbers
 
-A model for several devices may be too large to be built on one. Under `torch.device("meta")` it is built without numbers: shapes and types
-are there, and no memory is taken. When its weights are [divided](04c_shards.ipynb), one part of the model after the other is filled and divided at once,
-so no process ever holds more than one part in whole.
+A model for several devices may be too large to be built on one. Under `torch.device("meta")` it is built without numbers: shapes
+and types are there, and no memory is taken. When its weights are [divided](04c_shards.ipynb), one block of the model after
+the other is filled and divided at once, so no process ever holds more than one block in whole.
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/empty_weights.html.md"""
 
@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/empty_weights.html
 # %% ../../nbs/api/scale/03d_empty_weights.ipynb #a5a8e5d7
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from ..core.nested import is_divided
 
 # %% auto #0
-__all__ = ['inner_first', 'own_tensors', 'make_unset', 'is_unset', 'not_filled', 'fill', 'place']
+__all__ = ['inner_first', 'own_tensors', 'make_unset', 'is_unset', 'way_of', 'not_filled', 'reaches_divided', 'in_two_blocks',
+           'is_empty', 'like', 'ask', 'fill', 'place']
 
 # %% ../../nbs/api/scale/03d_empty_weights.ipynb #2ff25a75
 def inner_first(
@@ -44,11 +46,24 @@ def make_unset(one: Tensor) -> Tensor:
     if one.is_floating_point() or one.is_complex(): return one.fill_(torch.nan)
     return one.fill_(torch.iinfo(one.dtype).min if one.dtype.is_signed else 0)
 
-def is_unset(one: Tensor) -> bool:
+def is_unset(
+    one: Tensor,
+    version: int,  # of the tensor when `make_unset` was done
+) -> bool:
     "Whether some number of a tensor was never written"
     if one.is_floating_point() or one.is_complex(): return bool(one.isnan().any())
-    return one.dtype.is_signed and bool((one == torch.iinfo(one.dtype).min).any())
+    if one.dtype.is_signed: return bool((one == torch.iinfo(one.dtype).min).any())
+    return one._version == version
 
+def way_of(module: nn.Module) -> Callable[[], object] | None:
+    "How a module fills itself, without arguments"
+    way = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if way is None: return None
+    try: inspect.signature(way).bind()
+    except TypeError: return None  # it needs arguments
+    return way
+
+# %% ../../nbs/api/scale/03d_empty_weights.ipynb #898792f8
 def not_filled(module: nn.Module, names: list[str], has_way: bool) -> ValueError:
     "The error for weights that nobody fills"
     kind = type(module).__name__
@@ -58,44 +73,85 @@ def not_filled(module: nn.Module, names: list[str], has_way: bool) -> ValueError
                       "Shards(join(), initialize=function), a function of a module that fills what the "
                       "module itself holds")
 
-# %% ../../nbs/api/scale/03d_empty_weights.ipynb #898792f8
+def reaches_divided(module: nn.Module) -> ValueError:
+    "The error for a module that would fill weights which are divided already"
+    kind = type(module).__name__
+    return ValueError(f"{kind} fills weights of parts that are divided already, by its own "
+                      "reset_parameters(). Pass Shards(join(), initialize=function), a function that is called for each module "
+                      "instead; or wrap=(), which fills the model whole")
+
+def in_two_blocks(name: str) -> ValueError:
+    "The error for a weight of two blocks"
+    return ValueError(f"two blocks share the weight {name!r}, and each block is divided by itself. Pass "
+                      "wrap=(), or a module that holds both")
+
+# %% ../../nbs/api/scale/03d_empty_weights.ipynb #e89924da
+def is_empty(module: nn.Module) -> bool:
+    "Whether something in it has no numbers"
+    return any(one.is_meta for each in module.modules() for one in own_tensors(each).values())
+
+def like(tensor: Tensor, device: torch.device) -> Tensor:
+    "Room for a tensor, which nobody has filled"
+    new = make_unset(torch.empty_like(tensor, device=device))
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+def ask(
+    module: nn.Module,
+    has_empty: bool,  # itself
+    initialize: Callable[[nn.Module], object] | None,
+) -> None:
+    "Let a module fill what is in it"
+    way, divided = way_of(module), any(is_divided(one) for one in module.parameters())
+    if way is not None and divided and initialize is None: raise reaches_divided(module)
+    if way is not None and not divided: way()
+    if initialize is not None and (has_empty or not divided): initialize(module)
+
+# %% ../../nbs/api/scale/03d_empty_weights.ipynb #3eaaab98
 @torch.no_grad()
 def fill(
     module: nn.Module,
     device: torch.device,
     initialize: Callable[[nn.Module], object] | None = None,  # of each module, after its own way
-    made: dict[Tensor, Tensor] | None = None,                 # by those that were empty, in all calls
+    done: set[Tensor] | None = None,  # what was empty in other parts of the model
+    draw: bool = True,                # False: make room only; the numbers come from another process
 ) -> None:
     "Give what is empty in a module its numbers; raises `ValueError` for a tensor that nobody fills"
-    made = {} if made is None else made
-    for one in inner_first(module):
+    modules, made, asked = list(inner_first(module)), dict[Tensor, Tensor](), set[nn.Module]()
+    there = [(one, one.clone()) for each in modules for one in own_tensors(each).values()
+             if not one.is_meta and not is_divided(one)] if is_empty(module) else []
+    left: list[tuple[nn.Module, dict[str, int]]] = []
+    for one in modules:
         empty = {name: tensor for name, tensor in own_tensors(one).items() if tensor.is_meta}
         shared = [made[tensor] for tensor in empty.values() if tensor in made]
         for name, tensor in empty.items():
-            if tensor not in made:
-                made[tensor] = new = make_unset(torch.empty_like(tensor, device=device))
-                if isinstance(tensor, nn.Parameter): made[tensor] = nn.Parameter(new, tensor.requires_grad)
+            if done is not None and tensor in done: raise in_two_blocks(name)
+            if tensor not in made: made[tensor] = like(tensor, device)
             setattr(one, name, made[tensor])
-        if not empty: continue
+        if not draw or not (empty or asked.intersection(one.children())): continue
+        asked.add(one)
+        left.append((one, {name: made[tensor]._version for name, tensor in empty.items() if tensor in made}))
         kept = [tensor.clone() for tensor in shared]
-        reset = getattr(one, "reset_parameters", None) or getattr(one, "_reset_parameters", None)
-        if reset is not None: reset()
-        if initialize is not None: initialize(one)
+        ask(one, bool(empty), initialize)
         for tensor, before in zip(shared, kept): tensor.copy_(before)
-        if left := [name for name in empty if is_unset(getattr(one, name))]:
-            raise not_filled(one, left, reset is not None or initialize is not None)
+    for tensor, before in there: tensor.copy_(before)
+    if done is not None: done |= set(made)
+    for one, versions in left:
+        if names := [name for name, version in versions.items() if is_unset(getattr(one, name), version)]:
+            raise not_filled(one, names, way_of(one) is not None or initialize is not None)
 
 # %% ../../nbs/api/scale/03d_empty_weights.ipynb #a5c292e5
 def place(
     module: nn.Module,
     device: torch.device,
-) -> list[Tensor]:
-    "Move what is not divided to the device; these tensors"
-    moved = dict[int, Tensor]()  # once, those that several modules share
+) -> tuple[list[Tensor], list[tuple[nn.Parameter, Tensor]]]:
+    "Move to the device: all that is not divided; and what has moved, with what it was on the host"
+    now, moved = dict[int, Tensor](), list[tuple[nn.Parameter, Tensor]]()  # shared ones once
     for one in module.modules():
         for name, tensor in own_tensors(one).items():
             if is_divided(tensor): continue
             if not isinstance(tensor, nn.Parameter): tensor = one._buffers[name] = tensor.to(device)
-            elif tensor.device != device: tensor.data = tensor.data.to(device)
-            moved[id(tensor)] = tensor
-    return list(moved.values())
+            elif tensor.device != device:
+                moved.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device)
+            now[id(tensor)] = tensor
+    return list(now.values()), moved

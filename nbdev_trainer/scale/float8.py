@@ -81,9 +81,10 @@ class Float8(Precision):
         self.layers, self.recipe, self.emulate = layers, recipe, emulate
         self.converted: list[str] = []  # the names of the layers, once a trainer is made
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer],
+                device: torch.device | None = None) -> nn.Module:
         found = float8_layers(model, self.layers)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         check_float8(device, self.emulate)
         convert_layers(model, found, self.recipe, self.emulate)
         self.converted, linear = list(found), sum(isinstance(one, nn.Linear) for one in model.modules())

@@ -42,7 +42,8 @@ class Scaled(Autocast):
         self.scalers: dict[str, Any] = {}  # by the name of the optimizer
         self.names: dict[int, str] = {}    # the names, by the identity of the optimizer
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer],
+                device: torch.device | None = None) -> nn.Module:
         self.names = {id(one): name for name, one in optimizers.items()}
         kind, start = self.device.type, self.start
         self.scalers = {name: torch.amp.GradScaler(kind, init_scale=start) for name in optimizers}
@@ -77,7 +78,8 @@ class Converted(Precision):
     "Model and inputs in one type"
     def __init__(self, dtype: torch.dtype) -> None: self.dtype = dtype
 
-    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer],
+                device: torch.device | None = None) -> nn.Module:
         return model.to(self.dtype)
 
 # %% ../../nbs/api/scale/00_precision.ipynb #90527dc0

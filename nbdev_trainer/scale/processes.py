@@ -223,11 +223,11 @@ def join(
                                "it by torchrun --nproc-per-node 2 program.py, or by launch(function)")
         limit, how = timedelta(seconds=seconds), dict[str, Any]()
         from_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
-        elif place.starter == "torchrun": how["init_method"] = "env://"
-        else: how["init_method"] = f"tcp://{place.address}:{place.port}"
         how |= {"rank": place.rank, "world_size": place.world_size, "timeout": limit}
         with told_when_long(place, timeout):
+            if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
+            elif place.starter == "torchrun": how["init_method"] = "env://"
+            else: how["init_method"] = f"tcp://{place.address}:{place.port}"
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **how)
         atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")

@@ -124,6 +124,9 @@ class Replicas(Together):
         self.armed = self.averaged = False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
         self.params, self.trainable = list[Tensor](self.model.parameters()), list[int]()
+        held = [p for slot in trainer.engine.slots.values() for p in slot.params]
+        self.outside = [p for p in held if not any(p is one for one in self.params)]  # of a loss, for example
+        from_first(self.outside)
         self.trained = set[int]()  # which parameters did in the open window, by identity
 
     def end(self) -> None: self.ddp = self.carrier = self.values = None
@@ -131,9 +134,13 @@ class Replicas(Together):
     def make_ready(self) -> None:
         "See that what trains is averaged during the backward pass; something may have been frozen or unfrozen"
         if not self.through: return
-        held = [id(p) for slot in self.trainer.engine.slots.values() for p in slot.params]
-        if self.trainable == (now := [*(p.requires_grad for p in self.params), *held]): return
-        self.params, self.trainable, self.ddp, self.carrier = list(self.model.parameters()), now, None, None
+        state = self.trainer.state
+        if state.epoch_batch == 0: self.params = list(self.model.parameters())  # a walk through a large model takes time
+        held = [p for slot in self.trainer.engine.slots.values() for p in slot.params]
+        if self.trainable == [*(p.requires_grad for p in self.params), *map(id, held)]: return
+        self.params = list(self.model.parameters())
+        self.trainable, self.ddp, self.carrier = [*(p.requires_grad for p in self.params), *map(id, held)], None, None
+        self.outside = [p for p in held if not any(p is one for one in self.params)]
         if not any(p.requires_grad for p in self.params): return
         self.carrier, options = self.make_carrier(), {BUFFERS: False, **self.options}
         called = Called(self.model, self.carrier)
@@ -174,9 +181,9 @@ class Replicas(Together):
         slot.pending = True
         if self.armed: self.backward(zero_of(self.params))
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor, retain_graph: bool, inputs: Any) -> None:
         slot.pending, self.is_empty = True, self.needs_all
-        if self.needs_all: self.backward(loss * 0)  # the others wait within it
+        if self.needs_all: self.backward(loss * 0, None, retain_graph, inputs)  # the others wait within it
         elif self.armed: self.backward(zero_of(self.params))
         self.is_empty = False
 
@@ -209,8 +216,9 @@ class Replicas(Together):
         except RuntimeError as error: raise unused(self.model, self.rank) from error
 
     def average(self, slot: OptimizerSlot) -> None:
-        if self.averaged and not self.trained: return
+        if self.averaged and not self.trained and not self.outside: return
+        outside = {id(p) for p in self.outside}
         left = [p for p in slot.params if id(p) in self.trained and not p.requires_grad]
-        if not self.averaged: left += [p for p in slot.params if p.requires_grad]
+        left += [p for p in slot.params if p.requires_grad and (not self.averaged or id(p) in outside)]
         average_gradients(left, self.world_size)
         self.trained -= {id(p) for p in slot.params}

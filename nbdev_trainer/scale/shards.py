@@ -28,7 +28,7 @@ from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
 from ..loop.micro_batches import InParts
-from .empty_weights import fill, place
+from .empty_weights import fill, is_empty, place
 from .exchange import from_first
 from .processes import Processes
 from .synced_norms import sync_norms
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['find_blocks', 'outermost', 'meet_again', 'mesh_size', 'divide_layers', 'backward_to', 'refuse', 'Shards']
+__all__ = ['find_blocks', 'by_part', 'outermost', 'meet_again', 'mesh_size', 'divide_layers', 'backward_to', 'refuse', 'Shards']
 
 # %% ../../nbs/api/scale/04c_shards.ipynb #4eeb0ae1
 def find_blocks(
@@ -49,24 +49,36 @@ def find_blocks(
     wrap: str | type[nn.Module] | Iterable[str | type[nn.Module]] | None = None,  # None: as above; (): no blocks
 ) -> dict[str, nn.Module]:  # by name, the inner ones first
     "The modules whose weights are brought together at once; raises `ValueError` for a selector that matches none"
+    never_called = nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear  # the last: in torch's attention
     found = dict[str, nn.Module]()
     if wrap is not None:
-        for one in [wrap] if isinstance(wrap, (str, type)) else wrap: found |= outermost(chosen_modules(model, one), one)
+        for one in [wrap] if isinstance(wrap, (str, type)) else wrap:
+            chosen = {name: each for name, each in chosen_modules(model, one).items() if not isinstance(each, never_called)}
+            if not outermost(chosen, one): raise ValueError(f"{one!r} matches only modules that are never called themselves")
+            found |= outermost(chosen, one)
     else:
         of = [(name, one, isinstance(one, nn.ModuleList)) for name, one in model.named_modules()
               if isinstance(one, (nn.ModuleList, nn.Sequential))]
         found = {f"{name}.{key}".strip("."): child for name, one, is_list in of for key, child in one.named_children()
                  if (is_list or list(child.children())) and any(True for _ in child.parameters())}
-    never_called = nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear  # the last: in torch's attention
     inner_first = sorted(found, key=lambda name: -name.count("."))
     return {name: found[name] for name in inner_first if name and not isinstance(found[name], never_called)}
+
+def by_part(
+    blocks: Mapping[str, nn.Module],  # by name, the inner ones first
+    model: nn.Module,
+) -> list[tuple[nn.Module, list[nn.Module]]]:
+    "The parts of a model, one after the other, the whole last: each with the blocks in it, itself the last of them"
+    tops = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    inside = {top: [one for name, one in blocks.items() if f"{name}.".startswith(f"{top}.")] for top in tops}
+    return [*((blocks[top], inside[top]) for top in tops), (model, [model])]
 
 def outermost(
     found: dict[str, nn.Module],    # what a selector has chosen
     what: str | type[nn.Module],    # that selector
 ) -> dict[str, nn.Module]:
     "Of what a pattern matches that which lies in none of the others; all that is of a class"
-    if isinstance(what, type): return found
+    if isinstance(what, type): return {name: one for name, one in found.items() if name}
     above = {name: name.split(".") for name in found if name}
     return {name: found[name] for name, parts in above.items()
             if not any(".".join(parts[:k]) in above for k in range(1, len(parts)))}
@@ -132,6 +144,9 @@ def refuse(trainer: Any) -> None:
              "micro_batch_size": (isinstance(trainer.engine, InParts),
                                   "the processes would cut their parts of a batch into different numbers of pieces",
                                   "accumulate")}
+    own = {id(p) for p in trainer.model.parameters()}
+    strays = any(id(p) not in own for one in trainer.engine.slots.values() for p in one.params)
+    wrong["a weight outside of the model"] = strays, "nobody would divide or average it", "a model that holds it, or strategy='ddp'"
     for what, (is_so, why, instead) in wrong.items():
         if is_so: raise ValueError(f"{what} does not go together with divided weights: {why}. Use {instead}")
 
@@ -166,28 +181,41 @@ class Shards(Together):
             raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
                              "model anew and load what that one saved")
         if self.sync_batch_norm: sync_norms(model)
-        self.model, before, made = model, dict(model.named_parameters()), dict[Tensor, Tensor]()
-        if self.plan is not None:
-            self.fill(model, device, made)
-            divide_layers(model, self.mesh, self.plan)
+        self.model, before, done = model, dict(model.named_parameters()), set[Tensor]()
+        self.empties = self.processes.gather(is_empty(model))
+        moved = [] if self.plan is None else self.fill(model, device, done)
+        if self.plan is not None: divide_layers(model, self.mesh, self.plan)
         options: dict[str, Any] = {"mesh": self.over_data(device), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        for one in (*find_blocks(model, self.wrap).values(), model):
-            self.fill(one, device, made)
-            fully_shard(one, **options)
-            inside_of_norms = self.sync_batch_norm and one is not model  # which send back what others count
-            if not inside_of_norms: one.register_forward_hook(self.guard)
+        for part, inside in by_part(find_blocks(model, self.wrap), model):
+            moved += self.fill(part, device, done)
+            for one in inside:
+                fully_shard(one, **options)
+                inside_of_norms = self.sync_batch_norm and one is not model  # which send back what others count
+                if not inside_of_norms: one.register_forward_hook(self.guard)
+            while moved:
+                parameter, on_host = moved.pop()
+                parameter.data = on_host
         for method in self.methods: register_fsdp_forward_method(model, method)
         state: Any = fully_shard
         state.state(model)._lazy_init()  # else a step that calls a part before the whole makes that part the root
         meet_again(before, model, optimizers)
         return model
 
-    def fill(self, module: nn.Module, device: torch.device, made: dict[Tensor, Tensor]) -> None:
-        "A part of the model on the device, with the weights of the first process"
-        fill(module, device, self.initialize, made)
-        from_first(place(module, device))
+    def fill(self, module: nn.Module, device: torch.device, done: set[Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+        "A part of the model on the device, with the weights of the first process; what has moved for that"
+        if any(self.empties):
+            failed: Exception | None = None
+            try: fill(module, device, self.initialize, done, draw=self.empties[0])
+            except Exception as error: failed = error
+            told = self.processes.gather(failed and f"{type(failed).__name__}: {failed}")
+            if failed is not None: raise failed
+            for rank, text in enumerate(told):
+                if text is not None: raise RuntimeError(f"rank {rank} could not fill the model: {text}")
+        now, moved = place(module, device)
+        from_first(now)
+        return moved
 
     def over_data(self, device: torch.device) -> DeviceMesh:
         "The processes that have different parts of the data"
@@ -209,9 +237,9 @@ class Shards(Together):
         if inputs: backward_to(inputs, self.model, loss, weight, retain_graph)
         else: loss.backward(weight, retain_graph=retain_graph)
 
-    def nothing(self, slot: OptimizerSlot, loss: Tensor) -> None:
+    def nothing(self, slot: OptimizerSlot, loss: Tensor, retain_graph: bool, inputs: Any) -> None:
         slot.pending = self.is_empty = True
-        self.backward(loss * 0)  # the others wait for this part of the weights
+        self.backward(loss * 0, None, retain_graph, inputs)  # the others wait for this part of the weights
         self.is_empty = False
 
     def absent(self, slot: OptimizerSlot, closing: bool) -> None: raise must_run(self.why_all)

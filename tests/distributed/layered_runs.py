@@ -1,10 +1,14 @@
 """Layers divided over processes, mixed precision, and weights kept on the host: what each run reaches."""
 
+import gc
+
 import torch
-from scenarios import data, result
+from scenarios import data, result, whole
 from torch import nn, optim
 from torch.nn import functional as F
 
+from nbdev_trainer.callbacks.averaging import EMA
+from nbdev_trainer.data.loaders import Loaders
 from nbdev_trainer.loop.steps import SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.classification import Accuracy
@@ -97,7 +101,7 @@ def fill_position(module):
 
 
 def built(device, shards=True, **options):
-    """A model built on a device, by name, or by a list of them for each rank; and how many numbers were there in whole at most."""
+    """A model built on a device, or on one of a list for each rank; and how many numbers were there in whole at most."""
     processes, most = join(timeout="40s") if shards else None, 0
     torch.manual_seed(1)
     torch.set_default_dtype(torch.float64)
@@ -107,22 +111,96 @@ def built(device, shards=True, **options):
     def initialize(module):
         nonlocal most
         fill_position(module)
-        most = max(most, sum(p.numel() for p in model.parameters() if not p.is_meta and not hasattr(p, "placements")))
+        there = [one for one in gc.get_objects() if type(one) is nn.Parameter and not one.is_meta]  # whoever holds them
+        most = max(most, sum(one.numel() for one in there))
 
     torch.manual_seed(2)
-    strategy = Shards(processes, wrap=("blocks.*", "middle.0"), initialize=initialize, sync_batch_norm=True) if shards else None
-    trainer = Trainer(model, SupervisedStep(F.cross_entropy, lambda model, inputs: model(inputs.double())),
-                      optim.SGD(model.parameters(), lr=0.05), metrics=[Accuracy()], strategy=strategy, **options)
+    fills = initialize if isinstance(device, str) else None  # what the first process has needs nobody to fill it
+    strategy = Shards(processes, wrap=("blocks.*", "middle.0"), initialize=fills, sync_batch_norm=True) if shards else None
+    trainer = Trainer(model, SupervisedStep(F.cross_entropy, lambda model, inputs: model(inputs.double())), device="cpu",
+                      optimizer=optim.SGD(model.parameters(), lr=0.05), metrics=[Accuracy()], strategy=strategy,
+                      callbacks=[average := EMA(0.9)], **options)
     loaders = data()
     trainer.fit(loaders.train, loaders.valid_sets, 2)
-    return {**result(trainer), "most": most}
+    return {**result(trainer), "most": most, "averages": {name: whole(one) for name, one in average.averages.items()}}
 
 
-def nobody_fills():
-    """The error for a weight that nobody fills; the same on all processes, before anything waits."""
+def told_of(fn):
+    try:
+        return fn()
+    except (RuntimeError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def nobody_fills(**options):
+    """The error for a weight that nobody fills."""
     with torch.device("meta"):
         model = Deep()
-    try:
-        Trainer(model, SupervisedStep(F.cross_entropy), optim.SGD(model.parameters(), lr=0.05), strategy=Shards(join()))
-    except ValueError as error:
-        return str(error)
+    return told_of(lambda: Trainer(model, SupervisedStep(F.cross_entropy), optim.SGD(model.parameters(), lr=0.05), device="cpu",
+                                   strategy=Shards(join(), **options)))
+
+
+class Rescaled(nn.Module):
+    """Fills what is in it by a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.leave = nn.Linear(5, 3)
+
+    def reset_parameters(self):
+        for p in self.parameters():
+            nn.init.constant_(p, 0.25)
+
+    def forward(self, inputs):
+        for block in self.blocks:
+            inputs = block(inputs)
+        return self.leave(inputs)
+
+
+def fills_its_parts(**options):
+    """The sum of the weights of a model that fills its parts, whole or divided before that."""
+    with torch.device("meta"):
+        model = Rescaled()
+
+    def build():
+        Trainer(model, SupervisedStep(F.cross_entropy), optim.SGD(model.parameters(), lr=0.05), device="cpu",
+                strategy=Shards(join(), **options))
+        return sum(one.full_tensor().sum().item() for one in model.parameters())
+    return told_of(build)
+
+
+def one_fails(on):
+    """What the processes are told when one of them fails to fill the model."""
+    def initialize(module):
+        fill_position(module)
+        if join().rank == on:
+            raise KeyError("no table of positions")
+    return join().gather(nobody_fills(initialize=initialize))
+
+
+def two_optimizers(divided, **options):
+    """Several optimizers, each for its part; in the second batch nothing counts of what one of the processes sees."""
+    from nbdev_trainer.data.batch import StepOutput
+    from nbdev_trainer.loop.steps import ManualStep
+
+    class Two(ManualStep):
+        def train(self, trainer, batch):
+            counted = (batch.targets >= 0).sum().item()
+            scores = trainer.model(batch.inputs)
+            loss = F.cross_entropy(scores, batch.targets, ignore_index=-100) if counted else scores.sum() * 0
+            trainer.optimize(loss, "first", count=counted, retain_graph=True)
+            trainer.optimize(loss * 2, "second", count=counted)
+            return StepOutput(loss, scores, count=counted)
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizers = {"first": optim.SGD(model[0].parameters(), lr=0.1), "second": optim.SGD(model[2].parameters(), lr=0.1)}
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(24, 5, generator=generator).double(), torch.randint(3, (24,), generator=generator)
+    loaders = Loaders.from_arrays(inputs, targets, batch_size=4, seed=3)
+    targets[list(loaders.train.shard(0, 2).batches(0))[1].ids] = -100
+    loaders = Loaders.from_arrays(inputs, targets, batch_size=4, seed=3)
+    trainer = Trainer(model, Two(), optimizers, strategy=Shards(join(), wrap=nn.Linear) if divided else None)
+    trainer.fit(loaders.train, None, 1)
+    return {name: whole(one) for name, one in model.state_dict().items()}

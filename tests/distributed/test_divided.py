@@ -239,5 +239,20 @@ def test_the_weights_of_the_first_process_count_where_the_others_have_none():
     assert_close(one, launch(layered_runs.built, ["cpu", "meta"]), "built on rank 0 alone")
 
 
-def test_a_weight_that_nobody_fills_is_an_error():
-    assert "Position has 'shift' of its own, built on the device 'meta'" in launch(layered_runs.nobody_fills)
+def test_a_weight_that_nobody_fills_is_an_error_on_all_processes():
+    assert "ValueError: Position has 'shift' of its own, built on the device 'meta'" in launch(layered_runs.nobody_fills)
+    told = launch(layered_runs.one_fails, 1)
+    assert told == ["RuntimeError: rank 1 could not fill the model: KeyError: 'no table of positions'",
+                    "KeyError: 'no table of positions'"]
+
+
+def test_a_model_that_fills_its_parts_does_so_before_they_are_divided_or_is_an_error():
+    numbers = sum(one.numel() for one in layered_runs.Rescaled().parameters())
+    assert launch(partial(layered_runs.fills_its_parts, wrap=())) == pytest.approx(0.25 * numbers)
+    assert "ValueError: Rescaled fills weights of parts that are divided already" in launch(layered_runs.fills_its_parts)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_optimizers_get_each_its_own_gradients(processes):
+    one = layered_runs.two_optimizers(False)
+    assert_close(one, launch(layered_runs.two_optimizers, True, processes=processes), f"{processes} processes")
