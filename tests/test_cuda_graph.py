@@ -405,7 +405,9 @@ class Scaled(nn.Module):
         return self.layer(inputs) * self.factor
 
 
-def test_a_number_of_a_layer_that_changes_between_epochs_is_followed():
+def test_a_number_of_a_layer_that_changes_between_epochs_is_followed(caplog):
+    caplog.set_level("INFO", "nbdev_trainer")
+
     class Raises(Callback):
         def after_epoch(self, trainer): trainer.model.factor += 0.5
 
@@ -413,6 +415,7 @@ def test_a_number_of_a_layer_that_changes_between_epochs_is_followed():
     plain, recorded = (learner_of(one, Scaled(), callbacks=[Raises()]) for one in (False, tape))
     for learner in (plain, recorded): learner.fit(4)
     assert same_weights(plain, recorded) and (tape.recorded, tape.freed) == (4, 4)
+    assert sum("Scaled.factor has changed, so the step is recorded again" in record.message for record in caplog.records) == 3
 
 
 def test_a_number_that_the_step_itself_changes_is_an_error():

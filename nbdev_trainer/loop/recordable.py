@@ -33,7 +33,8 @@ from .steps import Step
 # %% auto #0
 __all__ = ['WITHIN', 'HOOKS', 'WEIGHT_HOOKS', 'ONE_PIECE', 'PLAIN', 'NOTE', 'is_capturable', 'check_capturable',
            'check_recordable', 'check_compiled', 'check_callbacks_within', 'check_nobody_within', 'FixedTrainer',
-           'FixedBatch', 'host_draws', 'host_numbers', 'check_numbers', 'draws_on_host', 'no_skipping']
+           'FixedBatch', 'host_draws', 'host_numbers', 'changed_numbers', 'check_numbers', 'draws_on_host',
+           'no_skipping']
 
 # %% ../../nbs/api/loop/06f_recordable.ipynb #1728e6c2
 def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
@@ -179,15 +180,19 @@ def host_numbers(
     return {(type(one).__name__, k, name): value for k, one in enumerate(owners)
             for name, value in vars(one).items() if type(value) in PLAIN}
 
-def check_numbers(
+def changed_numbers(
     before: Mapping[Any, Any],  # what `host_numbers` found
     after: Mapping[Any, Any],
-) -> None:
+) -> dict[str, tuple[Any, Any]]:  # what they were and are, by class and name
+    "The numbers that are not what they were"
+    pairs = {key: (before.get(key), value) for key, value in after.items()}
+    return {f"{owner}.{name}": (was, value) for (owner, _, name), (was, value) in pairs.items()
+            if was is not value and was != value}
+
+def check_numbers(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
     "Raise `RuntimeError` where the step changes a number that a recording would not change again"
-    for (owner, k, name), value in after.items():
-        was = before.get((owner, k, name))
-        if was == value: continue
-        raise RuntimeError(f"{owner}.{name} changes in the step, from {was!r} to {value!r}, and what is "
+    for name, (was, value) in changed_numbers(before, after).items():
+        raise RuntimeError(f"{name} changes in the step, from {was!r} to {value!r}, and what is "
                            "played without Python would not change it again; keep it in a tensor on the "
                            "device that is changed in place, such as a buffer")
 

@@ -32,8 +32,8 @@ from .engine import Engine, OptimizerSlot
 from .optimizers import has_hooks
 from .steps import Step
 from .recordable import (
-    NOTE, FixedBatch, FixedTrainer, check_callbacks_within, check_nobody_within, check_numbers, draws_on_host,
-    host_draws, host_numbers, no_skipping)
+    NOTE, FixedBatch, FixedTrainer, changed_numbers, check_callbacks_within, check_nobody_within,
+    check_numbers, draws_on_host, host_draws, host_numbers, no_skipping)
 
 # %% auto #0
 __all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'MANY_KINDS', 'MOST_KINDS', 'reads_rate', 'Rates', 'fixed_settings',
@@ -209,7 +209,7 @@ class Remembering(WholeSteps):
         "As `look`, at what takes longer to look at: when an epoch begins, and while there is no recording"
         if self.recordings and epoch_batch: return
         now = host_numbers(self.modules, step)
-        if self.recordings and now != self.numbers: self.drop("a number that a layer or the step keeps")
+        if self.recordings and (changed := changed_numbers(self.numbers, now)): self.drop(next(iter(changed)))
         self.numbers = now
 
     def drop(self, what: str) -> None:
