@@ -2,7 +2,7 @@
 
 import inspect
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from nbdev_trainer import (
     Loaders, Mixup, NonFinite, StepOutput, SupervisedStep, Tape, TimeSplit, TorchScheduler, one_cycle)
 from nbdev_trainer.loop.capture import CudaGraphs, side_stream
 from nbdev_trainer.loop.engine import Engine
+from nbdev_trainer.loop.optimizers import FusedAdamW
 from nbdev_trainer.loop.step_graph import StepGraphs
 
 torch.manual_seed(0)
@@ -115,18 +116,18 @@ def test_rates_that_need_64_bits_are_those_of_32():
 
 
 def test_the_recording_calls_no_line_of_the_step():
-    class Counts(SupervisedStep):
-        calls = 0
+    calls = []
 
+    class Counts(SupervisedStep):
         def train(self, trainer, batch):
-            self.calls += 1
+            calls.append(batch)
             return super().train(trainer, batch)
 
     step = Counts(loss_fn)
     learner = learner_of(tape := Counting(), step=step)
     learner.fit(8)
     in_evaluations = 8 * 6
-    assert (learner.trainer.state.batch, step.calls - in_evaluations, tape.ran) == (48, 6 + 2, 6)
+    assert (learner.trainer.state.batch, len(calls) - in_evaluations, tape.ran) == (48, 6 + 2, 6)
 
 
 class KeepsOutputs(Callback):
@@ -375,6 +376,76 @@ def test_tools_that_train_outside_of_a_fit_use_the_plain_engine():
     assert tape.ran <= 12 and all(torch.equal(one, before[name]) for name, one in learner.model.state_dict().items())
 
 
+def test_groups_without_weights_and_batches_without_tensors():
+    def make(params, lr): return FusedAdamW([{"params": list(params)}, {"params": []}], lr=lr)
+    plain, recorded, _ = both(lambda learner: learner.fit(4), optimizer=make)
+    assert same_weights(plain, recorded)
+
+    class Draws(SupervisedStep):
+        def train(self, trainer, batch): return StepOutput(trainer.model(torch.zeros(4, 6)).square().mean())
+
+    def train(learner):
+        learner.loaders = Loaders([Batch(None, None, size=4) for _ in range(9)], None)
+        learner.fit(1)
+
+    plain, recorded, tape = both(train, step=Draws(loss_fn), metrics=[])
+    assert same_weights(plain, recorded) and tape.recorded == 1
+
+
+class Scaled(nn.Module):
+    "A model with a factor that Python keeps"
+
+    def __init__(self, counts=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.factor, self.counts = nn.Linear(6, 3), 1.0, counts
+
+    def forward(self, inputs):
+        if self.counts and self.training: self.factor += 0.5
+        return self.layer(inputs) * self.factor
+
+
+def test_a_number_of_a_layer_that_changes_between_epochs_is_followed(caplog):
+    caplog.set_level("INFO", "nbdev_trainer")
+
+    class Raises(Callback):
+        def after_epoch(self, trainer): trainer.model.factor += 0.5
+
+    tape = Counting()
+    plain, recorded = (learner_of(one, Scaled(), callbacks=[Raises()]) for one in (False, tape))
+    for learner in (plain, recorded): learner.fit(4)
+    assert same_weights(plain, recorded) and (tape.recorded, tape.freed) == (4, 4)
+    assert sum("Scaled.factor has changed, so the step is recorded again" in record.message for record in caplog.records) == 3
+
+
+def test_a_number_that_the_step_itself_changes_is_an_error():
+    with pytest.raises(RuntimeError, match="Scaled.factor changes in the step, from 2.5 to 3.0"): learner_of(Tape(), Scaled(True)).fit(1)
+
+
+def test_the_memory_of_recordings_that_are_dropped_is_free_before_the_next():
+    learner = learner_of(tape := Counting(), callbacks=[AtBatch(9, freeze)])
+    freed = []
+    learner.on("after_batch", lambda trainer: freed.append(tape.freed))
+    learner.fit(5)
+    assert (freed[8], freed[9], tape.freed) == (0, 1, 2)
+
+
+def test_batches_that_never_come_again_are_told_of(caplog):
+    caplog.set_level("INFO", "nbdev_trainer")
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, inputs): return self.layer(inputs["x"])
+
+    learner = learner_of(tape := Counting(), Reads())
+    learner.loaders = Loaders([Batch({"x": INPUTS[:8], "name": f"{i}.png"}, LABELS[:8], size=8) for i in range(60)], None)
+    learner.fit(1)
+    assert tape.recorded == 0 and sum("nothing is recorded" in record.message for record in caplog.records) == 1
+
+
 # What is refused
 
 
@@ -397,6 +468,13 @@ def test_a_callback_within_the_step_is_named(name):
     with pytest.raises(ValueError, match=f"(?s){text}.*one piece, without Python; leave out one of the two"): learner.fit(1)
     assert tape.ran == tape.recorded == 0
     assert all(torch.equal(one, before[key]) for key, one in learner.model.state_dict().items())
+
+
+@pytest.mark.parametrize("attach", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_of_a_weight_is_refused_too(attach):
+    learner = learner_of(Tape())
+    getattr(learner.model[1].weight, attach)(lambda gradient: None)
+    with pytest.raises(ValueError, match="weight '1.weight' has the hook"): learner.fit(1)
 
 
 def test_an_attached_function_within_the_step_is_refused_too():
@@ -566,6 +644,7 @@ class Cuda:
 
         self.current = self.usual = Usual("the usual stream")
         stand_ins = {"Stream": Stream, "CUDAGraph": Graph, "stream": on, "graph": graph, "current_stream": lambda device: self.current,
+                     "device": lambda device: nullcontext(),
                      "set_stream": lambda stream: setattr(self, "current", stream),
                      "empty_cache": lambda: self.asked.append("empty the cache"),
                      "get_sync_debug_mode": lambda: self.mode, "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode)}

@@ -200,6 +200,24 @@ def test_what_is_frozen_and_unfrozen_between_two_steps_is_recorded_again():
     assert far_apart(*(train(flat_learner(one, precision="64")) for one in (True, False))) < 1e-6
 
 
+def test_who_keeps_a_gradient_is_in_nobodys_way_when_the_step_is_recorded_again():
+    class Keeps(Callback):
+        def after_step(self, trainer): self.gradient = trainer.model[1].weight.grad  # in the pool of a recording
+
+    learner = flat_learner(True, callbacks=[keeps := Keeps()])
+    learner.on("after_batch", lambda trainer: setattr(keeps, "first", keeps.gradient), once=True, after="12ba")
+    learner.on("after_batch", lambda trainer: learner.freeze("1"), once=True, after="12ba")
+    learner.fit(5)  # torch has an assertion against a pool whose recordings are gone and whose memory is not
+    assert learner.trainer.state.ending == "finished" and keeps.first is not None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_recording_on_another_device_leaves_the_current_one():
+    learner = flat_learner(True, device="cuda:1")
+    learner.fit(2)
+    assert torch.cuda.current_device() == 0
+
+
 def test_the_memory_of_recordings_is_given_back():
     learner = flat_learner(True)
     sizes = []

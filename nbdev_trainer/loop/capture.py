@@ -25,7 +25,8 @@ from ..core.errors import describe
 from ..core.nested import tensors
 
 # %% auto #0
-__all__ = ['ASKS', 'INDEXING', 'Captures', 'side_stream', 'CudaGraphs', 'asks_the_device', 'Notes', 'Tape', 'signature']
+__all__ = ['ASKS', 'INDEXING', 'Captures', 'side_stream', 'BesideIt', 'CudaGraphs', 'asks_the_device', 'Notes', 'Tape',
+           'signature']
 
 # %% ../../nbs/api/loop/06e_capture.ipynb #8ae46d0e
 class Captures(Protocol):
@@ -43,11 +44,10 @@ def side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 # %% ../../nbs/api/loop/06e_capture.ipynb #da02bbdb
-class CudaGraphs:  # pragma: gpu
-    "Records work on a CUDA device as CUDA graphs (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)"
+class BesideIt:  # pragma: gpu
+    "Runs work on the stream of a CUDA device on which it is recorded later"
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, side_stream(device)
-        self.pool: Any = None
 
     def aside(self, fn: Callable[[], Any]) -> Any:
         "Run a function on the stream that is recorded later"
@@ -66,19 +66,24 @@ class CudaGraphs:  # pragma: gpu
         try: return self.aside(fn)
         finally: torch.cuda.set_sync_debug_mode(before)
 
+# %% ../../nbs/api/loop/06e_capture.ipynb #ed562fdd
+class CudaGraphs(BesideIt):  # pragma: gpu
+    "Records work on a CUDA device as CUDA graphs (docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)"
+    pool: Any = None  # of memory, which recordings share
+
     def capture(self, fn: Callable[[], Any]) -> Callable[[], Any]:
         "Record a function without running it; it must neither wait for the device nor give the host a number"
         graph, current, first = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), []
-        try:
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                try: result = fn()
-                except BaseException as error:
-                    first.append(error)
-                    raise
-        except Exception as error: raise first[0] if first else error
-        finally: torch.cuda.set_stream(current)
+        with torch.cuda.device(self.device):  # a stream brings its device with it; this one puts it back
+            try:
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                    try: result = fn()
+                    except BaseException as error:
+                        first.append(error)
+                        raise
+            except Exception as error: raise first[0] if first else error
+            finally: torch.cuda.set_stream(current)
         self.pool = graph.pool()
-
         def replay() -> Any:
             graph.replay()
             return result

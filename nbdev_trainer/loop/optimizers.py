@@ -76,7 +76,7 @@ def is_plain(group: Mapping[str, Any]) -> bool:
     "Whether a parameter group asks for nothing but fused AdamW"
     if not group["fused"] or group["amsgrad"] or group["capturable"] or group["differentiable"]: return False
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device != group["params"][0].device: return False
+    if isinstance(lr, Tensor) and any(lr.device != p.device for p in group["params"][:1]): return False
     return not isinstance(group["betas"][0], Tensor)
 
 def is_uniform(tensors: list[Tensor]) -> bool:

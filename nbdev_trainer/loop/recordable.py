@@ -31,8 +31,9 @@ from .repeated import asks_again
 from .steps import Step
 
 # %% auto #0
-__all__ = ['WITHIN', 'HOOKS', 'ONE_PIECE', 'NOTE', 'is_capturable', 'check_capturable', 'check_recordable', 'check_compiled',
-           'check_callbacks_within', 'check_nobody_within', 'FixedTrainer', 'FixedBatch', 'host_draws', 'draws_on_host',
+__all__ = ['WITHIN', 'HOOKS', 'WEIGHT_HOOKS', 'ONE_PIECE', 'PLAIN', 'NOTE', 'is_capturable', 'check_capturable',
+           'check_recordable', 'check_compiled', 'check_callbacks_within', 'check_nobody_within', 'FixedTrainer',
+           'FixedBatch', 'host_draws', 'host_numbers', 'changed_numbers', 'check_numbers', 'draws_on_host',
            'no_skipping']
 
 # %% ../../nbs/api/loop/06f_recordable.ipynb #1728e6c2
@@ -99,6 +100,7 @@ def check_compiled(
 # %% ../../nbs/api/loop/06f_recordable.ipynb #606791c9
 WITHIN = (Event.after_predict, Event.after_loss, Event.after_backward, Event.before_step)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 ONE_PIECE = "and with cuda_graph= the step runs as one piece, without Python; leave out one of the two"
 
 def check_callbacks_within(callbacks: Iterable[Any]) -> None:
@@ -115,12 +117,14 @@ def check_nobody_within(engine: Engine, model: nn.Module, optimizer: torch.optim
             who = getattr(found.layers[0], "func", found.layers[0])
             who = getattr(who, "__qualname__", str(who))
             raise ValueError(f"{who} stands around {type(owner).__name__}.{name}, {ONE_PIECE}")
-    for name, module in model.named_modules():
-        for hook in [hook for kind in HOOKS for hook in getattr(module, kind).values()]:
-            inner = hook.func if isinstance(hook, partial) else hook
-            if getattr(inner, "__module__", "").startswith("torch."): continue
-            called = getattr(inner, "__qualname__", inner)
-            raise ValueError(f"layer {name!r} has the hook {called}, {ONE_PIECE}")
+    owners = [(f"layer {name!r}", one, HOOKS) for name, one in model.named_modules()]
+    weights = [(f"weight {name!r}", one, WEIGHT_HOOKS) for name, one in model.named_parameters()]
+    hooks = [(where, hook) for where, one, kinds in (*owners, *weights) for kind in kinds
+             for hook in (getattr(one, kind) or {}).values()]
+    for where, hook in hooks:
+        inner = hook.func if isinstance(hook, partial) else hook
+        if getattr(inner, "__module__", "").startswith("torch."): continue
+        raise ValueError(f"{where} has the hook {getattr(inner, '__qualname__', inner)}, {ONE_PIECE}")
     if getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(
             optimizer, "_optimizer_step_post_hooks", None):
         raise ValueError(f"{type(optimizer).__name__} has hooks around its step, {ONE_PIECE}")
@@ -161,6 +165,36 @@ def host_draws(device: torch.device) -> list[Any]:
     words = np.random.get_state(legacy=False)["state"]
     kept = [random.getstate(), [words[name] for name in sorted(words) if name != "key"]]
     return kept if device.type == "cpu" else [*kept, torch.get_rng_state().tolist()]
+
+# %% ../../nbs/api/loop/06f_recordable.ipynb #839d1366
+PLAIN = frozenset((bool, int, float, str))
+
+def host_numbers(
+    modules: Iterable[nn.Module],  # of the model
+    step: Step,
+) -> dict[tuple[str, int, str], Any]:
+    "Numbers and texts that Python keeps in layers and in the step, by class, place and name"
+    loss = getattr(getattr(step, "loss", None), "loss_fn", None)
+    inner = [one for one in (*vars(step).values(), loss) if isinstance(one, nn.Module)]
+    owners = [*modules, step, *(part for one in inner for part in one.modules())]
+    return {(type(one).__name__, k, name): value for k, one in enumerate(owners)
+            for name, value in vars(one).items() if type(value) in PLAIN}
+
+def changed_numbers(
+    before: Mapping[Any, Any],  # what `host_numbers` found
+    after: Mapping[Any, Any],
+) -> dict[str, tuple[Any, Any]]:  # what they were and are, by class and name
+    "The numbers that are not what they were"
+    pairs = {key: (before.get(key), value) for key, value in after.items()}
+    return {f"{owner}.{name}": (was, value) for (owner, _, name), (was, value) in pairs.items()
+            if was is not value and was != value}
+
+def check_numbers(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> None:
+    "Raise `RuntimeError` where the step changes a number that a recording would not change again"
+    for name, (was, value) in changed_numbers(before, after).items():
+        raise RuntimeError(f"{name} changes in the step, from {was!r} to {value!r}, and what is "
+                           "played without Python would not change it again; keep it in a tensor on the "
+                           "device that is changed in place, such as a buffer")
 
 # %% ../../nbs/api/loop/06f_recordable.ipynb #835ed2c0
 NOTE = ("The step was being recorded as a CUDA graph (cuda_graph=), or rehearsed for that. Within it nothing "

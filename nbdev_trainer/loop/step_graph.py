@@ -2,8 +2,8 @@
 
 When a model is small, a GPU waits most of the time for Python to start the next kernel. `Learner(cuda_graph=True)` records the
 step once and plays it for each batch: a copy of the batch into the memory of the recording, one call, and copies of what came out.
-The numbers are those of the plain engine. What cannot be recorded is refused with its reason, and nothing is left out in
-silence.
+The numbers are those of the plain engine. What cannot be recorded is refused with its reason where it can be seen.
+It has been tried on a tape of operations, and not on a GPU yet.
 
 It is off by default. How much it gains has not been measured yet, for want of a GPU: `python benchmarks/cuda_graph.py` does it,
 beside a loop written by hand with and without a graph. A model whose kernels keep the GPU busy cannot gain.
@@ -30,14 +30,15 @@ from ..data.batch import Batch, StepOutput
 from .capture import Captures, CudaGraphs, signature
 from .engine import Engine, OptimizerSlot
 from .optimizers import has_hooks
-from nbdev_trainer.loop.recordable import (
-    NOTE, FixedBatch, FixedTrainer, check_callbacks_within, check_nobody_within, draws_on_host, host_draws,
-    no_skipping)
+from .steps import Step
+from .recordable import (
+    NOTE, FixedBatch, FixedTrainer, changed_numbers, check_callbacks_within, check_nobody_within,
+    check_numbers, draws_on_host, host_draws, host_numbers, no_skipping)
 
 # %% auto #0
-__all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'reads_rate', 'Rates', 'fixed_settings', 'standing', 'with_tensors',
-           'Recording', 'WholeSteps', 'changes_too_often', 'check_schedules', 'Remembering', 'RecordsSteps',
-           'PlaysSteps', 'StepGraphs']
+__all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'MANY_KINDS', 'MOST_KINDS', 'reads_rate', 'Rates', 'fixed_settings',
+           'standing', 'with_tensors', 'Recording', 'WholeSteps', 'changes_too_often', 'check_schedules', 'Remembering',
+           'Choosing', 'RecordsSteps', 'PlaysSteps', 'StepGraphs']
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #63ee9a7b
 def reads_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -49,8 +50,8 @@ class Rates:
     "Learning rates on the device, where recorded kernels read them"
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.optimizer = optimizer  # whose list of groups may be replaced, as by loading a state
-        self.tensors = [torch.zeros((), device=device) if reads_rate(optimizer, group) else None
-                        for group in optimizer.param_groups]
+        there = [reads_rate(optimizer, group) for group in optimizer.param_groups]
+        self.tensors = [torch.zeros((), dtype=torch.float32, device=device) if one else None for one in there]
         self.values: list[Any] = [None for _ in self.tensors]  # what they hold
 
     def follow(self) -> None:
@@ -78,7 +79,9 @@ def fixed_settings(optimizer: torch.optim.Optimizer) -> list[Any]:
     "The settings of its groups, without the rates that are read on the device"
     names = [[key for key in group if key != "params" and not (key == "lr" and reads_rate(optimizer, group))]
              for group in optimizer.param_groups]
-    return [itemgetter(*keys)(group) for keys, group in zip(names, optimizer.param_groups)]
+    found = [itemgetter(*keys)(group) for keys, group in zip(names, optimizer.param_groups)]
+    return [tuple(one.item() if isinstance(one, Tensor) and one.is_cpu and one.numel() == 1 else one
+                  for one in values) for values in found]  # which may be changed in place
 
 def standing(
     modules: list[Any],  # all of the model
@@ -115,7 +118,8 @@ class Recording:
     def play(self, batch: Batch) -> tuple[StepOutput, Tensor | None]:  # and the norm before it was clipped
         "The step, for the numbers of another batch"
         given = list(tensors((batch.inputs, batch.targets, batch.weights)))
-        with torch.no_grad(): torch._foreach_copy_(self.buffers, given)
+        if given:
+            with torch.no_grad(): torch._foreach_copy_(self.buffers, given)
         output, norm = self.replay()
         for p, gradient in self.gradients: p.grad = gradient
         return with_tensors(output, Tensor.clone), None if norm is None else norm.clone()
@@ -157,16 +161,22 @@ SHORT, PATIENCE = 10, 8  # plays that are too few for a recording; how often tha
 
 def changes_too_often(what: str) -> RuntimeError:
     "The error for a step that is recorded again and again"
+    mend = {"a setting of the optimizer": ". A learning rate may change if the optimizer is fused: "
+                                          "SGD(..., fused=True)",
+            "the optimizer's state": ". The default AdamW gathers it anew when other weights get a gradient "
+                                     "than before; AdamW(..., capturable=True) does not"}.get(what, "")
     return RuntimeError(f"{what} has changed {PATIENCE} times, each time after fewer than {SHORT} steps, and "
                         "with cuda_graph= the step is recorded anew whenever that changes. Change it less "
-                        "often, or leave out cuda_graph=. A learning rate may change if the optimizer is "
-                        "fused: SGD(..., fused=True)")
+                        f"often, or leave out cuda_graph={mend}")
 
 def check_schedules(keys: Iterable[str], optimizer: torch.optim.Optimizer) -> None:
     "Raise `ValueError` for a schedule of what a recorded step does not read on the device"
     on_device = {"lr"} if all(reads_rate(optimizer, group) for group in optimizer.param_groups) else set()
     for key in set(keys) - on_device:
-        mend = "pass fused=True to the optimizer" if key == "lr" else "leave out the schedule or cuda_graph="
+        mend = "leave out the schedule or cuda_graph="
+        if key == "lr":
+            takes_fused = all("fused" in group for group in optimizer.param_groups)
+            mend = "pass fused=True to the optimizer" if takes_fused else f"use AdamW or SGD, or {mend}"
         raise ValueError(f"there is a schedule for the {key} of {type(optimizer).__name__}, and a recorded "
                          f"step keeps the {key} it was recorded with; {mend}")
 
@@ -174,12 +184,14 @@ def check_schedules(keys: Iterable[str], optimizer: torch.optim.Optimizer) -> No
 class Remembering(WholeSteps):
     "Knows its recordings and what they rely on"
     shown = True
+    capture: Captures
 
     def forget_all(self) -> None:
         "No recording, and nothing known"
         self.recordings: dict[Hashable, Recording] = {}  # by the kind of batch
         self.seen: dict[Hashable, int] = {}              # batches of each kind that ran as they are
         self.fixed: dict[str, Any] = {}                  # what recordings rely on
+        self.numbers: dict[Any, Any] = {}                # and what Python keeps in layers and in the step
         self.modules: list[nn.Module] = []
         self.told: set[str] = set()
         self.played, self.in_vain = 0, 0
@@ -189,31 +201,57 @@ class Remembering(WholeSteps):
         "Drop the recordings when something they rely on is not as it was"
         now = standing(self.modules, self.slots["main"].optimizer)
         if now == self.fixed: return
-        if self.fixed:
-            what = next(name for name in now if now[name] != self.fixed[name])
-            self.in_vain = self.in_vain + 1 if self.played < SHORT else 0
-            if self.in_vain >= PATIENCE: raise changes_too_often(what)
-            if self.recordings:
-                tell(f"cuda_graph: {what} has changed, so the step is recorded again", self.shown)
-        self.recordings, self.seen, self.fixed, self.played = {}, {}, now, 0
+        if self.fixed: self.drop(next(name for name in now if now[name] != self.fixed[name]))
+        self.fixed = now
         self.rates = Rates(self.slots["main"].optimizer, self.device)  # there may be other groups
+
+    def look_at_numbers(self, step: Step, epoch_batch: int) -> None:
+        "As `look`, at what takes longer to look at: when an epoch begins, and while there is no recording"
+        if self.recordings and epoch_batch: return
+        now = host_numbers(self.modules, step)
+        if self.recordings and (changed := changed_numbers(self.numbers, now)): self.drop(next(iter(changed)))
+        self.numbers = now
+
+    def drop(self, what: str) -> None:
+        "Forget the recordings, because of what has changed"
+        self.in_vain = self.in_vain + 1 if self.played < SHORT else 0
+        if self.in_vain >= PATIENCE: raise changes_too_often(what)
+        self.seen, self.played = {}, 0
+        if not self.recordings: return
+        tell(f"cuda_graph: {what} has changed, so the step is recorded again", self.shown)
+        self.recordings = {}
+        self.capture.free()  # with the last recording its pool of memory is gone
+
+# %% ../../nbs/api/loop/06g_step_graph.ipynb #bc9861b6
+MANY_KINDS, MOST_KINDS = 32, 1000  # without a recording: it is said; they are forgotten
+
+class Choosing(Remembering):
+    "Knows when a batch is to be recorded"
+    def say(self, why: str) -> None:
+        "Say once why nothing is recorded"
+        if why not in self.told: tell(f"cuda_graph: {why}", self.shown)
+        self.told.add(why)
 
     def is_time(self, kind: Hashable) -> bool:
         "Whether a batch of this kind is to be recorded now"
-        if self.seen.get(kind, 0) < WARM_UP: return False
+        if self.seen.get(kind, 0) < WARM_UP:
+            if len(self.seen) >= MOST_KINDS: self.seen.clear()
+            if len(self.seen) >= MANY_KINDS and not self.recordings:
+                self.say("batches hardly ever come again in one kind, so nothing is recorded; a kind is the "
+                         "shapes of the tensors in a batch, and its numbers and texts. Leave out names, and "
+                         "make tensors of numbers, with as_batch=")
+            return False
         listened = has_hooks(self.slots["main"].optimizer)
         if len(self.recordings) < MOST_RECORDINGS and not listened: return True
         why = ("a profiler or a hook of optimizers listens; meanwhile nothing is recorded" if listened else
                f"batches come in more than {MOST_RECORDINGS} shapes, and those of further ones run without a "
                "recording; batches of one shape (drop_last=True, padding to a fixed length) gain most")
-        if why not in self.told: tell(f"cuda_graph: {why}", self.shown)
-        self.told.add(why)
+        self.say(why)
         return False
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #7a57f6ea
-class RecordsSteps(Remembering):
+class RecordsSteps(Choosing):
     "Runs a step as it is, or records it"
-    capture: Captures
 
     def begin(self, trainer: Any) -> None:
         "At the first batch of a fit: see that nobody stands within the step"
@@ -246,6 +284,7 @@ class RecordsSteps(Remembering):
             recording.replay = self.capture.capture(
                 lambda: self.whole_step(method, known, recording.batch, rates))
             if host_draws(self.device) != draws: raise draws_on_host(trainer.step)
+            check_numbers(self.numbers, host_numbers(self.modules, trainer.step))
         except Exception as error:
             slot.zero()
             error.add_note(NOTE)
@@ -263,6 +302,7 @@ class PlaysSteps(RecordsSteps):
         if not self.modules: self.begin(trainer)
         kind = batch.size, signature((batch.inputs, batch.targets, batch.weights))
         self.look()
+        self.look_at_numbers(trainer.step, trainer.state.epoch_batch)
         self.rates.follow()
         recording = self.recordings.get(kind)
         if recording is None and self.is_time(kind):
