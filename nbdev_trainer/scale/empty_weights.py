@@ -77,8 +77,8 @@ def reaches_divided(module: nn.Module) -> ValueError:
     "The error for a module that would fill weights which are divided already"
     kind = type(module).__name__
     return ValueError(f"{kind} fills weights of parts that are divided already, by its own "
-                      "reset_parameters(). Pass Shards(join(), initialize=function), a function that is called "
-                      "for each module instead; or wrap=(), which fills the model whole")
+                      "reset_parameters(). Pass Shards(join(), initialize=function), a function that is "
+                      "called for each module instead; or wrap=(), which fills the model whole")
 
 def in_two_blocks(name: str) -> ValueError:
     "The error for a weight of two blocks"
