@@ -82,8 +82,9 @@ def check_recordable(
         wrong = f"accumulate={options['accumulate']}; make larger batches instead"
     elif precision is not None and type(precision).step is not Precision.step:
         wrong = "fp16, whose scale needs the host in each step; precision='bf16' has none"
-    elif strategy is not None and strategy.world_size > 1:
-        wrong = f"{strategy.world_size} processes, which talk within a step; leave it out"
+    elif strategy is not None and (strategy.world_size > 1 or strategy.in_pieces):
+        what = "divided weights" if strategy.in_pieces else f"{strategy.world_size} processes"
+        wrong = f"{what}, for which messages go out within a step; leave it out"
     if wrong is not None: raise ValueError(f"cuda_graph= was given with {wrong}")
     for optimizer in optimizers.values(): check_capturable(optimizer)
 

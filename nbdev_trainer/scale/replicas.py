@@ -123,24 +123,34 @@ class Replicas(Together):
     def begin(self, trainer: Trainer) -> None:
         self.armed = self.averaged = False
         self.through = self.overlap and type(trainer.engine) is Engine and trainer.step.automatic
-        self.params, self.trainable = list[Tensor](self.model.parameters()), list[int]()
-        held = [p for slot in trainer.engine.slots.values() for p in slot.params]
-        self.outside = [p for p in held if not any(p is one for one in self.params)]  # of a loss, for example
+        self.trainable: list[int] = []
+        self.walk()
         from_first(self.outside)
         self.trained = set[int]()  # which parameters did in the open window, by identity
 
     def end(self) -> None: self.ddp = self.carrier = self.values = None
 
+    def held(self) -> list[Tensor]:
+        "The parameters of all optimizers"
+        return [p for slot in self.trainer.engine.slots.values() for p in slot.params]
+
+    def walk(self) -> None:
+        "Note the parameters of the model, and those outside of it, such as of a loss; not in each step, because it takes time"
+        self.params, self.walked = list[Tensor](self.model.parameters()), self.trainer.state.epoch
+        own = {id(p) for p in self.params}
+        self.outside = [p for p in self.held() if id(p) not in own]
+
+    def marks(self) -> list[int]:
+        "What tells that others train than before"
+        return [*(p.requires_grad for p in self.params), *map(id, self.held())]
+
     def make_ready(self) -> None:
         "See that what trains is averaged during the backward pass; something may have been frozen or unfrozen"
         if not self.through: return
-        state = self.trainer.state
-        if state.epoch_batch == 0: self.params = list(self.model.parameters())  # a walk through a large model takes time
-        held = [p for slot in self.trainer.engine.slots.values() for p in slot.params]
-        if self.trainable == [*(p.requires_grad for p in self.params), *map(id, held)]: return
-        self.params = list(self.model.parameters())
-        self.trainable, self.ddp, self.carrier = [*(p.requires_grad for p in self.params), *map(id, held)], None, None
-        self.outside = [p for p in held if not any(p is one for one in self.params)]
+        if self.walked != self.trainer.state.epoch: self.walk()
+        if self.trainable == self.marks(): return
+        self.walk()
+        self.trainable, self.ddp, self.carrier = self.marks(), None, None
         if not any(p.requires_grad for p in self.params): return
         self.carrier, options = self.make_carrier(), {BUFFERS: False, **self.options}
         called = Called(self.model, self.carrier)

@@ -305,6 +305,11 @@ def a_part_taken_away():
     return supervised(model=WithAid().double(), callbacks=[TakesAidAway()])
 
 
+def a_part_taken_away_between_windows():
+    torch.manual_seed(1)
+    return supervised(model=WithAid().double(), callbacks=[TakesAidAway()], accumulate=2)
+
+
 class Tempered(nn.Module):
     """A loss with a weight of its own, which trains too."""
 
@@ -383,13 +388,13 @@ def synced_norms_averaged():
     return norms(callbacks=[SWA(0.3)], epochs=3)
 
 
-SCENARIOS = [plain, a_part_taken_away, weights_of_the_loss, weights_of_the_loss_within_a_window, one_graph_for_all_batches, a_hook_of_ones_own, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
+SCENARIOS = [plain, a_part_taken_away, a_part_taken_away_between_windows, weights_of_the_loss, weights_of_the_loss_within_a_window, one_graph_for_all_batches, a_hook_of_ones_own, synced_norms, synced_norms_averaged, frozen_within_a_window, logs_of_a_step_without_samples,
              synced_norms_of_empty_shards, synced_norms_after_the_backward_pass, from_a_stream,
              frozen_for_a_while, by_turns, after_the_backward_pass, empty_shards, one_sample_a_batch,
              accumulated_and_clipped, clipped_by_unit, averaged, means_over_nothing, synced_norms_and_means_over_nothing, ignored_targets, class_weights, sample_weights,
              micro_batches, sharpness_aware, lbfgs, sharpness_aware_with_empty_shards, lbfgs_that_searches,
              a_step_of_ones_own, several_optimizers, kept_outputs, functions_as_metrics, stopped_early, logged, by_batches]
-NOT_DIVIDED = (a_part_taken_away, weights_of_the_loss, weights_of_the_loss_within_a_window, one_graph_for_all_batches, a_hook_of_ones_own, after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
+NOT_DIVIDED = (a_part_taken_away, a_part_taken_away_between_windows, weights_of_the_loss, weights_of_the_loss_within_a_window, one_graph_for_all_batches, a_hook_of_ones_own, after_the_backward_pass, synced_norms_after_the_backward_pass, micro_batches, lbfgs, lbfgs_that_searches)
 DIVIDED = [one for one in SCENARIOS if one not in NOT_DIVIDED]
 
 
