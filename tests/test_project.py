@@ -22,7 +22,7 @@ PACKAGE, PAGES = ROOT / "nbdev_trainer", ROOT / "nbs"
 # `callbacks` and `scale` stand side by side, and so do `cli` and `testing`.
 LAYERS = {"core": 0, "store": 1, "data": 2, "metrics": 3, "loop": 4, "callbacks": 5, "scale": 5, "use": 6}
 LAYERS |= {"learner": 7, "apps": 8, "cli": 9, "testing": 9}
-HEAVY = {"matplotlib", "pandas", "IPython", "tqdm.notebook", "torchmetrics", "sklearn"}
+HEAVY = {"matplotlib", "pandas", "IPython", "tqdm.notebook", "torchmetrics", "sklearn", "torch._dynamo"}
 
 
 def read_modules():
@@ -457,6 +457,20 @@ def test_an_unreadable_page_is_found():
 def test_importing_the_library_loads_nothing_heavy():
     assert heavy_imports("import nbdev_trainer") == set()
     assert heavy_imports("import pandas") == {"pandas"}
+
+
+def test_a_first_run_loads_nothing_heavy(tmp_path):
+    """Torch's optimizers load its compiler when they are made, which takes as long as loading torch; the default one does not."""
+    made = f"""
+from nbdev_trainer import Learner
+data = [(torch.zeros(4, 2), torch.zeros(4, 1))] * 2
+learner = Learner(torch.nn.Linear(2, 1), (data, data), torch.nn.functional.mse_loss, run_dir={str(tmp_path / 'run')!r})
+learner.fit_one_cycle(1)
+learner.validate()
+learner.predict()
+"""
+    assert heavy_imports(f"exec({made!r})") == set()
+    assert heavy_imports("torch.optim.SGD([torch.ones(1)])") == {"torch._dynamo"}
 
 
 def test_a_page_leaves_the_process_as_it_was():

@@ -12,6 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/optimizers.html.md"
 # %% ../../nbs/api/loop/05_optimizers.ipynb #df84ec81
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -122,7 +123,9 @@ class FusedAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         "Add a group of parameters"
         self.cache = None
-        super().add_param_group(param_group)
+        add = torch.optim.Optimizer.add_param_group
+        if "torch._dynamo" not in sys.modules: add = getattr(add, "__wrapped__", add)
+        add(self, param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "cache": None})
