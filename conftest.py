@@ -24,7 +24,7 @@ from execnb.shell import CaptureShell
 from IPython.core.compilerop import CachingCompiler
 from nbdev.config import get_config
 
-pytest_plugins = ["fault_table"]
+pytest_plugins = ["fault_table", "together"]
 root = Path(__file__).parent
 config = get_config(root)
 collect_ignore_glob = [str(config.nbs_path / "*.py")]  # text twins of the notebooks

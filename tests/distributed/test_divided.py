@@ -24,13 +24,17 @@ def undisturbed():
     return divided_runs.train(None, accumulate=3)
 
 
-def in_processes(number, strategy, **options):
-    run = partial(divided_runs.train, strategy, accumulate=3, **options)
-    return run() if number == 1 else launch(run, processes=number)
+@pytest.fixture(scope="module")
+def in_processes(together):
+    def train(number, strategy, **options):
+        run = partial(divided_runs.train, strategy, accumulate=3, **options)
+        return run() if number == 1 else together(run) if number == 2 else launch(run, processes=number)
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(tmp_path_factory, in_processes):
     """Runs that ended in the middle of a window of three batches, each begun once."""
     begun = {}
 
@@ -45,24 +49,24 @@ def stopped(tmp_path_factory):
 
 @pytest.mark.parametrize("first, then", [((2, "fsdp"), (1, None)), ((2, "fsdp"), (3, "fsdp")), ((2, "fsdp"), (2, "ddp")),
                                          ((2, "ddp"), (2, "fsdp")), ((1, None), (2, "fsdp"))])
-def test_a_run_goes_on_with_other_processes_and_another_strategy(undisturbed, stopped, tmp_path, first, then):
+def test_a_run_goes_on_with_other_processes_and_another_strategy(undisturbed, stopped, in_processes, tmp_path, first, then):
     stopped(first, tmp_path / "run")
     assert Run.open(tmp_path / "run").checkpoints[-1].name == "ba-000010"  # in the middle of a window of three batches
     assert_close(undisturbed, in_processes(*then, run_dir=tmp_path / "run", resume=True), f"{first} then {then}")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_window_in_which_nothing_counted_on_rank_0_is_saved_and_goes_on(tmp_path, processes):
+def test_a_window_in_which_nothing_counted_on_rank_0_is_saved_and_goes_on(together, tmp_path, processes):
     one = divided_runs.nothing_for_rank_0(None)
-    launch(partial(divided_runs.nothing_for_rank_0, "fsdp", tmp_path / "run", stop=5))
+    together(partial(divided_runs.nothing_for_rank_0, "fsdp", tmp_path / "run", stop=5))
     assert Run.open(tmp_path / "run").checkpoints[-1].name == "ba-000004"  # one batch of a window of three
     again = partial(divided_runs.nothing_for_rank_0, "fsdp" if processes > 1 else None, tmp_path / "run", resume=True)
-    assert_close(one, again() if processes == 1 else launch(again), f"resumed by {processes}")
+    assert_close(one, again() if processes == 1 else together(again), f"resumed by {processes}")
 
 
-def test_as_many_processes_go_on_bit_for_bit(tmp_path):
-    whole = launch(divided_runs.whole_then_stopped, tmp_path / "run")
-    again = launch(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True))
+def test_as_many_processes_go_on_bit_for_bit(together, tmp_path):
+    whole = together(divided_runs.whole_then_stopped, tmp_path / "run")
+    again = together(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True))
     for name, one in whole["weights"].items():
         assert torch.equal(one, again["weights"][name]), name
     assert whole["metrics"] == again["metrics"] and whole["counters"] == again["counters"]
@@ -88,23 +92,23 @@ class KilledInSaving:
         return divided_runs.train("fsdp", run_dir, average=False)
 
 
-def test_a_process_killed_in_saving_leaves_the_checkpoint_before(tmp_path):
-    whole = launch(partial(divided_runs.train, "fsdp", average=False))
+def test_a_process_killed_in_saving_leaves_the_checkpoint_before(together, tmp_path):
+    whole = together(partial(divided_runs.train, "fsdp", average=False))
     with pytest.raises(RuntimeError, match="rank 1"):
         launch(KilledInSaving(6), tmp_path / "run")
     checkpoints = Run.open(tmp_path / "run").checkpoints
     assert checkpoints[-1].name == "ba-000004"
     for one in checkpoints:
         verify(one)
-    again = launch(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True, average=False))
+    again = together(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True, average=False))
     assert all(torch.equal(one, again["weights"][name]) for name, one in whole["weights"].items())
     assert not [one for one in (tmp_path / "run" / "checkpoints").iterdir() if one.name.startswith(".")]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(together, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("divided") / "run"
-    return run_dir, launch(partial(divided_runs.train, "fsdp", run_dir=run_dir))
+    return run_dir, together(partial(divided_runs.train, "fsdp", run_dir=run_dir))
 
 
 def test_a_checkpoint_in_parts_is_sealed_and_read_whole(saved):
@@ -170,19 +174,19 @@ def test_a_pickle_is_never_read(tmp_path):
         divided_runs.learner_for(None).load(tmp_path)
 
 
-def test_weights_are_saved_together_and_loaded_in_parts(tmp_path):
-    one, other = launch(divided_runs.save_and_load, tmp_path / "model.safetensors")
+def test_weights_are_saved_together_and_loaded_in_parts(together, tmp_path):
+    one, other = together(divided_runs.save_and_load, tmp_path / "model.safetensors")
     assert_close(one["weights"], other["weights"], "weights")
     assert_close(one["averages"][0], {name: other["averages"][0][name] for name in one["averages"][0]}, "averages")
     assert_close(divided_runs.train(None, epochs=1), one, "as one process")
 
 
-def test_looking_into_a_run_with_divided_weights_works():
-    assert launch(divided_runs.looks) == {"parameters": 7 * 5 + 7 + 7 * 7 + 7 + 3 * 7 + 3, "findings": []}
+def test_looking_into_a_run_with_divided_weights_works(together):
+    assert together(divided_runs.looks) == {"parameters": 7 * 5 + 7 + 7 * 7 + 7 + 3 * 7 + 3, "findings": []}
 
 
-def test_loaded_averages_are_divided_and_go_on(tmp_path):
-    found = launch(divided_runs.goes_on_from_loaded_averages, tmp_path / "model.safetensors")
+def test_loaded_averages_are_divided_and_go_on(together, tmp_path):
+    found = together(divided_runs.goes_on_from_loaded_averages, tmp_path / "model.safetensors")
     assert all(one.isfinite().all() for one in found["averages"][0].values())
     assert {name: one.shape for name, one in found["averages"][0].items()} == {
         name: one.shape for name, one in found["weights"].items()}
@@ -191,9 +195,9 @@ def test_loaded_averages_are_divided_and_go_on(tmp_path):
 @pytest.mark.parametrize("what, error, why", [("second", ValueError, "divided already, by another learner"),
                                               ("Adafactor", ValueError, "Adafactor does not go together"),
                                               ("run", FileNotFoundError, "the directory of the checkpoints is gone")])
-def test_what_cannot_be_is_an_error_with_its_reason(what, error, why, tmp_path):
+def test_what_cannot_be_is_an_error_with_its_reason(together, what, error, why, tmp_path):
     with pytest.raises(error, match=why):
-        launch(divided_runs.refused, tmp_path / what if what == "run" else what)
+        together(divided_runs.refused, tmp_path / what if what == "run" else what)
 
 
 @pytest.mark.parametrize("clip_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
@@ -208,8 +212,8 @@ def test_copies_of_divided_weights_train_as_whole_ones():
     assert_close(one, launch(partial(layered_runs.in_copies_of_shards, clip_norm=1.0), processes=4), "replicate and shard")
 
 
-def test_losses_are_those_of_replicas_also_on_the_host_and_nearly_in_bfloat16():
-    found = launch(layered_runs.of_three_kinds)
+def test_losses_are_those_of_replicas_also_on_the_host_and_nearly_in_bfloat16(together):
+    found = together(layered_runs.of_three_kinds)
     expected = found["whole"]["metrics"]["valid_loss"]
     assert found["divided"]["metrics"]["valid_loss"] == pytest.approx(expected, rel=1e-6)
     assert found["on the host"]["metrics"]["valid_loss"] == pytest.approx(expected, rel=1e-6)
@@ -225,7 +229,7 @@ def test_the_facts_of_a_run_in_parts_are_plain(saved):
 
 
 def test_a_model_built_without_numbers_is_filled_part_by_part_the_same_by_any_number_of_processes():
-    found = {n: launch(layered_runs.built, "meta", processes=n) for n in (1, 2, 3)}
+    found = {n: launch(layered_runs.built, "meta", processes=n) for n in (1, 2, 3)}  # new ones: they count their tensors
     for n in (2, 3):
         assert_close(found[1], found[n], f"{n} processes")
     numbers = sum(one.numel() for one in found[1]["weights"].values())
@@ -234,22 +238,22 @@ def test_a_model_built_without_numbers_is_filled_part_by_part_the_same_by_any_nu
     assert {name: one.shape for name, one in fresh.items()} == {name: one.shape for name, one in found[2]["weights"].items()}
 
 
-def test_the_weights_of_the_first_process_count_where_the_others_have_none():
+def test_the_weights_of_the_first_process_count_where_the_others_have_none(together):
     one = layered_runs.built("cpu", shards=False)
-    assert_close(one, launch(layered_runs.built, ["cpu", "meta"]), "built on rank 0 alone")
+    assert_close(one, together(layered_runs.built, ["cpu", "meta"]), "built on rank 0 alone")
 
 
-def test_a_weight_that_nobody_fills_is_an_error_on_all_processes():
-    assert "ValueError: Position has 'shift' of its own, built on the device 'meta'" in launch(layered_runs.nobody_fills)
-    told = launch(layered_runs.one_fails, 1)
+def test_a_weight_that_nobody_fills_is_an_error_on_all_processes(together):
+    assert "ValueError: Position has 'shift' of its own, built on the device 'meta'" in together(layered_runs.nobody_fills)
+    told = together(layered_runs.one_fails, 1)
     assert told == ["RuntimeError: rank 1 could not fill the model: KeyError: 'no table of positions'",
                     "KeyError: 'no table of positions'"]
 
 
-def test_a_model_that_fills_its_parts_does_so_before_they_are_divided_or_is_an_error():
+def test_a_model_that_fills_its_parts_does_so_before_they_are_divided_or_is_an_error(together):
     numbers = sum(one.numel() for one in layered_runs.Rescaled().parameters())
-    assert launch(partial(layered_runs.fills_its_parts, wrap=())) == pytest.approx(0.25 * numbers)
-    assert "ValueError: Rescaled fills weights of parts that are divided already" in launch(layered_runs.fills_its_parts)
+    assert together(partial(layered_runs.fills_its_parts, wrap=())) == pytest.approx(0.25 * numbers)
+    assert "ValueError: Rescaled fills weights of parts that are divided already" in together(layered_runs.fills_its_parts)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -76,8 +76,8 @@ def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
     "`stop` on rank 1 alone",
     "both end after the same batch",
 )
-def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch():
-    _, _, control, samples = launch(fault_runs.on_rank_1, fault_runs.ask_to_stop)
+def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch(together):
+    _, _, control, samples = together(fault_runs.on_rank_1, fault_runs.ask_to_stop)
     assert control == [{"what": "stop", "why": "seen enough (rank 1)", "epoch": 1, "batch": 8}]
     assert samples == 64
 
@@ -87,8 +87,8 @@ def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch():
     "a row that is no number, which rank 1 gets",
     "both skip it; weights as in one process that skips it",
 )
-def test_a_batch_that_one_rank_skips_is_skipped_by_all():
-    together, alone = launch(fault_runs.skip_bad), fault_runs.skip_bad()
+def test_a_batch_that_one_rank_skips_is_skipped_by_all(together):
+    together, alone = together(fault_runs.skip_bad), fault_runs.skip_bad()
     same(alone[0], together[0], 1e-12)
     assert [entry["batch"] for entry in together[2]] == [entry["batch"] for entry in alone[2]] == [4, 9]
     assert together[2][0]["why"].endswith("(rank 1)")
@@ -135,8 +135,8 @@ def test_a_parameter_that_is_not_used_is_named_at_once(on):
     "as on a GPU: one process knows its count on the device alone, the other has no sample",
     "both add it up",
 )
-def test_counts_on_the_device_are_added_up_by_all():
-    assert launch(fault_runs.counts_on_a_device) == (5, 5)
+def test_counts_on_the_device_are_added_up_by_all(together):
+    assert together(fault_runs.counts_on_a_device) == (5, 5)
 
 
 @pytest.mark.fault(
@@ -231,7 +231,8 @@ def test_torchrun_shows_the_error_of_the_rank_that_failed_first(tmp_path):
     assert "rank      : 1" in summary and "the label of sample 7 is missing" in summary
 
 
-def test_no_process_is_left():
+def test_no_process_is_left(together):
+    together.end()
     time.sleep(0.2)
     assert left() == []
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)

@@ -35,12 +35,13 @@ def only_the_first():
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_looks_work_and_decide_the_same_in_all_processes(processes):
-    suggested, sizes, looks, weights = launch(all_of_them, processes=processes)
+def test_looks_work_and_decide_the_same_in_all_processes(together, processes):
+    found = together(all_of_them) if processes == 2 else launch(all_of_them, processes=processes)
+    suggested, sizes, looks, weights = found
     assert len(suggested) == processes and len(set(suggested)) == len(set(weights)) == 1
     assert all(one == sizes[0] for one in sizes) and list(sizes[0]) == [8, 16, 32]
     assert set(looks) == {(True, "overfit 2 batches", True)}
 
 
-def test_one_process_can_check_alone():
-    assert launch(only_the_first) is True
+def test_one_process_can_check_alone(together):
+    assert together(only_the_first) is True

@@ -1,5 +1,7 @@
 """Two, three and four processes train what one trains."""
 
+from functools import partial
+
 import by_hand
 import pytest
 import scenarios
@@ -15,8 +17,9 @@ def one():
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
-def several(request):
-    return launch(scenarios.run_all, processes=request.param)
+def several(request, together):
+    run = together if request.param == 2 else partial(launch, processes=request.param)
+    return run(scenarios.run_all)
 
 
 def assert_close(ours, theirs, path):
@@ -47,8 +50,9 @@ def test_the_weights_metrics_and_counters_are_those_of_one_process(one, several,
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def divided(request):
-    return launch(scenarios.run_divided, [], processes=request.param)
+def divided(request, together):
+    run = together if request.param == 2 else partial(launch, processes=request.param)
+    return run(scenarios.run_divided, [])
 
 
 @pytest.mark.parametrize("name", [one.__name__ for one in scenarios.DIVIDED])
@@ -57,6 +61,6 @@ def test_divided_weights_train_as_whole_ones(one, divided, name):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_single_precision_is_that_of_a_loop_written_by_hand_bit_for_bit(accumulate):
-    theirs, ours = launch(by_hand.both, accumulate)
+def test_single_precision_is_that_of_a_loop_written_by_hand_bit_for_bit(together, accumulate):
+    theirs, ours = together(by_hand.both, accumulate)
     assert all(torch.equal(*pair) for pair in zip(theirs, ours))
