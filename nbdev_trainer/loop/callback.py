@@ -171,8 +171,8 @@ def describe_plan(
     callbacks: Iterable[Callback],  # in the order in which they act
 ) -> str:
     "A line for each event in use: who acts, in which order"
-    listed = list(callbacks)
-    lines = {event: [f"{one}" for one in listed if event in one.handles()] for event in Event}
+    listed = [(f"{one}", one.handles()) for one in callbacks]
+    lines = {event: [name for name, handled in listed if event in handled] for event in Event}
     return "\n".join(f"{event:22}{' > '.join(names)}" for event, names in lines.items() if names)
 
 # %% ../../nbs/api/loop/02_callback.ipynb #1ea0c186

@@ -147,6 +147,7 @@ class Loop(Results):
         state = self.state
         inside = state.epoch_batch > 0 and state.batch > plan.began["batch"]  # goes on right after a batch
         inside = inside or plan.epoch_is_full(state)
+        self.engine.strategy.agree()
         if state.epoch_is_counted: self.finish_epoch(plan)
         while inside or state.stop is None and not plan.is_over(state):
             if state.epoch_batch == 0:
@@ -155,9 +156,11 @@ class Loop(Results):
                 self.noted = -1, {}
                 self.call("before_epoch")
             if self.run_epoch(plan, inside): self.finish_epoch(plan)
+            else: self.engine.strategy.agree()
             inside = False
-        if state.stop is None and plan.validate_every and state.evaluated_at != state.batch: self.validate(plan)
-        self.engine.strategy.agree()
+        if state.stop is None and plan.validate_every and state.evaluated_at != state.batch:
+            if plan.valid_sets: self.validate(plan)
+            elif state.epoch_batch: self.note_results()
 
     def run_epoch(self, plan: FitPlan, inside: bool) -> bool:  # whether the epoch is complete
         state, exhausted = self.state, False

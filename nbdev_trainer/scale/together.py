@@ -221,11 +221,11 @@ class Together(Agreeing):
                  "count several times", trainer.shown and trainer.state.batch == 0)
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
-        self.trainer, self.wishes, self.samples, self.began = trainer, {}, trainer.state.samples, time.monotonic()
+        self.trainer, self.wishes, self.samples = trainer, {}, trainer.state.samples
+        self.clock, self.began = 0.0, time.monotonic()
         self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
         try:
             self.begin(trainer)
-            self.agree()
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:
             explain(error, self.rank)
@@ -244,9 +244,12 @@ class Together(Agreeing):
         return list(others)
 
     def length(self, own: int | None) -> int | None:
-        found = self.processes.gather(own)
+        lengths = torch.zeros(self.world_size, dtype=torch.float64)
+        lengths[self.rank] = -1 if own is None else own
+        self.processes.sum(lengths).wait()  # a fourth of what it takes to gather objects
+        found = [None if one < 0 else int(one) for one in lengths.tolist()]
         self.uneven = len(set(found)) > 1 or None in found
-        return None if None in found else max(found)
+        return None if None in found else max(one for one in found if one is not None)
 
     @property
     def index(self) -> int:
