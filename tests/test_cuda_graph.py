@@ -541,7 +541,7 @@ def test_a_step_that_a_recording_would_get_wrong_is_an_error(train, error, text)
     assert learner.trainer.state.batch == late
     assert any("being recorded as a CUDA graph" in note for note in getattr(raised.value, "__notes__", [])) == bool(late)
     engine = learner.trainer.engine
-    assert not engine.running and not engine.recordings and all(p.grad is None for p in learner.model.parameters())
+    assert not engine.running and engine.this_fit is None and all(p.grad is None for p in learner.model.parameters())
     assert engine.slots["main"].optimizer.param_groups[0]["lr"] == LR
 
 

@@ -36,9 +36,10 @@ from .recordable import (
     check_numbers, draws_on_host, host_draws, host_numbers, no_skipping)
 
 # %% auto #0
-__all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'MANY_KINDS', 'MOST_KINDS', 'reads_rate', 'Rates', 'fixed_settings',
-           'standing', 'with_tensors', 'Recording', 'WholeSteps', 'changes_too_often', 'check_schedules', 'Remembering',
-           'Choosing', 'RecordsSteps', 'PlaysSteps', 'StepGraphs']
+__all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'MANY_KINDS', 'MOST_KINDS', 'HARDLY_AGAIN', 'LISTENED',
+           'MANY_SHAPES', 'reads_rate', 'Rates', 'fixed_settings', 'standing', 'Surroundings', 'with_tensors',
+           'Recording', 'whole_step', 'Recorder', 'changes_too_often', 'check_schedules', 'Recordings', 'RecordedFit',
+           'StepGraphs']
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #63ee9a7b
 def reads_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -100,6 +101,29 @@ def standing(
             "the optimizer's state": list(map(Tensor.data_ptr, kept)),
             "a setting of the optimizer": fixed_settings(optimizer)}
 
+# %% ../../nbs/api/loop/06g_step_graph.ipynb #085cc0c9
+class Surroundings:
+    "What recordings rely on, as it was when it was last looked at"
+    def __init__(self, model: nn.Module, step: Step, optimizer: torch.optim.Optimizer,
+                 device: torch.device) -> None:
+        self.modules, self.optimizer, self.device = list(model.modules()), optimizer, device
+        self.fixed = standing(self.modules, optimizer)
+        self.numbers = host_numbers(self.modules, step)  # what Python keeps in layers and in the step
+        self.rates = Rates(optimizer, device)
+
+    def look(self) -> str | None:
+        "What has changed, if anything; asked before each step"
+        now = standing(self.modules, self.optimizer)
+        if now == self.fixed: return None
+        what = next(name for name in now if now[name] != self.fixed[name])
+        self.fixed, self.rates = now, Rates(self.optimizer, self.device)  # there may be other groups
+        return what
+
+    def look_at_numbers(self, step: Step) -> str | None:
+        "Which number of Python's has changed, if any; it takes longer"
+        before, self.numbers = self.numbers, host_numbers(self.modules, step)
+        return next(iter(changed_numbers(before, self.numbers)), None)
+
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #59c2e15d
 def with_tensors(output: StepOutput, fn: Callable[[Tensor], Any]) -> StepOutput:
     "An output with a function applied to each of its tensors"
@@ -125,38 +149,66 @@ class Recording:
         return with_tensors(output, Tensor.clone), None if norm is None else norm.clone()
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #8f509243
-WARM_UP, MOST_RECORDINGS = 3, 4  # batches of a kind before it is recorded; kinds
-
-class WholeSteps(Engine):
-    "The parts of an engine whose steps are done when the loss is there"
-    running = False  # a fit is going on
-
-    def whole_step(self, method: Callable[[Any, Batch], Any], known: FixedTrainer, batch: FixedBatch,
-                   rates: Rates) -> tuple[Any, Tensor | None]:
-        "From a batch to new weights; output and norm are for others to keep, without a graph of gradients"
-        slot, given = self.slots["main"], (batch.inputs, batch.targets)
-        output = self.run(method, known, batch)
-        if type(output) is not StepOutput or output.loss is None: return output, None  # the loop refuses it
-        if batch.inputs is not given[0] or batch.targets is not given[1]:
-            raise ValueError(f"{type(known.step).__name__}.train changes the batch it was given, which "
-                             "metrics would not see with cuda_graph=; return StepOutput(targets=...), or "
-                             "change it with as_batch=")
-        count = batch.size if output.count is None else output.count
-        Engine.backward(self, output.loss, count, slot, only_its_parameters=True)
-        Engine.finish(self, slot)
-        with rates.in_place(): Engine.step(self, slot)
-        return with_tensors(output, Tensor.detach), slot.norm
-
-    def backward(self, loss: Tensor, count: Any, slot: OptimizerSlot, only_its_parameters: bool = False,
-                 retain_graph: bool = False) -> None:
-        "Nothing is left to do"
-        if self.running: slot.pending = True
-        else: super().backward(loss, count, slot, only_its_parameters, retain_graph)
-
-    def finish(self, slot: OptimizerSlot) -> bool: return self.running or super().finish(slot)
-    def step(self, slot: OptimizerSlot) -> bool: return self.running or super().step(slot)
+def whole_step(
+    engine: Engine,                       # of which the plain methods are called: its own may do nothing
+    method: Callable[[Any, Batch], Any],  # of the step
+    known: FixedTrainer,
+    batch: FixedBatch,
+    rates: Rates,
+) -> tuple[Any, Tensor | None]:  # output and norm, for others to keep, without a graph of gradients
+    "From a batch to new weights"
+    slot, given = engine.slots["main"], (batch.inputs, batch.targets)
+    output = engine.run(method, known, batch)
+    if type(output) is not StepOutput or output.loss is None: return output, None  # the loop refuses it
+    if batch.inputs is not given[0] or batch.targets is not given[1]:
+        raise ValueError(f"{type(known.step).__name__}.train changes the batch it was given, which metrics "
+                         "would not see with cuda_graph=; return StepOutput(targets=...), or change it with "
+                         "as_batch=")
+    count = batch.size if output.count is None else output.count
+    Engine.backward(engine, output.loss, count, slot, only_its_parameters=True)
+    Engine.finish(engine, slot)
+    with rates.in_place(): Engine.step(engine, slot)
+    return with_tensors(output, Tensor.detach), slot.norm
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #655bfcad
+class Recorder:
+    "Runs a step as it is, or records it"
+    def __init__(self, engine: Engine, capture: Captures, surroundings: Surroundings) -> None:
+        self.engine, self.capture, self.surroundings = engine, capture, surroundings
+
+    def run(self, method: Any, trainer: Any, batch: Batch, is_last: bool) -> tuple[Any, Tensor | None]:
+        "The step without a recording, as one that is going to be recorded; the last time it is a rehearsal"
+        given = FixedBatch(batch.inputs, batch.targets, batch.size, batch.weights)
+        known, rates = FixedTrainer(trainer), self.surroundings.rates
+        try:
+            with warnings.catch_warnings():  # torch warns of an optimizer that is capturable and not recorded
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                run = self.capture.rehearse if is_last else self.capture.aside
+                return run(lambda: whole_step(self.engine, method, known, given, rates))
+        except Exception as error:
+            if is_last: error.add_note(NOTE)
+            raise
+
+    def record(self, method: Any, trainer: Any, batch: Batch) -> Recording:
+        "The step for batches like this one; it has not run yet"
+        engine, around, known = self.engine, self.surroundings, FixedTrainer(trainer)
+        slot, rates = engine.slots["main"], around.rates
+        check_nobody_within(engine, trainer.model, slot.optimizer)
+        recording, draws = Recording(batch), host_draws(engine.device)
+        try:
+            recording.replay = self.capture.capture(
+                lambda: whole_step(engine, method, known, recording.batch, rates))
+            if host_draws(engine.device) != draws: raise draws_on_host(trainer.step)
+            check_numbers(around.numbers, host_numbers(around.modules, trainer.step))
+        except Exception as error:
+            slot.zero()
+            error.add_note(NOTE)
+            raise
+        recording.gradients = [(p, p.grad) for p in slot.params if p.grad is not None]
+        return recording
+
+# %% ../../nbs/api/loop/06g_step_graph.ipynb #bc9861b6
+WARM_UP, MOST_RECORDINGS = 3, 4  # batches of a kind before it is recorded; kinds
 SHORT, PATIENCE = 10, 8  # plays that are too few for a recording; how often that may be so in a row
 
 def changes_too_often(what: str) -> RuntimeError:
@@ -180,143 +232,92 @@ def check_schedules(keys: Iterable[str], optimizer: torch.optim.Optimizer) -> No
         raise ValueError(f"there is a schedule for the {key} of {type(optimizer).__name__}, and a recorded "
                          f"step keeps the {key} it was recorded with; {mend}")
 
-# %% ../../nbs/api/loop/06g_step_graph.ipynb #3c2baaec
-class Remembering(WholeSteps):
-    "Knows its recordings and what they rely on"
-    shown = True
-    capture: Captures
+# %% ../../nbs/api/loop/06g_step_graph.ipynb #8675d3f5
+MANY_KINDS, MOST_KINDS = 32, 1000  # without a recording: it is said; they are forgotten
+HARDLY_AGAIN = ("batches hardly ever come again in one kind, so nothing is recorded; a kind is the shapes of "
+                "the tensors in a batch, and its numbers and texts. Leave out names, and make tensors of "
+                "numbers, with as_batch=")
+LISTENED = "a profiler or a hook of optimizers listens; meanwhile nothing is recorded"
+MANY_SHAPES = (f"batches come in more than {MOST_RECORDINGS} shapes, and those of further ones run without a "
+               "recording; batches of one shape (drop_last=True, padding to a fixed length) gain most")
 
-    def forget_all(self) -> None:
-        "No recording, and nothing known"
-        self.recordings: dict[Hashable, Recording] = {}  # by the kind of batch
-        self.seen: dict[Hashable, int] = {}              # batches of each kind that ran as they are
-        self.fixed: dict[str, Any] = {}                  # what recordings rely on
-        self.numbers: dict[Any, Any] = {}                # and what Python keeps in layers and in the step
-        self.modules: list[nn.Module] = []
-        self.told: set[str] = set()
-        self.played, self.in_vain = 0, 0
-        self.rates = Rates(self.slots["main"].optimizer, self.device)
-
-    def look(self) -> None:
-        "Drop the recordings when something they rely on is not as it was"
-        now = standing(self.modules, self.slots["main"].optimizer)
-        if now == self.fixed: return
-        if self.fixed: self.drop(next(name for name in now if now[name] != self.fixed[name]))
-        self.fixed = now
-        self.rates = Rates(self.slots["main"].optimizer, self.device)  # there may be other groups
-
-    def look_at_numbers(self, step: Step, epoch_batch: int) -> None:
-        "As `look`, at what takes longer to look at: when an epoch begins, and while there is no recording"
-        if self.recordings and epoch_batch: return
-        now = host_numbers(self.modules, step)
-        if self.recordings and (changed := changed_numbers(self.numbers, now)): self.drop(next(iter(changed)))
-        self.numbers = now
+# %% ../../nbs/api/loop/06g_step_graph.ipynb #a14d863b
+class Recordings:
+    "The recordings of a fit, by the kind of batch, and whether it is time for one more"
+    def __init__(self, optimizer: torch.optim.Optimizer, capture: Captures, shown: bool) -> None:
+        self.optimizer, self.capture, self.shown = optimizer, capture, shown
+        self.by_kind: dict[Hashable, Recording] = {}
+        self.seen: dict[Hashable, int] = {}  # batches of each kind that ran as they are
+        self.told: set[str] = set()          # why nothing was recorded
+        self.played, self.in_vain = 0, 0     # with these recordings; how often in a row that was too little
 
     def drop(self, what: str) -> None:
         "Forget the recordings, because of what has changed"
         self.in_vain = self.in_vain + 1 if self.played < SHORT else 0
         if self.in_vain >= PATIENCE: raise changes_too_often(what)
         self.seen, self.played = {}, 0
-        if not self.recordings: return
+        if not self.by_kind: return
         tell(f"cuda_graph: {what} has changed, so the step is recorded again", self.shown)
-        self.recordings = {}
+        self.free()
+
+    def free(self) -> None:
+        "Give back the memory of all recordings, even while somebody keeps this object"
+        self.by_kind = {}
         self.capture.free()  # with the last recording its pool of memory is gone
 
-# %% ../../nbs/api/loop/06g_step_graph.ipynb #bc9861b6
-MANY_KINDS, MOST_KINDS = 32, 1000  # without a recording: it is said; they are forgotten
+    def is_time(self, kind: Hashable) -> bool:
+        "Whether a batch of this kind is to be recorded now; if it is not, it may say why"
+        if self.seen.get(kind, 0) < WARM_UP:
+            if len(self.seen) >= MOST_KINDS: self.seen.clear()
+            if len(self.seen) >= MANY_KINDS and not self.by_kind: self.say(HARDLY_AGAIN)
+            return False
+        if has_hooks(self.optimizer): self.say(LISTENED)
+        elif len(self.by_kind) >= MOST_RECORDINGS: self.say(MANY_SHAPES)
+        else: return True
+        return False
 
-class Choosing(Remembering):
-    "Knows when a batch is to be recorded"
     def say(self, why: str) -> None:
         "Say once why nothing is recorded"
         if why not in self.told: tell(f"cuda_graph: {why}", self.shown)
         self.told.add(why)
 
-    def is_time(self, kind: Hashable) -> bool:
-        "Whether a batch of this kind is to be recorded now"
-        if self.seen.get(kind, 0) < WARM_UP:
-            if len(self.seen) >= MOST_KINDS: self.seen.clear()
-            if len(self.seen) >= MANY_KINDS and not self.recordings:
-                self.say("batches hardly ever come again in one kind, so nothing is recorded; a kind is the "
-                         "shapes of the tensors in a batch, and its numbers and texts. Leave out names, and "
-                         "make tensors of numbers, with as_batch=")
-            return False
-        listened = has_hooks(self.slots["main"].optimizer)
-        if len(self.recordings) < MOST_RECORDINGS and not listened: return True
-        why = ("a profiler or a hook of optimizers listens; meanwhile nothing is recorded" if listened else
-               f"batches come in more than {MOST_RECORDINGS} shapes, and those of further ones run without a "
-               "recording; batches of one shape (drop_last=True, padding to a fixed length) gain most")
-        self.say(why)
-        return False
-
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #7a57f6ea
-class RecordsSteps(Choosing):
-    "Runs a step as it is, or records it"
+class RecordedFit:
+    "The steps of one fit: played where there is a recording, and run where there is none yet"
+    def __init__(self, engine: Engine, capture: Captures, trainer: Any) -> None:
+        optimizer = engine.slots["main"].optimizer
+        check_nobody_within(engine, trainer.model, optimizer)
+        self.surroundings = Surroundings(trainer.model, trainer.step, optimizer, engine.device)
+        self.recordings = Recordings(optimizer, capture, trainer.shown)
+        self.recorder = Recorder(engine, capture, self.surroundings)
 
-    def begin(self, trainer: Any) -> None:
-        "At the first batch of a fit: see that nobody stands within the step"
-        check_nobody_within(self, trainer.model, self.slots["main"].optimizer)
-        self.modules = list(trainer.model.modules())
-
-    def run_as_it_is(self, method: Any, trainer: Any, batch: Batch,
-                     kind: Hashable) -> tuple[Any, Tensor | None]:
-        "The step without a recording, as one that is going to be recorded"
-        given = FixedBatch(batch.inputs, batch.targets, batch.size, batch.weights)
-        known, rates, is_last = FixedTrainer(trainer), self.rates, self.seen.get(kind, 0) == WARM_UP - 1
-        try:
-            with warnings.catch_warnings():  # torch warns of an optimizer that is capturable and not recorded
-                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-                run = self.capture.rehearse if is_last else self.capture.aside
-                result = run(lambda: self.whole_step(method, known, given, rates))
-        except Exception as error:
-            if is_last: error.add_note(NOTE)
-            raise
-        self.look()  # the first step has made the state of the optimizer
-        self.seen[kind] = self.seen.get(kind, 0) + 1
+    def train(self, method: Any, trainer: Any, batch: Batch) -> tuple[Any, Tensor | None]:
+        "The step for a batch, from which come an output and the norm of gradients before it was clipped"
+        surroundings, recordings = self.surroundings, self.recordings
+        kind = batch.size, signature((batch.inputs, batch.targets, batch.weights))
+        if changed := surroundings.look(): recordings.drop(changed)
+        if not (recordings.by_kind and trainer.state.epoch_batch):  # within an epoch it would take too long
+            changed = surroundings.look_at_numbers(trainer.step)
+            if changed and recordings.by_kind: recordings.drop(changed)
+        surroundings.rates.follow()
+        recording = recordings.by_kind.get(kind)
+        if recording is None and recordings.is_time(kind):
+            recording = recordings.by_kind[kind] = self.recorder.record(method, trainer, batch)
+        if recording is not None:
+            recordings.played += 1
+            return recording.play(batch)
+        is_last = recordings.seen.get(kind, 0) == WARM_UP - 1
+        result = self.recorder.run(method, trainer, batch, is_last)
+        if changed := surroundings.look(): recordings.drop(changed)  # the first makes the optimizer's state
+        recordings.seen[kind] = recordings.seen.get(kind, 0) + 1
         return result
 
-    def record(self, method: Any, trainer: Any, batch: Batch) -> Recording:
-        "The step for batches like this one; it has not run yet"
-        slot, known, rates = self.slots["main"], FixedTrainer(trainer), self.rates
-        check_nobody_within(self, trainer.model, slot.optimizer)
-        recording, draws = Recording(batch), host_draws(self.device)
-        try:
-            recording.replay = self.capture.capture(
-                lambda: self.whole_step(method, known, recording.batch, rates))
-            if host_draws(self.device) != draws: raise draws_on_host(trainer.step)
-            check_numbers(self.numbers, host_numbers(self.modules, trainer.step))
-        except Exception as error:
-            slot.zero()
-            error.add_note(NOTE)
-            raise
-        recording.gradients = [(p, p.grad) for p in slot.params if p.grad is not None]
-        return recording
-
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #4f3f9368
-class PlaysSteps(RecordsSteps):
-    "Plays the step for a batch"
-    def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
-        "Play the step for a batch, or run it where there is no recording yet"
-        if not self.running: return super().train(method, trainer, batch)
-        if trainer.state.skip_step is not None: raise no_skipping(trainer.state.skip_step)
-        if not self.modules: self.begin(trainer)
-        kind = batch.size, signature((batch.inputs, batch.targets, batch.weights))
-        self.look()
-        self.look_at_numbers(trainer.step, trainer.state.epoch_batch)
-        self.rates.follow()
-        recording = self.recordings.get(kind)
-        if recording is None and self.is_time(kind):
-            recording = self.recordings[kind] = self.record(method, trainer, batch)
-        if recording is None: output, norm = self.run_as_it_is(method, trainer, batch, kind)
-        else:
-            self.played += 1
-            output, norm = recording.play(batch)
-        self.slots["main"].norm = norm
-        return output
-
-# %% ../../nbs/api/loop/06g_step_graph.ipynb #fd22d8a4
-class StepGraphs(PlaysSteps):
+class StepGraphs(Engine):
     "An engine that records the training step and plays it"
+    running = False  # a fit is going on
+    this_fit: RecordedFit | None = None  # from its first batch on
+
     def __init__(self,
         model: nn.Module,                                 # on its device already
         optimizers: Mapping[str, torch.optim.Optimizer],  # one, called main
@@ -327,7 +328,6 @@ class StepGraphs(PlaysSteps):
     ) -> None:
         super().__init__(model, optimizers, device, **options)
         self.capture = CudaGraphs(device) if isinstance(capture, bool) else capture
-        self.forget_all()
 
     @contextmanager
     def during(self, trainer: Any, plan: Any) -> Iterator[None]:
@@ -335,11 +335,26 @@ class StepGraphs(PlaysSteps):
         check_callbacks_within(trainer.acting(trainer.all_callbacks()))
         check_schedules(plan.schedules, self.slots["main"].optimizer)
         with super().during(trainer, plan):
-            self.forget_all()
-            self.running, self.shown = True, trainer.shown
+            self.running = True
             try: yield
             finally:
-                self.running = False
-                for slot in self.slots.values(): slot.zero()  # gradients are in the memory of recordings
-                self.forget_all()
-                self.capture.free()
+                self.slots["main"].zero()  # gradients are in the memory of recordings
+                if self.this_fit is not None: self.this_fit.recordings.free()
+                self.running, self.this_fit = False, None
+
+    def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
+        "All of the step in a fit, and the forward pass outside of one"
+        if not self.running: return super().train(method, trainer, batch)
+        if trainer.state.skip_step is not None: raise no_skipping(trainer.state.skip_step)
+        if self.this_fit is None: self.this_fit = RecordedFit(self, self.capture, trainer)
+        output, self.slots["main"].norm = self.this_fit.train(method, trainer, batch)
+        return output
+
+    def backward(self, loss: Tensor, count: Any, slot: OptimizerSlot, only_its_parameters: bool = False,
+                 retain_graph: bool = False) -> None:
+        "Nothing is left to do in a fit"
+        if self.running: slot.pending = True
+        else: super().backward(loss, count, slot, only_its_parameters, retain_graph)
+
+    def finish(self, slot: OptimizerSlot) -> bool: return self.running or super().finish(slot)
+    def step(self, slot: OptimizerSlot) -> bool: return self.running or super().step(slot)
