@@ -226,6 +226,14 @@ def test_parts_that_are_frozen_and_unfrozen_while_it_trains():
     assert same_weights(plain, recorded)
 
 
+def other_dropout(trainer): trainer.model[0][3] = nn.Dropout(0.5)
+
+
+def test_a_layer_that_has_come_while_it_trains_is_looked_at_like_the_others():
+    plain, recorded, _ = both(lambda learner: learner.fit(6), callbacks=lambda: [AtBatch(7, other_dropout), AtBatch(17, eval_mode)])
+    assert same_weights(plain, recorded)
+
+
 def test_fine_tuning_of_a_frozen_body():
     plain, recorded, tape = both(lambda learner: learner.fine_tune(3, lr=2.0**-5, frozen=2))
     torch.testing.assert_close(recorded.predict().predictions, plain.predict().predictions, rtol=0, atol=1e-3)

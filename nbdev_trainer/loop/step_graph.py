@@ -106,7 +106,8 @@ class Surroundings:
     "What recordings rely on, as it was when it was last looked at"
     def __init__(self, model: nn.Module, step: Step, optimizer: torch.optim.Optimizer,
                  device: torch.device) -> None:
-        self.modules, self.optimizer, self.device = list(model.modules()), optimizer, device
+        self.model, self.modules = model, list(model.modules())
+        self.optimizer, self.device = optimizer, device
         self.fixed = standing(self.modules, optimizer)
         self.numbers = host_numbers(self.modules, step)  # what Python keeps in layers and in the step
         self.rates = Rates(optimizer, device)
@@ -116,7 +117,8 @@ class Surroundings:
         now = standing(self.modules, self.optimizer)
         if now == self.fixed: return None
         what = next(name for name in now if now[name] != self.fixed[name])
-        self.fixed, self.rates = now, Rates(self.optimizer, self.device)  # there may be other groups
+        self.modules = list(self.model.modules())  # another layer may be there, or other groups
+        self.fixed, self.rates = standing(self.modules, self.optimizer), Rates(self.optimizer, self.device)
         return what
 
     def look_at_numbers(self, step: Step) -> str | None:
