@@ -1,6 +1,6 @@
 """What two processes cost: a step beside a loop written by hand, messages counted, and how long it takes to start.
 
-    python benchmarks/distributed.py [--rounds 30] [--steps 150]
+    python benchmarks/distributed.py [--rounds 30] [--steps 90]
 
 Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
 `DistributedDataParallel` in a loop written by hand, which counts the loss and the accuracy of the training batches; the same without
@@ -82,7 +82,7 @@ def timed(epoch) -> float:
 def race(steps: int, rounds: int, width: int) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds a step, and of an epoch besides its steps, by loop; each round all take their turn."""
     torch.set_num_threads(1)
-    few = steps // 10
+    few = max(steps // 10, 1)
     inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
     loops = {"by hand": by_hand, "by hand, nothing measured": partial(by_hand, measured=False), "Learner": ours,
              "averaged after the backward pass": partial(ours, strategy=Replicas(join(), overlap=False))}
@@ -140,8 +140,9 @@ def starts() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="times that all loops take their turn")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each loop in a round")
+    parser.add_argument("--steps", type=int, default=90, help="training steps of each loop in a round")
     arguments = parser.parse_args()
+    if arguments.steps < 6: parser.error("--steps is less than 6, of which nothing can be told")
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
           f"{platform.python_version()}, gloo, two processes of one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
     for width, steps in ((256, arguments.steps), (768, arguments.steps // 3)):
@@ -150,7 +151,7 @@ def main() -> None:
         for name, of in times.items():
             ratio = statistics.median(one / hand for (one, _), (hand, _) in zip(of, times["by hand"]))
             step, rest = (statistics.median(column) for column in zip(*of))
-            print(f"| {name} | {step:.2f} | {ratio:.2f} | {rest:.0f} |")
+            print(f"| {name} | {step:.2f} | {ratio:.2f} | {round(rest)} |")
         print()
     counts = launch(messages, 40)
     more = counts["one fit of many"] - counts["one fit of few steps"]

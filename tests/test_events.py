@@ -873,6 +873,23 @@ def test_validation_by_steps_waits_for_a_step():
     assert seen == [(5, 2), (6, 3)]
 
 
+def test_validation_by_steps_waits_for_a_step_of_this_fit():
+    """The steps of a fit without validation were no reason to validate in the middle of a window of the next."""
+    seen = []
+    trainer = make_trainer(at("after_evaluate", lambda trainer: seen.append(trainer.state.batch)), accumulate=2)
+    trainer.fit(batches(20), None, n=1)
+    trainer.fit(batches(20), batches(1), n=1, validate_every="5st")
+    assert seen == [30, 40]
+
+
+@pytest.mark.parametrize("n", [1, "3ba"])
+def test_nothing_is_validated_without_a_validation_set_and_the_training_is_measured(n):
+    seen = []
+    trainer = make_trainer(at("after_validate", lambda trainer: seen.append(trainer.state.batch)))
+    trainer.fit(batches(5), None, n=n)
+    assert seen == [] and "train_loss" in trainer.state.metrics
+
+
 def test_limit_batches_shortens_epochs_and_validation():
     seen = []
     trainer = make_trainer(at("after_evaluate_batch", lambda trainer: seen.append(trainer.state.batch)))

@@ -39,7 +39,7 @@ class Event(StrEnum):
     before_evaluate_batch = "before_evaluate_batch", "a batch of that set is on the device", "current_batch"
     after_evaluate_batch = "after_evaluate_batch", "its output is there", "output"
     after_evaluate = "after_evaluate", "the pass is done; state.metrics holds its results", "metrics"
-    after_validate = "after_validate", "every validation set is evaluated; in a fit only"
+    after_validate = "after_validate", "every validation set is evaluated; in a fit that has some"
     after_epoch = "after_epoch", "a pass over the training data is done, evaluated and counted", "metrics"
     after_fit = "after_fit", "always, however the fit ended; state.ending says how"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,9 +124,10 @@ class FusedAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         "Add a group of parameters"
         self.cache = None
-        add = torch.optim.Optimizer.add_param_group
-        if "torch._dynamo" not in sys.modules: add = getattr(add, "__wrapped__", add)
-        add(self, param_group)
+        add = super().add_param_group
+        loads = getattr(getattr(add, "__code__", None), "co_filename", None) == torch._compile.__file__
+        if loads and "torch._dynamo" not in sys.modules: add = partial(add.__wrapped__, self)  # type: ignore[attr-defined]
+        add(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "cache": None})

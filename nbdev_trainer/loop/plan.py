@@ -149,7 +149,7 @@ def validation_due(
     if every.is_time: return plan.now() - plan.validated >= every.seconds
     if every.unit == "ep": return state.epoch_batch == 0 and state.epoch % every.value == 0
     if every.unit == "ba": return state.batch % every.value == 0
-    return state.step > state.evaluated_step and state.step % every.value == 0
+    return state.step > max(state.evaluated_step, plan.began["step"]) and state.step % every.value == 0
 
 # %% ../../nbs/api/loop/07_plan.ipynb #15f65fe4
 def make_plan(

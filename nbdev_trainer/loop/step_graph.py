@@ -340,9 +340,9 @@ class StepGraphs(Engine):
             self.running = True
             try: yield
             finally:
+                over, self.this_fit, self.running = self.this_fit, None, False
                 self.slots["main"].zero()  # gradients are in the memory of recordings
-                if self.this_fit is not None: self.this_fit.recordings.free()
-                self.running, self.this_fit = False, None
+                if over is not None: over.recordings.free()
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "All of the step in a fit, and the forward pass outside of one"

@@ -156,7 +156,6 @@ class Loop(Results):
                 self.noted = -1, {}
                 self.call("before_epoch")
             if self.run_epoch(plan, inside): self.finish_epoch(plan)
-            else: self.engine.strategy.agree()
             inside = False
         if state.stop is None and plan.validate_every and state.evaluated_at != state.batch:
             if plan.valid_sets: self.validate(plan)
@@ -170,7 +169,9 @@ class Loop(Results):
                 if self.leaves_epoch(plan): break
             else: exhausted = True
         self.close_window()
-        return exhausted or plan.epoch_is_full(state) or state.stop is None and state.end_epoch is not None
+        whole = exhausted or plan.epoch_is_full(state)
+        if not whole: self.engine.strategy.agree()  # one may have asked after the last batch
+        return whole or state.stop is None and state.end_epoch is not None
 
     def leaves_epoch(self, plan: FitPlan) -> bool:  # what follows each batch
         state = self.state
@@ -255,7 +256,7 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
     "Begin a fit, or go on with one that was saved or interrupted; `ValueError` when something else is asked"
     state, loaded, slots = trainer.state, trainer.loaded, trainer.engine.slots
     plan.now = trainer.engine.strategy.now
-    if trainer.together: plan.clock = plan.validated = plan.now()
+    plan.clock = plan.validated = plan.now()
     saved: Mapping[str, Any] | None = None if trainer.open_plan is None else plan_state(trainer.open_plan)
     reached = {} if trainer.open_plan is None else trainer.open_plan.reached
     if loaded is not None:

@@ -115,6 +115,30 @@ def skip_bad():
     return nan_on_rank_1([BadBatches("skip")])
 
 
+def ends_an_epoch_after_the_last_batch():
+    """Asked for by the last process alone, when no step follows that would tell the others."""
+    strategy = Replicas(join(timeout="20s")) if "RANK" in os.environ else "auto"
+    on = dist.get_world_size() - 1 if has_group() else 0
+    learner = learner_of(strategy=strategy, callbacks=[At(7, lambda trainer: trainer.end_epoch("enough"), on=on)])
+    learner.fit("7ba")
+    state = learner.trainer.state
+    return state.epoch, state.epoch_batch, state.end_epoch, [(one["what"], one["batch"]) for one in state.control]
+
+
+def for_a_time():
+    """Half a second, and the batches that it took; an error when it does not end."""
+    began = time.monotonic()
+
+    def look(trainer):
+        if time.monotonic() - began > 10:
+            raise RuntimeError("the time is long over")
+
+    learner = learner_of(strategy=Replicas(join(timeout="20s")))
+    learner.on("after_batch", look)
+    learner.fit("0.5s")
+    return learner.trainer.state.batch
+
+
 class WithMore(nn.Module):
     """One layer takes part on some ranks only."""
 

@@ -82,6 +82,19 @@ def test_a_request_of_one_rank_is_followed_by_all_at_the_same_batch(together):
     assert samples == 64
 
 
+def test_an_epoch_that_one_rank_ends_after_the_last_batch_has_ended_on_all(together):
+    found = fault_runs.ends_an_epoch_after_the_last_batch()
+    assert found == (2, 0, None, [("end_epoch", 7)])
+    two = together(fault_runs.ends_an_epoch_after_the_last_batch)
+    assert two == found
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_fit_for_a_time_ends(together, processes):
+    found = together(fault_runs.for_a_time) if processes == 2 else launch(fault_runs.for_a_time, processes=1)
+    assert found > 0
+
+
 @pytest.mark.fault(
     "a bad batch on one of two processes",
     "a row that is no number, which rank 1 gets",

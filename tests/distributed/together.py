@@ -1,4 +1,8 @@
-"""Two processes that run one function after another: to start them takes longer than most of these functions."""
+"""Two processes that run one function after another: to start them takes longer than most of these functions.
+
+What must be new in new processes is tested by `launch`, or after `together.end()`. The group is there when a function begins, so the
+timeout of its own `join` counts for nothing; what it prints may come after its answer.
+"""
 
 import pickle
 import tempfile
@@ -46,13 +50,15 @@ class Together:
         if self.crew is None:
             self.start()
         folder, number = Path(self.folder.name), next(self.calls)
-        leave(folder / f"call-{number}", (fn, args, by_name), lambda failed: failed)
+        call = folder / f"call-{number}"
+        call.with_suffix(".new").write_bytes(sent(fn, args, by_name))
+        call.with_suffix(".new").replace(call)
         answer, until = folder / f"answer-{number}", time.monotonic() + within
         try:
             while not answer.exists():
                 if any(one.poll() is not None for one in self.crew.members):
-                    codes = self.crew.wait()
-                    raise first_error(folder, codes, self.crew.first)
+                    codes = self.crew.wait(failed=time.monotonic())
+                    raise first_error(folder, codes, self.crew.first) if any(codes) else RuntimeError("both have ended")
                 if time.monotonic() > until:
                     raise TimeoutError(f"{fn} did not answer within {within} seconds")
                 time.sleep(0.005)
