@@ -124,9 +124,9 @@ class FusedAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         "Add a group of parameters"
         self.cache = None
-        add = super().add_param_group
+        add: Any = super().add_param_group
         loads = getattr(getattr(add, "__code__", None), "co_filename", None) == torch._compile.__file__
-        if loads and "torch._dynamo" not in sys.modules: add = partial(add.__wrapped__, self)  # type: ignore[attr-defined]
+        if loads and "torch._dynamo" not in sys.modules: add = partial(add.__wrapped__, self)
         add(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
