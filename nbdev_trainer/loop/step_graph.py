@@ -38,8 +38,8 @@ from .recordable import (
 # %% auto #0
 __all__ = ['WARM_UP', 'MOST_RECORDINGS', 'SHORT', 'PATIENCE', 'MANY_KINDS', 'MOST_KINDS', 'HARDLY_AGAIN', 'LISTENED',
            'MANY_SHAPES', 'reads_rate', 'Rates', 'fixed_settings', 'standing', 'Surroundings', 'with_tensors',
-           'Recording', 'whole_step', 'Recorder', 'changes_too_often', 'check_schedules', 'Recordings', 'RecordedFit',
-           'StepGraphs']
+           'Recording', 'whole_step', 'StepRecorder', 'changes_too_often', 'check_schedules', 'Recordings',
+           'RecordedFit', 'StepGraphs']
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #63ee9a7b
 def reads_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -173,7 +173,7 @@ def whole_step(
     return with_tensors(output, Tensor.detach), slot.norm
 
 # %% ../../nbs/api/loop/06g_step_graph.ipynb #655bfcad
-class Recorder:
+class StepRecorder:
     "Runs a step as it is, or records it"
     def __init__(self, engine: Engine, capture: Captures, surroundings: Surroundings) -> None:
         self.engine, self.capture, self.surroundings = engine, capture, surroundings
@@ -291,7 +291,7 @@ class RecordedFit:
         check_nobody_within(engine, trainer.model, optimizer)
         self.surroundings = Surroundings(trainer.model, trainer.step, optimizer, engine.device)
         self.recordings = Recordings(optimizer, capture, trainer.shown)
-        self.recorder = Recorder(engine, capture, self.surroundings)
+        self.recorder = StepRecorder(engine, capture, self.surroundings)
 
     def train(self, method: Any, trainer: Any, batch: Batch) -> tuple[Any, Tensor | None]:
         "The step for a batch, from which come an output and the norm of gradients before it was clipped"

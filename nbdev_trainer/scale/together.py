@@ -246,7 +246,7 @@ class Together(Agreeing):
     def length(self, own: int | None) -> int | None:
         lengths = torch.zeros(self.world_size, dtype=torch.float64)
         lengths[self.rank] = -1 if own is None else own
-        self.processes.sum(lengths).wait()  # a fourth of what it takes to gather objects
+        self.processes.sum(lengths).wait()  # one message; to gather objects takes two
         found = [None if one < 0 else int(one) for one in lengths.tolist()]
         self.uneven = len(set(found)) > 1 or None in found
         return None if None in found else max(one for one in found if one is not None)

@@ -28,7 +28,7 @@ def undisturbed():
 def in_processes(together):
     def train(number, strategy, **options):
         run = partial(divided_runs.train, strategy, accumulate=3, **options)
-        return run() if number == 1 else together(run) if number == 2 else launch(run, processes=number)
+        return run() if number == 1 else together(run, processes=number)
 
     return train
 

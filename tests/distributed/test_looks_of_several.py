@@ -6,7 +6,6 @@ from torch import nn
 
 from nbdev_trainer.data.loaders import Loaders
 from nbdev_trainer.learner import Learner
-from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.scale.processes import join
 
 
@@ -36,8 +35,7 @@ def only_the_first():
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_looks_work_and_decide_the_same_in_all_processes(together, processes):
-    found = together(all_of_them) if processes == 2 else launch(all_of_them, processes=processes)
-    suggested, sizes, looks, weights = found
+    suggested, sizes, looks, weights = together(all_of_them, processes=processes)
     assert len(suggested) == processes and len(set(suggested)) == len(set(weights)) == 1
     assert all(one == sizes[0] for one in sizes) and list(sizes[0]) == [8, 16, 32]
     assert set(looks) == {(True, "overfit 2 batches", True)}

@@ -1,13 +1,9 @@
 """Two, three and four processes train what one trains."""
 
-from functools import partial
-
 import by_hand
 import pytest
 import scenarios
 import torch
-
-from nbdev_trainer.scale.launch import launch
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +14,7 @@ def one():
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def several(request, together):
-    run = together if request.param == 2 else partial(launch, processes=request.param)
-    return run(scenarios.run_all)
+    return together(scenarios.run_all, processes=request.param)
 
 
 def assert_close(ours, theirs, path):
@@ -51,8 +46,7 @@ def test_the_weights_metrics_and_counters_are_those_of_one_process(one, several,
 
 @pytest.fixture(scope="module", params=[2, 3])
 def divided(request, together):
-    run = together if request.param == 2 else partial(launch, processes=request.param)
-    return run(scenarios.run_divided, [])
+    return together(scenarios.run_divided, [], processes=request.param)
 
 
 @pytest.mark.parametrize("name", [one.__name__ for one in scenarios.DIVIDED])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdev_trainer.scale.launch import Crew, first_error, leave, no_answer, sent
+from nbdev_trainer.scale.launch import Crew, first_error, launch, leave, no_answer, sent
 from nbdev_trainer.scale.processes import join
 
 
@@ -30,7 +30,7 @@ def serve(folder):
             leave(Path(folder) / f"answer-{number}", (answer, None), lambda failed: (None, no_answer(failed)))
 
 
-class Together:
+class TwoProcesses:
     """`together(fn, *args)` is `launch(fn, *args)`, in processes that are there already; after an error in new ones."""
 
     crew = None
@@ -46,7 +46,9 @@ class Together:
             self.folder.cleanup()
         self.crew = None
 
-    def __call__(self, fn, *args, within=120, **by_name):
+    def __call__(self, fn, *args, processes=2, within=120, **by_name):
+        if processes != 2:
+            return launch(fn, *args, processes=processes, **by_name)
         if self.crew is None:
             self.start()
         folder, number = Path(self.folder.name), next(self.calls)
@@ -74,6 +76,6 @@ class Together:
 @pytest.fixture(scope="module")
 def together():
     """Two processes for the tests of one file."""
-    two = Together()
+    two = TwoProcesses()
     yield two
     two.end()
