@@ -140,7 +140,7 @@ def index(
 def _join(parts: list[Any]) -> Any:
     "Join parts that are all tensors or lists of samples."
     for number, part in enumerate(parts):
-        if isinstance(part, Tensor) and part.ndim == 0 or not isinstance(part, (Tensor, list)):
+        if part.ndim == 0 if isinstance(part, Tensor) else not isinstance(part, list):
             raise ValueError(f"cannot join {describe(part)} (batch {number}) with other batches. {_EXPECTED}")
     shapes = {part.shape[1:] if isinstance(part, Tensor) else None for part in parts}
     if len(shapes) == 1 and None not in shapes: return torch.cat(parts)

@@ -12,7 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/micro_batches.html.
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #ba58263d
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,24 +32,32 @@ from .step_graph import StepGraphs
 from .steps import Step, lowest_class
 
 # %% auto #0
-__all__ = ['NO_MEMORY', 'piece', 'weighted_mean', 'joined', 'is_out_of_memory', 'check_size', 'window_before', 'traces_before',
-           'put_back', 'InParts', 'MicroBatching', 'make_engine']
+__all__ = ['NO_MEMORY', 'pieces', 'weighted_mean', 'joined', 'joined_logs', 'is_out_of_memory', 'check_size', 'window_before',
+           'traces_before', 'put_back', 'InParts', 'MicroBatching', 'make_engine']
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #4f796d21
-def piece(
+def pieces(
     batch: Batch,
-    rows: slice,  # of its samples
-) -> Batch:
-    "Some samples of a batch, as a batch"
-    targets, ids, weights, size = batch.targets, batch.ids, batch.weights, len(range(batch.size)[rows])
-    return Batch(index(batch.inputs, rows), None if targets is None else index(targets, rows), size,
-                 None if ids is None else index(ids, rows), None if weights is None else index(weights, rows))
+    size: int,  # of its samples in each, fewer in the last
+) -> Iterator[tuple[slice, Batch]]:  # which samples, and these as a batch; views of it
+    "A batch in parts; of an empty one a part without samples"
+    rows = [slice(first, first + size) for first in range(0, max(batch.size, 1), size)]
+
+    def cut(value: Any) -> Iterable[Any]:
+        if type(value) is Tensor: return value.split(size)  # in one call
+        return [None if value is None else index(value, one) for one in rows]
+
+    sizes = [min(size, batch.size - one.start) for one in rows]
+    return zip(rows, map(Batch, cut(batch.inputs), cut(batch.targets), sizes, cut(batch.ids), cut(batch.weights)))
 
 def weighted_mean(
     values: list[Any],  # of the parts: scalars, on one device
     counts: list[Any],  # what each is a mean over; one that is a mean over nothing may be NaN
 ) -> Tensor:  # ()
     "The mean over all parts"
+    usual = type(values[0]) is Tensor and values[0].dtype in (torch.float32, torch.float64)
+    if usual and {*map(type, counts)} == {int} and counts[0] and counts.count(counts[0]) == len(counts):
+        return sum(values[1:], values[0]) / len(values)  # quickest
     values = [value if isinstance(value, Tensor) else torch.as_tensor(value) for value in values]
     on_host = not any([isinstance(count, Tensor) for count in counts])
     if on_host and counts[0] and counts.count(counts[0]) == len(counts) and values[0].is_floating_point():
@@ -71,13 +79,18 @@ def joined(
 ) -> StepOutput:
     "The outputs of all parts as that of one batch"
     if len(outputs) == 1: return replace(outputs[0], count=counts[0])
+    logs = joined_logs(outputs, counts) if any([one.logs for one in outputs]) else None
+    return StepOutput(weighted_mean([one.loss for one in outputs], counts),
+                      concatenate([one.predictions for one in outputs]),
+                      concatenate([one.targets for one in outputs]), sum(counts), logs)
+
+def joined_logs(outputs: list[StepOutput], counts: list[Any]) -> dict[str, Tensor]:
+    "The mean of each logged value over the parts that have it"
     logs: dict[str, Tensor] = {}
     for name in dict.fromkeys([name for one in outputs if one.logs for name in one.logs]):
         there = [(one.logs[name], n) for one, n in zip(outputs, counts) if one.logs and name in one.logs]
         logs[name] = weighted_mean([value for value, _ in there], [n for _, n in there])
-    return StepOutput(weighted_mean([one.loss for one in outputs], counts),
-                      concatenate([one.predictions for one in outputs]),
-                      concatenate([one.targets for one in outputs]), sum(counts), logs or None)
+    return logs
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #8c345a45
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of RuntimeError
@@ -140,15 +153,14 @@ class InParts(Engine):
         counts: list[Any] = []
         lowest = lowest_class(batch.targets)  # looked up once for all parts
         version = 0 if lowest is None else batch.targets._version
-        for first in range(0, max(batch.size, 1), size):
-            self.rows = slice(first, first + size)
-            part = trainer.state.current_batch = piece(batch, self.rows)
+        for self.rows, part in pieces(batch, size):
+            trainer.state.current_batch = part
             if lowest is not None: part.lowest = part.targets, version, lowest
             output = self.run(method, trainer, part)
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
-            if first == 0: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
+            if not outputs: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
             super().backward(output.loss, counts[-1], slot)
             targets = None if output.targets is None else detach(output.targets)
             outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), targets,
