@@ -48,8 +48,10 @@ def pieces(
         return [None if value is None else index(value, one) for one in rows]
 
     sizes = [min(size, batch.size - one.start) for one in rows]
-    return zip(rows, map(Batch, cut(batch.inputs), cut(batch.targets), sizes, cut(batch.ids), cut(batch.weights)))
+    parts = [cut(one) for one in (batch.inputs, batch.targets, batch.ids, batch.weights)]
+    return zip(rows, map(Batch, parts[0], parts[1], sizes, *parts[2:]))
 
+# %% ../../nbs/api/loop/06d_micro_batches.ipynb #3715dab5
 def weighted_mean(
     values: list[Any],  # of the parts: scalars, on one device
     counts: list[Any],  # what each is a mean over; one that is a mean over nothing may be NaN
