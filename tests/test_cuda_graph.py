@@ -240,6 +240,20 @@ def test_fine_tuning_of_a_frozen_body():
     assert tape.recorded == 2 and tape.freed == 2  # both fits are too short for the uneven batches
 
 
+def test_an_engine_is_as_new_after_a_cleanup_that_failed():
+    class Stuck(Counting):
+        def free(self):
+            super().free()
+            if self.freed == 1: raise RuntimeError("the memory is still in use")
+
+    learner, other = learner_of(tape := Stuck(), network(0)), learner_of(Counting(), network(0))
+    with pytest.raises(RuntimeError, match="still in use"): learner.fit(4)
+    other.fit(4)
+    assert not learner.trainer.engine.running and learner.trainer.engine.this_fit is None
+    for one in (learner, other): one.fit(4)
+    assert same_weights(learner, other) and tape.freed == 2
+
+
 def test_a_parameter_that_joins_the_optimizer_follows_the_schedule():
     def train(learner):
         learner.freeze("0")
