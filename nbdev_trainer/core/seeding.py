@@ -82,21 +82,16 @@ def set_rng_state(
     if missing := [name for name in ("python", "numpy", "torch") if name not in state]:
         raise ValueError(f"the state of the generators lacks {', '.join(map(repr, missing))}; "
                          f"it has {list(state)}. Expected what rng_state() gave.")
-    global _noted
     python, numpy_state = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state(("MT19937", numpy_state["words"].numpy().astype(np.uint32), numpy_state["position"],
                          numpy_state["has_gauss"], numpy_state["gauss"]))
-    _noted = None, {}
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
     if "mps" in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state["mps"])
 
 # %% ../../nbs/api/core/02_seeding.ipynb #e8048c4e
-_noted: tuple[bytes | None, dict[str, Any]] = None, {}  # memory and state of numpy's generator, read last
-
-
 def _numpy_memory() -> bytes | None:  # None: of a generator that is not the usual one
     "What changes whenever numpy's global generator draws: 624 words and a position in them."
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs lack it
@@ -104,30 +99,31 @@ def _numpy_memory() -> bytes | None:  # None: of a generator that is not the usu
     return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
-def _numpy_state() -> tuple[dict[str, Any], bytes | None]:  # its memory, if that tells everything
+def _numpy_state(known: dict[bytes, dict[str, Any]]) -> dict[str, Any]:
     "The state of numpy's global generator; numpy gives it word by word, so it is asked only after a change."
-    global _noted
     memory = _numpy_memory()
-    if memory is not None and memory == _noted[0]: return _noted[1], memory
+    if memory is not None and memory in known: return known[memory]
     state = np.random.get_state(legacy=False)
     words = state["state"]
     if "key" in words: words["key"] = words["key"].tolist()  # numpy reads it 20 times as fast
-    _noted = None if state["has_gauss"] else memory, state  # a Gaussian number in store is kept elsewhere
-    return state, _noted[0]
+    known.clear()
+    if memory is not None and not state["has_gauss"]: known[memory] = state  # a number in store is elsewhere
+    return state
 
 
-def mark_rng() -> Callable[[], None]:  # may be called again and again, in this process
+def mark_rng(
+    known: dict[bytes, dict[str, Any]] | None = None,  # for one mark after another: a dict, empty at first
+) -> Callable[[], None]:  # may be called again and again, in this process
     "A function that puts all global generators back to where they are now."
-    python, (words, memory), cpu = random.getstate(), _numpy_state(), torch.get_rng_state()
+    words = _numpy_state({} if known is None else known)
+    python, cpu = random.getstate(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def go_back() -> None:
-        global _noted
         random.setstate(python)
-        if memory is None or memory != _numpy_memory():
-            np.random.set_state(words)
-            _noted = memory, words
+        np.random.set_state(words)
+        if known and words["has_gauss"]: known.clear()
         torch.set_rng_state(cpu)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         elif torch.cuda.is_initialized():

@@ -27,7 +27,8 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'Engine']
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'unreached',
+           'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
@@ -201,10 +202,7 @@ class Strategy(ProcessGradients):
         return state
 
 # %% ../../nbs/api/loop/06_engine.ipynb #055b0a07
-def quotient(
-    divisor: float | Tensor,
-    total: float | Tensor,
-) -> float | Tensor | None:  # None: it is one
+def quotient(divisor: float | Tensor, total: float | Tensor) -> float | Tensor | None:  # None: it is one
     "One count by another; zero where the total is, which the host cannot see when it is on the device"
     if isinstance(total, Tensor): return torch.where(total > 0, divisor / total, 0.0)
     if not isinstance(divisor, Tensor) and total == divisor: return None
@@ -349,6 +347,13 @@ class RunsSteps(EngineParts):
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
+def unreached(slot: OptimizerSlot) -> ValueError:
+    "The error for a loss that nothing of its optimizer had a part in"
+    n = len(slot.params)
+    return ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its {n} parameters: was it "
+                      "computed by another model, or is it meant for another optimizer?")
+
+# %% ../../nbs/api/loop/06_engine.ipynb #71a0ed19
 class Engine(RunsSteps):
     "Runs steps on one device: moves, scales, adds, weights, clips, steps, zeroes"
     def backward(self,
@@ -380,9 +385,9 @@ class Engine(RunsSteps):
             if not isinstance(total, Tensor) and total == 0: return False
             correction = window.correction(total, self.strategy.world_size // self.strategy.copies)
         elif window.counts: correction = window.correction()
+        if not any(p.grad is not None for p in slot.params): raise unreached(slot)
         if correction is not None:
-            gradients = [p.grad for p in slot.params if p.grad is not None]
-            if gradients: torch._foreach_mul_(gradients, correction)
+            torch._foreach_mul_([p.grad for p in slot.params if p.grad is not None], correction)
         self.precision.unscale(slot.optimizer)
         if self.clip is not None: slot.norm = self.clip(slot.params)
         return True

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..core.messages import tell
 from ..core.nested import concatenate, detach, index, map_tensors
 from ..core.seeding import mark_rng
-from ..data.batch import Batch, StepOutput
+from ..data.batch import Batch, StepOutput, part_of
+from .advice import about_loss
 from .capture import Captures
 from .engine import Engine, OptimizerSlot, Window
 from .groups import mark_norms
@@ -33,21 +34,23 @@ from .steps import Step, lowest_class
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'pieces', 'weighted_mean', 'joined', 'joined_logs', 'is_out_of_memory', 'check_size', 'window_before',
-           'traces_before', 'put_back', 'InParts', 'MicroBatching', 'make_engine']
+           'traces_before', 'put_back', 'told', 'step_over_nothing', 'InParts', 'MicroBatching', 'make_engine']
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #4f796d21
 def pieces(
     batch: Batch,
-    size: int,  # of its samples in each, fewer in the last
+    size: int,  # of its samples in each, at most
 ) -> Iterator[tuple[slice, Batch]]:  # which samples, and these as a batch; views of it
-    "A batch in parts; of an empty one a part without samples"
-    rows = [slice(first, first + size) for first in range(0, max(batch.size, 1), size)]
+    "A batch in as few parts as possible, as equal as possible; of an empty one a part without samples"
+    n = max(-(-batch.size // size), 1)
+    rows = [part_of(batch.size, k, n) for k in range(n)]
+    sizes = [one.stop - one.start for one in rows]
 
     def cut(value: Any) -> Iterable[Any]:
-        if type(value) is Tensor: return value.split(size)  # in one call
+        if n == 1: return [value]
+        if type(value) is Tensor: return value.unsafe_split_with_sizes(sizes)  # a model may change such
         return [None if value is None else index(value, one) for one in rows]
 
-    sizes = [min(size, batch.size - one.start) for one in rows]
     parts = [cut(one) for one in (batch.inputs, batch.targets, batch.ids, batch.weights)]
     return zip(rows, map(Batch, parts[0], parts[1], sizes, *parts[2:]))
 
@@ -123,9 +126,12 @@ def window_before(slot: OptimizerSlot) -> Callable[[], None]:  # goes back to it
         for p in slot.params: p.grad = None
     return take_back
 
-def traces_before(trainer: Any) -> Callable[[], None]:  # goes back to them
+def traces_before(
+    trainer: Any,
+    known: dict[bytes, Any],  # by the marks of earlier batches
+) -> Callable[[], None]:  # goes back to them
     "Note what a try at a batch changes beside gradients: generators, batch norms, what is logged"
-    rng_back, norms_back = mark_rng(), mark_norms(trainer.model)
+    rng_back, norms_back = mark_rng(known), mark_norms(trainer.model)
     logged = map_tensors(Tensor.clone, trainer.logged.state_dict())
 
     def take_back() -> None:
@@ -134,6 +140,7 @@ def traces_before(trainer: Any) -> Callable[[], None]:  # goes back to them
         trainer.logged.load_state_dict(logged)
     return take_back
 
+# %% ../../nbs/api/loop/06d_micro_batches.ipynb #47d14245
 def put_back(
     slot: OptimizerSlot,
     held: list[Tensor | None],  # gradients that were laid aside, of each parameter
@@ -141,6 +148,24 @@ def put_back(
     "Add the gradients that were laid aside to those that are there"
     for p, gradient in zip(slot.params, held):
         if gradient is not None: p.grad = gradient if p.grad is None else gradient.add_(p.grad)
+
+def told(
+    error: BaseException,
+    rows: slice | None,  # of the batch, that were in hand
+    size: int,           # of its parts, at most
+    batch: Batch,
+) -> BaseException:
+    "An error, with a note of the part that it came from"
+    if rows is not None and size < batch.size:
+        error.add_note(f"in samples {rows.start} to {rows.stop - 1} of the batch, which was cut into parts "
+                       f"of at most {size} (micro_batch_size)")
+    return error
+
+def step_over_nothing(slot: OptimizerSlot) -> None:
+    "A gradient of zero where nothing of a batch counts, for a step is made with it as a whole, too"
+    for p in slot.params:
+        if p.requires_grad: p.grad = torch.zeros_like(p)
+    slot.pending = True
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #ba646e48
 class InParts(Engine):
@@ -151,8 +176,7 @@ class InParts(Engine):
     def in_parts(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch, size: int) -> Any:
         "The outputs of parts of this size, joined; their gradients are added"
         slot, self.done = self.slots["main"], None
-        outputs: list[StepOutput] = []
-        counts: list[Any] = []
+        outputs, counts = list[StepOutput](), list[Any]()
         lowest = lowest_class(batch.targets)  # looked up once for all parts
         version = 0 if lowest is None else batch.targets._version
         for self.rows, part in pieces(batch, size):
@@ -163,11 +187,15 @@ class InParts(Engine):
             if trainer.state.skip_batch is not None: return output                   # or to pass over
             counts.append(part.size if output.count is None else output.count)
             if not outputs: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
-            super().backward(output.loss, counts[-1], slot)
+            try: super().backward(output.loss, counts[-1], slot)
+            except Exception as error:
+                if advice := about_loss(output.loss, error): error.add_note(advice)
+                raise
             targets = None if output.targets is None else detach(output.targets)
             outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), targets,
                                       logs=detach(output.logs) if output.logs else None))
             del output
+        if not slot.pending and self.accumulate == 1 and not self.together: step_over_nothing(slot)
         joint = joined(outputs, counts)
         self.done = joint.loss
         return joint
@@ -190,13 +218,17 @@ class MicroBatching(InParts):
     largest: int | None = None   # samples in a part, at most; None: as many as the batch has
     tries = False                # whether smaller parts are tried when memory has run out
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.known: dict[bytes, Any] = {}  # by the marks of the generators
+
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Loss and gradient of a batch; raises what the step raises, the gradient then being as before"
         slot = self.slots["main"]
         while True:
             size = max(min(self.largest or batch.size, batch.size), 1)
             again = self.tries and size > 1
-            forget, erase = window_before(slot), traces_before(trainer) if again else None
+            forget, erase = window_before(slot), traces_before(trainer, self.known) if again else None
             held = [p.grad for p in slot.params] if slot.pending else []
             if held: slot.optimizer.zero_grad(set_to_none=True)
             try:
@@ -205,7 +237,7 @@ class MicroBatching(InParts):
                 return output
             except BaseException as error:
                 forget()
-                if erase is None or not is_out_of_memory(error): raise
+                if erase is None or not is_out_of_memory(error): raise told(error, self.rows, size, batch)
             finally:
                 trainer.state.current_batch, self.rows = batch, None
                 if held: put_back(slot, held)
@@ -245,6 +277,10 @@ def make_engine(
     if not step.automatic:
         raise ValueError(f"{asked} was given with {type(step).__name__}, which calls optimize itself and so "
                          "cannot be called twice for a batch; derive from Step")
+    if micro_batch_size is not None and hasattr(step, "state_dict"):
+        raise ValueError(f"{asked} was given with {type(step).__name__}, which has a state of its own "
+                         "(state_dict): each part of a batch would begin with what the part before has left. "
+                         "Use a smaller batch_size, with accumulate= to step as rarely")
     if micro_batch_size is None: return Repeating(model, optimizers, device, **options)
     largest = check_size(micro_batch_size)
     if again is not None: raise ValueError(f"{asked} was given with {again}, which needs batches as a whole")

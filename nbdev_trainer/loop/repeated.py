@@ -25,10 +25,12 @@ from ..data.batch import Batch, StepOutput
 from .engine import Engine, OptimizerSlot, Precision
 from .groups import norms_at_rest
 from .optimizers import step_lightly
+from .steps import mark_step
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['asks_again', 'unnoticed', 'look_again', 'look_on', 'loss_of_all', 'Repeating', 'climb', 'SAM']
+__all__ = ['asks_again', 'unnoticed', 'look_again', 'look_on', 'loss_of_all', 'mark_start', 'forget_frozen', 'Repeating', 'climb',
+           'SAM']
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #01041a16
 def asks_again(optimizer: torch.optim.Optimizer) -> bool:
@@ -38,24 +40,26 @@ def asks_again(optimizer: torch.optim.Optimizer) -> bool:
 # %% ../../nbs/api/loop/06c_repeated.ipynb #3d985e4e
 @contextmanager
 def unnoticed(trainer: Any) -> Iterator[None]:
-    "What the block logs or leaves in the state is forgotten"
-    output, measuring = trainer.state.output, trainer.measuring
+    "What the block logs, or leaves in the state of the trainer or of the step, is forgotten"
+    output, measuring, step_back = trainer.state.output, trainer.measuring, mark_step(trainer.step)
     trainer.measuring = MetricSet([])
     try: yield
-    finally: trainer.state.output, trainer.measuring = output, measuring
+    finally:
+        trainer.state.output, trainer.measuring = output, measuring
+        step_back()
 
 def look_again(
     engine: Engine,
     method: Callable[[Any, Batch], StepOutput],  # of the step: train
     trainer: Any,                                # as the step knows it
     batch: Batch,                                # on the device
-    to_start: Callable[[], None],                # puts the generators back to where the batch began
+    to_start: Callable[[], None],                # puts generators and step back to where the batch began
 ) -> Tensor:  # () the loss
     "Loss and finished gradient of a batch at the weights of now"
     slot = engine.slots["main"]
     slot.zero()
-    to_start()
     with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
+        to_start()
         output = engine.run(method, trainer, batch)
         if output.loss is None: raise ValueError("the step returned no loss when it was asked again")
         engine.backward(output.loss, batch.size if output.count is None else output.count, slot)
@@ -78,6 +82,29 @@ def loss_of_all(engine: Engine, seen: MetricSet) -> Tensor:  # ()
     return torch.tensor(engine.strategy.measured(seen).compute()["loss"], dtype=torch.float64)
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #5e9b281c
+def mark_start(
+    trainer: Any,
+    known: dict[bytes, Any],  # by the marks of earlier batches
+) -> Callable[[], None]:  # may be called again and again
+    "A function that puts the generators, and what the step remembers, back to where they are now"
+    rng_back, step_back = mark_rng(known), mark_step(trainer.step)
+
+    def to_start() -> None:
+        rng_back()
+        step_back()
+    return to_start
+
+def forget_frozen(slot: OptimizerSlot) -> None:
+    "Let LBFGS begin anew when it remembers slopes of what has been frozen since, where it would still go"
+    if all(p.requires_grad for p in slot.params): return
+    states: Any = slot.optimizer.state.values()
+    last = next((one["prev_flat_grad"] for one in states if "prev_flat_grad" in one), None)
+    if last is None: return
+    parts = last.split([p.numel() * (1 + p.is_complex()) for p in slot.params])
+    gone = [part for p, part in zip(slot.params, parts) if not p.requires_grad]
+    if any(bool(part.any()) for part in gone): slot.optimizer.state.clear()
+
+# %% ../../nbs/api/loop/06c_repeated.ipynb #5db33e7f
 class Repeating(Engine):
     "An engine for optimizers that ask for the loss again"
     again: Callable[[], Tensor]  # loss and gradient of the batch in hand
@@ -94,10 +121,11 @@ class Repeating(Engine):
             raise ValueError(f"{name} {wrong}, and it computes the loss of a batch again within a step. "
                              "Expected one optimizer, one batch a step (a larger batch_size), and "
                              "precision '32' or 'bf16'")
+        self.known: dict[bytes, Any] = {}  # by the marks of the generators
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step, and remember how to call it again"
-        to_start = mark_rng()
+        to_start = mark_start(trainer, self.known)
         def again() -> Tensor: return look_again(self, method, trainer, batch, to_start)
         self.again = again
         return self.run(method, trainer, batch)
@@ -111,6 +139,7 @@ class Repeating(Engine):
         "Step the optimizer with the closure; the weights are as before if that raises"
         if all(group["lr"] == 0 for group in slot.optimizer.param_groups):
             return True  # the end of a schedule; a line search of no length would divide by it
+        forget_frozen(slot)
         optimizer: Any = slot.optimizer  # torch says that a closure gives a float, and takes a tensor
         params: list[Tensor] = [] if getattr(optimizer, "comes_back", False) else slot.params
         before = [p.detach().clone() for p in params]

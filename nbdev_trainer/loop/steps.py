@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import describe
+from ..core.nested import map_tensors
 from ..data.batch import Batch, StepOutput
 from .capture import Notes
 from .events import STEP_EVENTS, Event
@@ -28,8 +29,8 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'element_weights', 'count_targets', 'weight_of', 'lowest_class', 'unreduced',
-           'no_match', 'function_text', 'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep',
+__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'mark_step', 'element_weights', 'count_targets', 'weight_of', 'lowest_class',
+           'unreduced', 'no_match', 'function_text', 'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep',
            'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
@@ -64,6 +65,15 @@ class Step:
     def can_evaluate(self) -> bool:
         "Whether there is something to evaluate"
         return True
+
+# %% ../../nbs/api/loop/03_steps.ipynb #3fc14137
+def mark_step(
+    step: Any,
+) -> Callable[[], None]:  # may be called again and again
+    "A function that puts what a step remembers back to what it is now"
+    if not hasattr(step, "state_dict"): return lambda: None
+    before = map_tensors(torch.clone, step.state_dict())
+    return lambda: step.load_state_dict(map_tensors(torch.clone, before))
 
 # %% ../../nbs/api/loop/03_steps.ipynb #dfb8debf
 def element_weights(
