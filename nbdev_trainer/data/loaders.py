@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from ..core.errors import checked_keywords, describe
 from ..core.nested import as_tensors, index
 from ..core.seeding import permutation
-from .batch import Batch, count_samples, part_of, to_batch
+from .batch import Batch, count_samples, emptied, part_of, to_batch
 from .splits import random_split
 
 if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
@@ -59,7 +59,7 @@ class EpochLoader:
         return self
 
     def shard(self, rank: int, world_size: int) -> EpochLoader:
-        "The part of every batch that belongs to one of several ranks"
+        "The part of every batch that belongs to one of several ranks: samples in a row, in their order"
         raise NotImplementedError(f"{type(self).__name__} does not define shard(self, rank, world_size), "
                                   "the part of each batch that is for one of several processes")
 
@@ -179,6 +179,9 @@ def fetch_samples(
             raise
 
     def fetch(ids: Tensor) -> Batch:
+        if not len(ids):
+            one: Any = fetch(torch.zeros(1, dtype=torch.int64))
+            return emptied(one) if isinstance(one, Batch) else index(one, ids)
         many = getattr(dataset, "__getitems__", None)
         samples = many(ids.tolist()) if many else [read(i) for i in ids.tolist()]
         collated = collate_fn(samples)

@@ -34,25 +34,22 @@ __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'conve
 def available_devices() -> list[str]:
     "The devices this machine can train on"
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return [*cuda, *mps, "cpu"]
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 def find_device(
     device: str | torch.device = "auto",  # "auto", or what torch.device takes
 ) -> torch.device:
     "The device to train on; raises `ValueError` when this machine has no such device"
-    available = available_devices()
+    available, how = available_devices(), "Pass one of them, or device='auto'."
     if str(device) == "auto": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
         here = " (torch says 'cuda')" if str(device).lower() == "gpu" else ""
-        raise ValueError(f"{device!r} names no device{here}; this machine has {available}. Pass one of "
-                         "them, or device='auto'.") from None
+        raise ValueError(f"{device!r} names no device{here}; this machine has {available}. {how}") from None
     if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
-    raise ValueError(f"this machine has no device {name!r}; it has {available}. Pass one of them, or "
-                     "device='auto'.")
+    raise ValueError(f"this machine has no device {name!r}; it has {available}. {how}")
 
 def move_model(
     model: nn.Module,
@@ -131,6 +128,10 @@ class ProcessParts:
         "The part of a loader that is for this process"
         return loader
 
+    def divides(self, loader: Any) -> bool:
+        "Whether `part` leaves something of a loader to other processes, which are there"
+        return False
+
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         "Batches, as many on each process"
         return batches
@@ -192,6 +193,10 @@ class Strategy(ProcessGradients):
         "Metrics over what all processes have seen"
         return metrics
 
+    def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
+        "What all processes have predicted of each batch, from the parts of this one, unless one has failed"
+        return list(parts.values())
+
     def whole(self, trainer: Any, state: dict[str, Any]) -> dict[str, Any]:
         "The state of a run, from that of this process, as if there were no other"
         return state
@@ -247,8 +252,7 @@ class Window:
             first = torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count
             self.divisor = self.size * first
         share = count / self.divisor
-        if isinstance(share, Tensor): return share.to(loss.dtype)
-        return on_device(share, loss, self.weights)
+        return share.to(loss.dtype) if isinstance(share, Tensor) else on_device(share, loss, self.weights)
 
     def correction(self,
         total: float | Tensor | None = None,  # what counts on all processes; None: this one is alone

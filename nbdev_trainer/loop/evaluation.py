@@ -33,8 +33,8 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host', 'Reads',
-           'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host', 'answers',
+           'Reads', 'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -108,7 +108,8 @@ def outputs(
     method: Callable[[Any, Batch], StepOutput],  # of the step: evaluate or predict
     loader: Iterable[Any],                       # yields batches
     limit_batches: int | None = None,            # at most so many
-) -> Iterator[tuple[Batch, StepOutput]]:
+    whole: bool = False,                         # True: all of each batch, also where processes share them
+) -> Iterator[tuple[int, Batch, StepOutput]]:  # numbered from 0
     "Every batch with what the step answers; inside `evaluating`; raises `ValueError` when there is none"
     state, on, n = trainer.state, trainer.handlers, 0
     kept = [(one, one.get_state()) for one in own_generators(loader)]
@@ -116,7 +117,7 @@ def outputs(
         source = loader
         if isinstance(loader, EpochLoader):
             own = loader.in_order()
-            if state.phase != "predict": own = trainer.engine.strategy.part(own)
+            if not whole: own = trainer.engine.strategy.part(own)
             elif trainer.together: own = own.shard(0, 1)  # a stream may be cut to the part of this process
             source = own.batches(0, device=trainer.engine.device)
         for n, raw in enumerate(islice(source, limit_batches), 1):
@@ -132,7 +133,7 @@ def outputs(
                     batch = state.current_batch = to_batch(state.current_batch)
             state.output = trainer.engine.run(method, trainer, batch)
             if on.after_evaluate_batch: trainer.call("after_evaluate_batch")
-            yield batch, state.output
+            yield n - 1, batch, state.output
     finally:
         for one, before in kept: one.set_state(before)
     if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
@@ -156,6 +157,15 @@ def on_host(
         one = one.detach().to("cpu")
         return one.float() if one.is_floating_point() and one.itemsize < 4 else one
     return map_tensors(bring, value)
+
+def answers(
+    trainer: Any,
+    batch: Batch,
+    output: StepOutput,  # of the batch
+) -> dict[str, Any]:
+    "What `Predictions` has of one batch"
+    kept = {"predictions": output.predictions, "targets": targets_of(output, batch), "ids": batch.ids}
+    return on_host({**kept, "losses": trainer.step.losses(output, batch)})
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #782aa10c
 class Reads(Control):
@@ -187,7 +197,7 @@ class Evaluation(Reads):
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
             self.engine.strategy.same_buffers()  # also those of averaged weights, which are in place now
-            for batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
+            for _, batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
             values = self.engine.strategy.measured(results).compute()
             self.measuring = None  # what is logged from here on is not of this pass
@@ -200,13 +210,19 @@ class Evaluation(Reads):
         "Predictions for all samples of a loader, in its order, in 32 bits at least; `TypeError` for a tensor"
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise TypeError(f"predict got {describe(loader)}; expected a loader, or [inputs] for one batch")
-        parts: list[list[Any]] = []
+        strategy, parts, failed = self.engine.strategy, dict[int, dict[str, Any]](), None
+        divided = strategy.divides(loader)
         with evaluating(self, "predict", "predict"):
-            for batch, output in outputs(self, self.step.predict, loader):
-                losses = self.step.losses(output, batch)
-                part = [output.predictions, targets_of(output, batch), batch.ids, losses]
-                parts.append(on_host(part))
-        return Predictions(*(concatenate(list(column)) for column in zip(*parts)))
+            if divided: strategy.same_buffers()
+            try:
+                for number, batch, output in outputs(self, self.step.predict, loader, whole=not divided):
+                    parts[number] = answers(self, batch, output)
+            except Exception as error:
+                if not divided or strategy.in_pieces: raise
+                failed = error
+            found = strategy.predicted(parts, failed) if divided else list(parts.values())
+        if not found: raise ValueError(f"{describe(loader)} gave batches without samples; expected some")
+        return Predictions(**concatenate(found))
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25
 def is_mean(metric: Metric) -> bool:
@@ -219,7 +235,7 @@ def evaluates_loss(trainer: Evaluation, loader: Iterable[Any]) -> bool:
     try:
         with evaluating(trainer, "valid", "valid", quiet=True):
             first = next(outputs(trainer, trainer.step.evaluate, loader), None)
-            return first is None or first[1].loss is not None
+            return first is None or first[-1].loss is not None
     finally: trainer.measuring = None
 
 def check_monitor(

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.nested import map_tensors
+from ..core.errors import describe
+from ..core.nested import concatenate, map_tensors, tensors
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
@@ -28,7 +29,8 @@ from .processes import Processes
 
 # %% auto #0
 __all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of',
-           'merged', 'over_all', 'settled', 'gathered', 'divided', 'for_rank']
+           'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all', 'joined', 'in_order', 'settled', 'gathered',
+           'divided', 'for_rank']
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #400d1e32
 @torch.no_grad()
@@ -147,6 +149,74 @@ def over_all(
         whole.logs[name].weight = sums[f"{name}/logged weight"]
     whole.has_loss = bool(sums["has a loss"] > 0)
     return whole
+
+# %% ../../nbs/api/scale/03c_exchange.ipynb #eecd5803
+def outline(value: Any) -> Any:
+    "A nesting with tensors that hold no numbers, on torch's device 'meta'"
+    return map_tensors(lambda one: torch.empty(one.shape, dtype=one.dtype, device="meta"), value)
+
+def packed(value: Any) -> Tensor:  # (bytes,) uint8
+    "The numbers of all tensors in a nesting, one after the other"
+    none = torch.empty(0, dtype=torch.uint8)
+    rows = [one.reshape(-1).clone(memory_format=torch.contiguous_format) for one in tensors(value)]
+    return torch.cat([none, *(one.view(torch.uint8) for one in rows)])
+
+def filled(
+    empty: Any,       # as of `outline`
+    numbers: Tensor,  # as of `packed`
+) -> Any:
+    "A nesting with its numbers in it"
+    parts = iter(numbers.split([one.nbytes for one in tensors(empty)]))
+    def fill(one: Tensor) -> Tensor: return next(parts).clone().view(one.dtype).view(one.shape)
+    return map_tensors(fill, empty)  # a clone begins where its type may begin
+
+# %% ../../nbs/api/scale/03c_exchange.ipynb #70f89de0
+def from_all(
+    processes: Processes,
+    own: Any,                         # a nesting of tensors on the CPU, and of what can be sent
+    failed: Exception | None = None,  # why this process has not all of it
+    copies: int = 1,                  # processes in a row that have the same
+) -> dict[int, Any]:  # by rank, of copies only the first
+    "What each process has; raises the error of this one, or `RuntimeError` for that of another"
+    try: mine = packed(own if failed is None else None)
+    except Exception as error: failed = error
+    told = processes.gather((outline(own), None if failed is None else f"{type(failed).__name__}: {failed}"))
+    if failed is not None: raise failed
+    for rank, (_, why) in enumerate(told):
+        if why is not None: raise RuntimeError(f"rank {rank} could not do its part: {why}")
+    found: dict[int, Any] = {}
+    for rank, (empty, _) in list(enumerate(told))[::copies]:
+        is_mine, size = rank == processes.rank, sum(one.nbytes for one in tensors(empty))
+        numbers = mine if is_mine else torch.empty(size, dtype=torch.uint8)
+        if size: processes.send(numbers, rank)
+        found[rank] = own if is_mine else filled(empty, numbers)
+    return found
+
+# %% ../../nbs/api/scale/03c_exchange.ipynb #960b3073
+def joined(
+    parts: Mapping[int, Mapping[str, Any]],  # by rank: what it has of a batch, by name
+    number: int,                             # of the batch
+) -> dict[str, Any]:
+    "The outputs of a batch; raises `ValueError` where the parts are not alike"
+    if len(parts) == 1: return dict(*parts.values())
+    whole: dict[str, Any] = {}
+    for name in next(iter(parts.values())):
+        column = {rank: part[name] for rank, part in parts.items()}
+        try: whole[name] = concatenate(list(column.values()))
+        except ValueError as error:
+            they = "; ".join(f"rank {rank}: {describe(one)}" for rank, one in column.items())
+            raise ValueError(f"the {name} of batch {number} cannot be joined, {they}. Expected outputs of "
+                             "one structure from all ranks, with an entry for each sample") from error
+    return whole
+
+def in_order(
+    ranks: Mapping[int, Mapping[int, Any]],  # by rank: what it has of each batch, by number
+) -> list[dict[str, Any]]:
+    "The outputs of all batches, each whole"
+    def parts_of(number: int) -> dict[int, Any]:
+        return {rank: parts[number] for rank, parts in ranks.items() if number in parts}
+    numbers = sorted({number for parts in ranks.values() for number in parts})
+    return [joined(parts_of(number), number) for number in numbers]
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #1093478c
 WISHES = ("stop", "end_epoch", "skip_step", "skip_batch", "interruption")

@@ -151,6 +151,11 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.small)
         return box[0]
 
+    def send(self, values: Tensor, rank: int) -> None:
+        "Give a tensor on the CPU the numbers that it has on one rank, on all ranks"
+        self.check_alive()
+        dist.broadcast(values, src=rank, group=self.small)
+
 # %% ../../nbs/api/scale/02_processes.ipynb #1959eb6f
 WHERE = "nbdev_trainer/store"  # the key under which rank 0 says where its store is
 

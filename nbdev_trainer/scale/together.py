@@ -32,8 +32,9 @@ from ..data.loaders import EpochLoader, samplers_of
 from ..loop.engine import OptimizerSlot, Strategy
 from ..loop.settings import differences, run_settings
 from ..metrics.collection import MetricSet
-from .exchange import MEASURED, WISHES, divided, for_rank, from_first, gathered, over_all, settled
-from .processes import Processes
+from .exchange import (MEASURED, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
+                                          settled)
+from .processes import Processes, has_group
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
@@ -160,9 +161,17 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        try: return over_all(self.processes, metrics, self.copies, by_all)
+        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all)
+
+    def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
+        with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies))
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        "For the messages of an evaluation, which may be outside of a fit"
+        try: yield
         except RuntimeError as error:
-            if self.trainer is None: explain(error, self.rank)  # an evaluation outside of a fit
+            if self.trainer is None: explain(error, self.rank)
             raise
 
     def now(self) -> float: return time.monotonic() if self.trainer is None else self.clock
@@ -265,6 +274,9 @@ class Together(Agreeing):
             return self.parts[id(loader)][1]
         if self.trainer is not None and loader is self.trainer.plan.train: set_epoch(loader, self.trainer.state.epoch)
         return loader
+
+    def divides(self, loader: Any) -> bool:
+        return isinstance(loader, EpochLoader) and self.world_size > self.copies and has_group()
 
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

@@ -215,7 +215,7 @@ def summarize(
     if can_predict(trainer):
         with (looking_at(loader), evaluating(trainer, "summary", "predict", quiet=True), watching(layers),
               torch.enable_grad(), saved_memory(trainer.model) as kept):
-            for batch, _ in outputs(trainer, trainer.step.predict, loader, limit_batches=1):
+            for _, batch, _ in outputs(trainer, trainer.step.predict, loader, limit_batches=1, whole=True):
                 inputs, size = shape_text(batch.inputs), batch.size
     memory = memory_parts(trainer.model, optimizers, sum(kept.values()))
     return ModelSummary(list(layers.values()), inputs, size, memory, depth)

@@ -33,7 +33,7 @@ def train(strategy, dtype=torch.float64, epochs=2, **options):
     trainer = Trainer(model, SupervisedStep(F.cross_entropy, lambda model, inputs: model(inputs.to(dtype))),
                       optim.SGD(model.parameters(), lr=0.05, momentum=0.9), metrics=[Accuracy()], strategy=strategy, **options)
     trainer.fit(loaders.train, loaders.valid_sets, epochs)
-    return result(trainer)
+    return result(trainer, *vars(trainer.predict(loaders.valid)).values())
 
 
 def layers_divided(shape, **options):
