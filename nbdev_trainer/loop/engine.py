@@ -230,9 +230,7 @@ class Window:
     "The batches whose gradients add up to one optimizer step"
     __slots__ = ("size", "counts", "divisor", "weights", "usual")
 
-    def __init__(self,
-        size: int = 1,  # batches in a full window
-    ) -> None:
+    def __init__(self, size: int = 1) -> None:  # batches in a full window
         self.size = size
         self.counts: list[int | float | Tensor] = []
         self.divisor: float | Tensor | None = None
@@ -353,8 +351,7 @@ class RunsSteps(EngineParts):
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 def unreached(slot: OptimizerSlot) -> ValueError:
     "The error for a loss that nothing of its optimizer had a part in"
-    n = len(slot.params)
-    return ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its {n} parameters: was it "
+    return ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its parameters: was it "
                       "computed by another model, or is it meant for another optimizer?")
 
 # %% ../../nbs/api/loop/06_engine.ipynb #71a0ed19
@@ -389,7 +386,8 @@ class Engine(RunsSteps):
             if not isinstance(total, Tensor) and total == 0: return False
             correction = window.correction(total, self.strategy.world_size // self.strategy.copies)
         elif window.counts: correction = window.correction()
-        if not any(p.grad is not None for p in slot.params): raise unreached(slot)
+        if not any(p.grad is not None for group in slot.optimizer.param_groups for p in group["params"]):
+            raise unreached(slot)
         if correction is not None:
             torch._foreach_mul_([p.grad for p in slot.params if p.grad is not None], correction)
         self.precision.unscale(slot.optimizer)

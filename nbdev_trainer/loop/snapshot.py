@@ -100,7 +100,8 @@ def is_answered(
         if calls == done[:len(calls)]: raise run_again(done, asked)
         trainer.since_cut = None
     elif trainer.since_cut is not None and trainer.open_plan is not None:
-        from_the_first = [asked] == done[:1] and asked != str(trainer.open_plan.duration)
+        another = plan_state(plan)["asked"] != plan_state(trainer.open_plan)["asked"]
+        from_the_first = another and [asked] == done[:1]
         if from_the_first: trainer.fits_answered = 0
         trainer.since_cut = None if from_the_first else [*trainer.since_cut, asked]
     if trainer.fits_answered >= trainer.fits_done: return False
