@@ -143,9 +143,7 @@ class SchedulerSettings(Callback):
         put_settings(optimizer, rates if self.inside is None else self.inside)
         self.loaded = self.inside = None
 
-    def between_fits(self, optimizer: str) -> Settings:
-        "What the groups of an optimizer have between fits, where they have something else now"
-        return self.outside or [] if optimizer == self.optimizer else []
+    def between_fits(self, name: str) -> Settings: return (self.outside or []) if name == self.optimizer else []
 
     def after_fit(self, trainer: Trainer) -> None:
         if self.outside is None or self.optimizer not in trainer.engine.slots: return
