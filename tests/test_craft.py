@@ -327,3 +327,19 @@ def test_a_rate_for_a_fit_is_refused_where_a_scheduler_has_begun_and_used_where_
     with pytest.raises(ValueError, match="lr=0.4 was given, and StepLR, which has begun already"):
         learner.fit(1, lr=0.4)
     assert seen == [0.4, 0.2] and learner.trainer.state.epoch == 2
+
+
+def test_a_scheduler_made_at_rates_of_one_fit_says_what_to_do_in_the_next():
+    def halving(): return TorchScheduler(lambda one: lr_scheduler.StepLR(one, 1, gamma=0.5), every="1ep")
+    learner = quiet_learner(callbacks=[halving()])
+    learner.fit(1, lr=(1e-3, 1e-2))
+    for lr in (None, (1e-3, 1e-2)):
+        with pytest.raises(ValueError, match="lr= of an earlier fit made more, for that fit only. Pass each fit a"):
+            learner.fit(1, lr=lr)
+    cured = quiet_learner()
+    for _ in range(2): cured.fit(1, lr=(1e-3, 1e-2), callbacks=[halving()])
+    assert cured.trainer.state.epoch == 2
+
+
+def test_a_run_dir_must_be_a_path():
+    with pytest.raises(TypeError, match="run_dir is int 3; expected the path of a directory"): quiet_learner(run_dir=3)

@@ -129,8 +129,8 @@ def follow(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> N
     "Give every group what the schedules say at this point of the fit"
     progress = plan.progress(state)
     for key, schedule in plan.schedules.items():
-        factor = schedule(progress) * plan.factor if key == "lr" else schedule(progress)
-        set_values(slots, plan.values[key], factor, key)
+        factor = float(schedule(progress))  # a number of numpy would take the rate down to its 32 bits
+        set_values(slots, plan.values[key], factor * plan.factor if key == "lr" else factor, key)
     if plan.factor != 1 and "lr" not in plan.schedules: set_values(slots, plan.values["lr"], plan.factor)
 
 def unfollow(plan: FitPlan, slots: Mapping[str, OptimizerSlot]) -> None:

@@ -88,10 +88,11 @@ def groups_between_fits(
     "The groups of an optimizer, without what schedules and callbacks have changed for the time of a fit"
     groups = [dict(group) for group in trainer.engine.slots[name].optimizer.param_groups]
     noted = {} if trainer.plan is None else trainer.plan.values
-    for group, value in zip(groups, noted.get("momentum", {}).get(name, [])):
+    momenta, decays = (noted.get(key, {}).get(name, []) for key in ("momentum", "weight_decay"))
+    for group, value in zip(groups, momenta):
         if "momentum" in group: group["momentum"] = value
         else: group["betas"] = (value, *group["betas"][1:])
-    for group, value in zip(groups, noted.get("weight_decay", {}).get(name, [])): group["weight_decay"] = value
+    for group, value in zip(groups, decays): group["weight_decay"] = value
     for one in trainer.all_callbacks():
         apart = one.between_fits(name) if hasattr(one, "between_fits") else []
         for group, values in zip(groups, apart): group.update(values)
