@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def keepers(
     if run_dir is None:
         if config: raise ValueError("config= is kept in the directory of the run; pass run_dir= as well")
         return []
+    if not isinstance(run_dir, (str, PathLike)):
+        raise TypeError(f"run_dir is {describe(run_dir)}; expected the path of a directory, such as 'runs/first'")
     kept: list[Callback] = [RunDirectory(run_dir, config)]
     if not any(isinstance(one, Checkpoint) for one in given): kept.append(Checkpoint())
     if not with_tensorboard or find_spec("tensorboard") is None: return kept

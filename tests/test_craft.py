@@ -245,6 +245,46 @@ def test_schedulers_of_torch_go_on_where_they_were(name):
         check_callback(lambda: TorchScheduler(SCHEDULERS[name], every="1st"), observes=False)
 
 
+MOVES_MOMENTUM = {
+    "betas": lambda momentum: lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(momentum, 0.999)),
+    "momentum": lambda momentum: lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=momentum)}
+
+
+class Fails(Callback):
+    only_watches = True
+
+    def __init__(self, at): self.at = at
+
+    def after_batch(self, trainer):
+        if trainer.state.batch == self.at: raise ConnectionError("cut")
+
+
+@pytest.mark.parametrize("by_function", [True, False])
+@pytest.mark.parametrize("optimizer", MOVES_MOMENTUM)
+def test_a_run_whose_scheduler_moves_the_momentum_goes_on_after_each_cut(optimizer, by_function, tmp_path):
+    def cycle(one): return lr_scheduler.OneCycleLR(one, 0.1, total_steps=40)
+
+    def learner_for(run_dir=None, momentum=0.9, cut=None):
+        torch.manual_seed(0)
+        model = tiny_model()
+        made = MOVES_MOMENTUM[optimizer](momentum)(model.parameters(), 0.01)
+        callbacks = [TorchScheduler(cycle if by_function else cycle(made), every="1st"), Fails(cut)]
+        return Learner(model, tiny_loaders(), nn.CrossEntropyLoss(), optimizer=made, callbacks=callbacks, run_dir=run_dir,
+                       seed=0, device="cpu", verbose=0)
+
+    def run(learner):
+        for _ in range(2): learner.fit(2, resume=True)
+
+    run(whole := learner_for())
+    for cut in (8, 10, 12, 14, 20):  # of 24 batches: twice in the first fit, at its end, and twice in the second
+        with pytest.raises(ConnectionError): run(learner_for(tmp_path / "run", cut=cut))
+    if by_function:            # else the scheduler sets the momentum when it is made
+        with pytest.raises(ValueError, match="was .*0.9.*, is now .*0.8"): run(learner_for(tmp_path / "run", momentum=0.8))
+    run(resumed := learner_for(tmp_path / "run"))
+    assert_same_weights(whole.model, resumed.model)
+    assert whole.trainer.state.batch == resumed.trainer.state.batch
+
+
 def test_a_rate_in_a_tensor_is_put_back_after_a_fit_with_a_scheduler_of_torch():
     model, rate = nn.Linear(4, 2), torch.tensor(0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
@@ -286,3 +326,19 @@ def test_a_rate_for_a_fit_is_refused_where_a_scheduler_has_begun_and_used_where_
     with pytest.raises(ValueError, match="lr=0.4 was given, and StepLR, which has begun already"):
         learner.fit(1, lr=0.4)
     assert seen == [0.4, 0.2] and learner.trainer.state.epoch == 2
+
+
+def test_a_scheduler_made_at_rates_of_one_fit_says_what_to_do_in_the_next():
+    def halving(): return TorchScheduler(lambda one: lr_scheduler.StepLR(one, 1, gamma=0.5), every="1ep")
+    learner = quiet_learner(callbacks=[halving()])
+    learner.fit(1, lr=(1e-3, 1e-2))
+    for lr in (None, (1e-3, 1e-2)):
+        with pytest.raises(ValueError, match="lr= of an earlier fit made more, for that fit only. Pass each fit a"):
+            learner.fit(1, lr=lr)
+    cured = quiet_learner()
+    for _ in range(2): cured.fit(1, lr=(1e-3, 1e-2), callbacks=[halving()])
+    assert cured.trainer.state.epoch == 2
+
+
+def test_a_run_dir_must_be_a_path():
+    with pytest.raises(TypeError, match="run_dir is int 3; expected the path of a directory"): quiet_learner(run_dir=3)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.duration import count_in
-from ..core.errors import checked_keywords, require
+from ..core.errors import check_number, checked_keywords, require
 from ..core.nested import tensors
 from ..core.wrapping import uncompiled
 from ..loop.callback import Callback
@@ -202,6 +202,7 @@ class ActivationStatistics(Callback):
         every: str | int = "10ba",  # from look to look, in batches of the run
         bins: int = 40,             # of each histogram
     ) -> None:
+        check_number("bins", bins, lambda n: n >= 1, "a number of bins, at least 1", whole=True)
         self.modules, self.every = modules, count_in("ba", every)
         self.seen, self.undo = Looks(bins), ExitStack()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..core.duration import Duration
-from ..core.errors import checked_keywords, describe
+from ..core.errors import check_number, checked_keywords, describe
 from ..core.nested import own_parts
 from ..core.messages import tell
 from ..core.seeding import isolated_rng
@@ -111,7 +111,7 @@ class EMA(AveragedWeights):
         *,
         warm_up: bool = True,  # begin with a shorter memory: at most (1 + n) / (10 + n) after n steps
     ) -> None:
-        if not 0 < decay < 1: raise ValueError(f"decay is {decay!r}; expected a number between 0 and 1")
+        check_number("decay", decay, lambda n: 0 < n < 1, "a number between 0 and 1")
         super().__init__()
         self.decay, self.warm_up = decay, warm_up
         self.pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {}  # averages and weights, by optimizer
@@ -236,6 +236,9 @@ class MeanWeights(AveragedWeights):
         norm_batches: int | None = None,  # training batches to measure batch norms on; None: as in an epoch
     ) -> None:
         super().__init__()
+        if norm_batches is not None:
+            expected = "None, or a number of training batches, from 0"
+            check_number("norm_batches", norm_batches, lambda n: n >= 0, expected, whole=True)
         self.norm_batches = norm_batches
         self.limit: int | None = None                # of batches in an epoch, in the fit of these averages
         self.norms: dict[str, Tensor] | None = None  # statistics that belong to the averages, once measured
@@ -283,8 +286,7 @@ class SWA(MeanWeights):
     ) -> None:
         super().__init__(norm_batches)
         self.start, self.every = start, Duration.parse(every)
-        if not 0 <= start < 1:
-            raise ValueError(f"start is {start!r}; expected a share of the fit, from 0 to below 1")
+        check_number("start", start, lambda n: 0 <= n < 1, "a share of the fit, from 0 to below 1")
         if self.every.unit not in ("ep", "st"):
             raise ValueError(f"every is {str(every)!r}; expected epochs such as 1, or steps such as '50st'")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .stopping import FiniteLoss
-from ..core.errors import checked_keywords, counted, did_you_mean
+from ..core.errors import check_number, checked_keywords, counted, did_you_mean
 from ..loop.groups import mark_norms
 from ..store.weights import listed
 
@@ -49,8 +49,8 @@ class BadBatches(FiniteLoss):
     ) -> None:
         known = ("skip", "stop", "raise")
         if policy not in known: raise ValueError(f"policy is {policy!r}. {did_you_mean(str(policy), known)}")
-        if limit < 1:
-            raise ValueError(f"limit is {limit}; expected at least 1 batch; policy='raise' allows none")
+        expected = "at least 1 batch; policy='raise' allows none"
+        check_number("limit", limit, lambda n: n >= 1, expected, whole=True)
         self.policy, self.limit, self.skipped = policy, limit, 0
 
     def before_batch(self, trainer: Trainer) -> None: self.norms_back = mark_norms(trainer.model)

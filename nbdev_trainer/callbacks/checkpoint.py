@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .run_directory import RunDirectory, check_shapes
-from .stopping import not_measured, watched_set
+from .stopping import check_result_name, not_measured, watched_set
 from ..core.duration import Duration
 from ..core.errors import checked_keywords, counted
 from ..core.messages import tell
@@ -195,6 +195,7 @@ class Checkpoint(Callback):
                              "goes on from the one before it. To keep all: a large number, such as 10**6")
         if not isinstance(keep_best, int) or keep_best < 1:
             raise ValueError(f"keep_best is {keep_best}; expected at least 1")
+        if best is not None: check_result_name("best", best)
         if best is None and (keep_best != 1 or higher_is_better is not None):
             raise ValueError("keep_best and higher_is_better say what to do with the best, and nothing says by "
                              "which result; pass best, such as best='valid_loss'")

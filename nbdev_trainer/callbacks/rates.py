@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .stopping import Patience, Watching, not_measured
 from ..core.duration import Duration
-from ..core.errors import checked_keywords, describe, did_you_mean
+from ..core.errors import check_number, checked_keywords, describe, did_you_mean
 from ..core.messages import tell
 from ..core.nested import map_tensors
 from ..loop.callback import Callback
@@ -29,8 +29,8 @@ from ..loop.plan import follow
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['Settings', 'ReduceOnPlateau', 'plain_part', 'settings_of', 'put_settings', 'check_given', 'check_scheduler',
-           'SchedulerSettings', 'TorchScheduler', 'check_overruled']
+__all__ = ['Settings', 'ReduceOnPlateau', 'plain_part', 'settings_of', 'put_settings', 'other_groups', 'check_given',
+           'check_scheduler', 'SchedulerSettings', 'TorchScheduler', 'check_overruled']
 
 # %% ../../nbs/api/callbacks/07_rates.ipynb #ea8c43ee
 class ReduceOnPlateau(Watching):
@@ -45,8 +45,8 @@ class ReduceOnPlateau(Watching):
         least: float = 0.0,                    # what all factors together do not fall below
         higher_is_better: bool | None = None,  # None: as the metric says
     ) -> None:
-        if not 0 < factor < 1: raise ValueError(f"factor is {factor!r}; expected a number between 0 and 1")
-        if not 0 <= least < 1: raise ValueError(f"least is {least!r}; expected a number from 0 to below 1")
+        check_number("factor", factor, lambda n: 0 < n < 1, "a number between 0 and 1")
+        check_number("least", least, lambda n: 0 <= n < 1, "a number from 0 to below 1")
         super().__init__(monitor, Patience(patience, min_delta), higher_is_better)
         self.factor, self.least = factor, least
 
@@ -87,6 +87,18 @@ def put_settings(optimizer: Optimizer, settings: Settings) -> None:
             else: group[key] = tuple(one) if isinstance(one, list) else one
 
 # %% ../../nbs/api/callbacks/07_rates.ipynb #4a54ebd9
+def other_groups(scheduler: Any) -> str | None:
+    "That a scheduler was made for other groups than its optimizer has now; None where they are as many"
+    there, known = len(scheduler.optimizer.param_groups), len(scheduler.get_last_lr())
+    if there == known: return None
+    cure = "leave out lr= of fit, or give it its groups beforehand" if there > known else (
+        "lr= of an earlier fit made more, for that fit only. Pass each fit a TorchScheduler of its own, "
+        "fit(n, lr=..., callbacks=[TorchScheduler(...)]); or give the optimizer its groups beforehand, and "
+        "leave out lr=")
+    kind = type(scheduler).__name__
+    return (f"the {kind} was made for {known} groups of parameters, and the optimizer has {there} now; "
+            f"{cure}")
+
 def check_given(given: Any) -> None:
     "Raise `TypeError` for what is neither a scheduler nor a function that makes one"
     if isinstance(given, LRScheduler) or callable(given) and not isinstance(given, type): return
@@ -106,10 +118,7 @@ def check_scheduler(
     if one.optimizer is not optimizer:
         raise ValueError(f"the {kind} was made for another optimizer than the learner's; make it for that "
                          "one, or pass a function: lambda optimizer: StepLR(optimizer, 10)")
-    there, known = len(optimizer.param_groups), len(one.get_last_lr())
-    if there != known:
-        raise ValueError(f"the {kind} was made for {known} groups of parameters, and the optimizer has "
-                         f"{there} in this fit; leave out lr= of fit, or give it its groups beforehand")
+    if told := other_groups(one): raise ValueError(told)
     if looks and monitor is None: raise ValueError(f"{kind} needs monitor=, such as 'valid_loss'")
     if monitor is not None and not looks: raise ValueError(f"{kind} looks at no result; leave out monitor=")
     if looks and every.unit == "st":
@@ -142,6 +151,8 @@ class SchedulerSettings(Callback):
         rates = [{"lr": lr} for lr in self.scheduler.get_last_lr()]
         put_settings(optimizer, rates if self.inside is None else self.inside)
         self.loaded = self.inside = None
+
+    def between_fits(self, of: str) -> Settings: return self.outside or [] if of == self.optimizer else []
 
     def after_fit(self, trainer: Trainer) -> None:
         if self.outside is None or self.optimizer not in trainer.engine.slots: return
@@ -210,6 +221,7 @@ def check_overruled(
     "Raise `ValueError` for a learning rate that a scheduler of torch would overrule"
     for one in callbacks if lr is not None else ():
         if not isinstance(one, SchedulerSettings) or one.scheduler is None: continue
+        if told := other_groups(one.scheduler): raise ValueError(told)
         raise ValueError(f"lr={lr!r} was given, and {type(one.scheduler).__name__}, which has begun already, "
                          "sets the learning rate itself; leave out lr=, or make a new scheduler from the "
                          "optimizer at that rate")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .recorder import Recorder, current_lr
-from ..core.errors import checked_keywords, did_you_mean
+from ..core.errors import check_number, checked_keywords, describe, did_you_mean
 from ..core.messages import tell
 from ..core.nested import map_tensors
 from ..loop.callback import Callback
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['is_better', 'Patience', 'told_of', 'watched_set', 'Watching', 'averaging', 'weights_of', 'put_weights',
-           'EarlyStopping', 'not_measured', 'FiniteLoss']
+__all__ = ['is_better', 'Patience', 'told_of', 'check_result_name', 'watched_set', 'Watching', 'averaging', 'weights_of',
+           'put_weights', 'EarlyStopping', 'not_measured', 'FiniteLoss']
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #e381b144
 def is_better(
@@ -52,9 +52,8 @@ class Patience:
         looks: int,              # without improvement until patience is at its end, at least 1
         min_delta: float = 0.0,  # what counts as better must be better by more than this
     ) -> None:
-        if looks < 1: raise ValueError(f"patience is {looks}; expected at least 1 look without improvement")
-        if not min_delta >= 0:
-            raise ValueError(f"min_delta is {min_delta}; expected 0 or more, whichever way is better")
+        check_number("patience", looks, lambda n: n >= 1, "at least 1 look without improvement", whole=True)
+        check_number("min_delta", min_delta, lambda n: n >= 0, "0 or more, whichever way is better")
         self.looks, self.min_delta = looks, min_delta
         self.best: float | None = None
         self.waited = 0
@@ -78,6 +77,11 @@ def told_of(
     return True
 
 # %% ../../nbs/api/callbacks/01_stopping.ipynb #eaafe9ed
+def check_result_name(argument: str, name: Any) -> None:
+    "Raise `TypeError` for what is no name of a result"
+    if isinstance(name, str): return
+    raise TypeError(f"{argument} is {describe(name)}; expected the name of a result, such as 'valid_loss'")
+
 def watched_set(
     plan: FitPlan,
     monitor: str,  # the name of a result
@@ -94,6 +98,7 @@ class Watching(Callback):
         patience: Patience,                    # what counts as better, and how long to wait
         higher_is_better: bool | None = None,  # None: as the metric says
     ) -> None:
+        check_result_name("monitor", monitor)
         self.monitor, self.patience, self.given = monitor, patience, higher_is_better
         self.watched, self.higher_is_better = "", False  # the set and the direction; known when a fit begins
         self.told = False                                # that the result is no number, in this fit

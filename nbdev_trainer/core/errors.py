@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib, functools, importlib, inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, ParamSpec, Self, TypeVar
 import numpy as np
@@ -26,7 +27,7 @@ R = TypeVar("R")   # what it returns
 
 # %% auto #0
 __all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords',
-           'check_settings', 'CheckedSettings', 'Problems', 'MissingPackage', 'require']
+           'check_settings', 'CheckedSettings', 'is_number', 'check_number', 'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -169,6 +170,25 @@ class CheckedSettings:
         if settings or len(values) > 1: check_settings(cls, len(values), settings)
         if super().__new__ is object.__new__: return super().__new__(cls)
         return super().__new__(cls, *values, **settings)  # of another class that it derives from as well
+
+# %% ../../nbs/api/core/00_errors.ipynb #f989ac6f
+def is_number(value: Any, whole: bool = False) -> bool:
+    "Whether a value is a number, of Python or numpy, and neither True nor False"
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+
+def check_number(
+    name: str,                    # of the argument
+    value: Any,                   # what was passed
+    holds: Callable[[Any], bool],  # whether a number is one of those that can be; must be False for NaN
+    expected: str,                # such as "a number between 0 and 1"
+    *,
+    whole: bool = False,          # whether it counts something
+) -> None:
+    "Raise `TypeError` for what is no such number at all, `ValueError` for one that cannot be"
+    fits = is_number(value, whole)
+    if fits and holds(value): return
+    kind = ", a whole number" if whole and is_number(value) and not fits else ""
+    raise (ValueError if fits else TypeError)(f"{name} is {value!r}; expected {expected}{kind}")
 
 # %% ../../nbs/api/core/00_errors.ipynb #dc393cf7
 class Problems:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ..core.errors import counted, describe, did_you_mean
+from ..core.errors import check_number, counted, describe, did_you_mean
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'DECAYED', 'Selection', 'parts_of', 'chosen', 'chosen_modules', 'Changed', 'set_trainable',
@@ -213,8 +213,7 @@ def weight_decay_groups(
     "Groups of the trainable parameters, with and without weight decay; `ValueError` for a wrong number"
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {describe(model)}; expected the model itself: weight_decay_groups(model)")
-    if isinstance(weight_decay, bool) or not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay!r}; expected a number of at least 0")
+    check_number("weight_decay", weight_decay, lambda n: n >= 0, "a number of at least 0")
     harmed, groups = undecayed(model), dict[str, list[nn.Parameter]]()
     for name, p in model.named_parameters():
         if p.requires_grad: groups.setdefault(DECAYED[name in harmed], []).append(p)

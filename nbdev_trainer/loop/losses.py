@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import checked_keywords, describe
+from ..core.errors import check_number, checked_keywords, describe
 
 # %% auto #0
 __all__ = ['ReducedLoss', 'FocalLoss', 'focus', 'check_gamma', 'BinaryFocalLoss', 'check_alike', 'DiceLoss', 'class_shares',
@@ -67,6 +67,9 @@ class FocalLoss(ReducedLoss):
         reduction: str = "mean",        # "mean", "sum", or "none": (batch, ...)
     ) -> None:
         super().__init__(reduction)
+        if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1):
+            raise TypeError(f"weight is {describe(weight)}; expected None, or a tensor with a number for "
+                            "each class, such as torch.tensor([1.0, 2.0])")
         self.gamma, self.ignore_index = check_gamma(gamma), ignore_index
         self.register_buffer("weight", weight)
 
@@ -104,7 +107,7 @@ def focus(
 
 def check_gamma(gamma: float) -> float:
     "The exponent of a focal loss; raises `ValueError` for one below 0"
-    if not gamma >= 0: raise ValueError(f"gamma is {gamma}; expected a number of at least 0, such as 2.0")
+    check_number("gamma", gamma, lambda n: n >= 0, "a number of at least 0, such as 2.0")
     return gamma
 
 # %% ../../nbs/api/loop/03b_losses.ipynb #83cf40e1

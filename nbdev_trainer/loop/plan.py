@@ -30,8 +30,9 @@ from .state import State
 
 # %% auto #0
 __all__ = ['count_steps', 'length_of', 'FitPlan', 'begin_plan', 'follow', 'unfollow', 'validation_due', 'make_plan',
-           'check_resume', 'check_limit', 'check_data', 'plan_state', 'rates_text', 'continue_plan', 'keeps_position',
-           'cannot_be_positioned', 'draws_unseen', 'generators', 'loader_state', 'load_loader_state', 'open_epoch']
+           'check_resume', 'check_limit', 'check_data', 'check_valid_sets', 'plan_state', 'rates_text', 'continue_plan',
+           'keeps_position', 'cannot_be_positioned', 'draws_unseen', 'generators', 'loader_state', 'load_loader_state',
+           'open_epoch']
 
 # %% ../../nbs/api/loop/07_plan.ipynb #6fb2e2fa
 def count_steps(
@@ -128,8 +129,8 @@ def follow(plan: FitPlan, state: State, slots: Mapping[str, OptimizerSlot]) -> N
     "Give every group what the schedules say at this point of the fit"
     progress = plan.progress(state)
     for key, schedule in plan.schedules.items():
-        factor = schedule(progress) * plan.factor if key == "lr" else schedule(progress)
-        set_values(slots, plan.values[key], factor, key)
+        factor = float(schedule(progress))  # a number of numpy would take the rate down to its 32 bits
+        set_values(slots, plan.values[key], factor * plan.factor if key == "lr" else factor, key)
     if plan.factor != 1 and "lr" not in plan.schedules: set_values(slots, plan.values["lr"], plan.factor)
 
 def unfollow(plan: FitPlan, slots: Mapping[str, OptimizerSlot]) -> None:
@@ -160,13 +161,15 @@ def make_plan(
     validate_every: int | str | Duration | None = "1ep",  # None: never
     limit_batches: int | None = None,                   # batches per epoch and per evaluation set, at most
     accumulate: int = 1,                                # batches per optimizer step
+    alone: bool = True,                                 # False: of several processes
 ) -> FitPlan:
     "The plan of a fit; raises `TypeError` or `ValueError` for what cannot be done"
     duration = Duration.parse(n)
     every = None if validate_every is None else Duration.parse(validate_every)
     check_limit(limit_batches)
     schedules = as_schedules(schedule)
-    check_data(train, valid_sets, limit_batches, by_epoch=duration.unit == "ep")
+    check_data(train, limit_batches, by_epoch=duration.unit == "ep")
+    check_valid_sets(valid_sets, alone)
     return FitPlan(train, valid_sets, duration, schedules, every, limit_batches, accumulate)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
@@ -187,7 +190,6 @@ def check_limit(limit_batches: Any) -> None:
 
 def check_data(
     train: Any,                    # yields training batches
-    valid_sets: Mapping[str, Any],  # evaluation sets by name
     limit_batches: int | None,     # batches per epoch, at most
     by_epoch: bool,                # whether the fit is measured in epochs
 ) -> None:
@@ -204,10 +206,20 @@ def check_data(
         if isinstance(train, (list, tuple)): cause = "Look where it is filled with (inputs, targets)"
         raise ValueError(f"the training loader ({describe(train)}) has no batch; expected at least one. "
                          f"{cause}")
+
+# %% ../../nbs/api/loop/07_plan.ipynb #1ac97f40
+def check_valid_sets(
+    valid_sets: Mapping[str, Any],  # evaluation sets by name
+    alone: bool = True,             # False: other processes have batches too, and a part may be empty
+) -> None:
+    "Raise `TypeError` for sets that cannot be read again, `ValueError` for one without a batch"
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
             raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for "
                             "each evaluation, such as a DataLoader or a list: leave out iter()")
+        if length_of(valid) == 0 and (alone or isinstance(valid, EpochLoader)):
+            raise ValueError(f"the validation data {name!r} ({describe(valid)}) has no batch; expected at "
+                             "least one. To train without validation: None in its place")
 
 # %% ../../nbs/api/loop/07_plan.ipynb #1b59e9d3
 def plan_state(plan: FitPlan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..core.errors import describe, did_you_mean
 from ..core.nested import map_tensors
 from .engine import OptimizerSlot
-from .schedules import Schedule
+from .schedules import Schedule, makes_schedules
 
 # %% auto #0
 __all__ = ['SCHEDULED', 'Factors', 'current_values', 'set_values', 'check_schedule', 'check_momentum', 'as_schedules']
@@ -76,19 +77,19 @@ def check_schedule(schedule: Any, key: str = "lr") -> None:
     if not callable(schedule):
         raise TypeError(f"schedule is {describe(schedule)}; expected a function of progress, such as "
                         "cosine() or one_cycle()")
-    name = getattr(schedule, "__qualname__", "")  # of a function or a class; those of ours make schedules
-    ours = "." not in name and getattr(schedule, "__module__", "") == Schedule.__module__
-    if name and (ours or isinstance(schedule, type) or isinstance(schedule(0.0), Schedule)):
+    name = getattr(schedule, "__qualname__", "")  # of a function or a class
+    if name and (makes_schedules(schedule) or isinstance(schedule(0.0), Schedule)):
         raise TypeError(f"schedule is {name} itself, which makes a schedule; call it: schedule={name}(...)")
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
         factor, what = schedule(progress), "learning rate" if key == "lr" else key
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+        plain = isinstance(factor, Real) or isinstance(factor, Tensor) and factor.ndim == 0
+        if not plain or not 0 <= float(factor) < math.inf:
             raise ValueError(f"the schedule gave {factor!r} at progress {progress}; expected a factor of the "
                              f"{what}, a number of at least 0, where progress runs from 0 to 1")
 
 def check_momentum(schedule: Callable[[float], float], values: Mapping[str, list[Any]]) -> None:
     "Raise `ValueError` for factors that bring a momentum to 1 or above"
-    highest = max(schedule(i / 20) for i in range(21))
+    highest = max(float(schedule(i / 20)) for i in range(21))
     for name, found in values.items():
         if max(found) * highest >= 1:
             raise ValueError(f"the schedule for the momentum goes up to {highest:g}, a factor of "

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-from ..core.errors import require
+from ..core.errors import check_number, describe, is_number, require
 
 # %% auto #0
-__all__ = ['Schedule', 'constant', 'linear', 'cosine', 'chained', 'warm_up', 'one_cycle', 'progress_of', 'polynomial',
-           'inverse_square_root', 'flat_then_cosine', 'check_share', 'cosine_restarts', 'stairs']
+__all__ = ['Schedule', 'check_factors', 'constant', 'linear', 'cosine', 'check_part', 'check_called', 'makes_schedules',
+           'chained', 'check_share', 'warm_up', 'one_cycle', 'progress_of', 'polynomial', 'inverse_square_root',
+           'flat_then_cosine', 'cosine_restarts', 'stairs']
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #db7081cc
 class Schedule:
@@ -61,10 +62,17 @@ class Schedule:
         return ax
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #832339af
+def check_factors(**factors: Any) -> None:
+    "Raise `TypeError` or `ValueError` for what is no finite number"
+    for name, factor in factors.items():
+        expected = "a factor of the learning rate, a finite number"
+        check_number(name, factor, lambda n: -math.inf < n < math.inf, expected)
+
 def constant(
     factor: float = 1.0,  # at least 0
 ) -> Schedule:
     "The same factor all the time"
+    check_factors(factor=factor)
     return Schedule(lambda progress: factor, f"constant({factor})")
 
 def linear(
@@ -72,6 +80,7 @@ def linear(
     end: float = 0.0,    # factor at the last step
 ) -> Schedule:
     "A straight line"
+    check_factors(start=start, end=end)
     return Schedule(lambda progress: start + (end - start) * progress, f"linear({start}, {end})")
 
 def cosine(
@@ -79,14 +88,35 @@ def cosine(
     end: float = 0.0,    # factor at the last step
 ) -> Schedule:
     "Half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983): slow, fast, slow"
+    check_factors(start=start, end=end)
     def fn(progress: float) -> float: return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
     return Schedule(fn, f"cosine({start}, {end})")
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #7840b834
+def check_part(part: Any) -> None:
+    "Raise `TypeError` for what is no pair of a share and a schedule"
+    if not isinstance(part, (tuple, list)) or len(part) != 2 or not is_number(part[0]):
+        raise TypeError(f"a part of chained is {describe(part)}; expected (share of the fit, schedule), such "
+                        "as (0.25, linear(0.0, 1.0))")
+    check_called("the schedule in a part of chained", part[1])
+
+def check_called(what: str, one: Any) -> None:
+    "Raise `TypeError` for what is no schedule, or a function that makes one"
+    if not callable(one): raise TypeError(f"{what} is {describe(one)}; expected a schedule, such as cosine()")
+    if not makes_schedules(one): return
+    name = one.__name__
+    raise TypeError(f"{what} is {name} itself, which makes a schedule; call it: {name}(...)")
+
+def makes_schedules(one: Any) -> bool:
+    "Whether it is one of the functions here, or a class, not called yet"
+    ours = not isinstance(one, Schedule) and getattr(one, "__module__", "") == Schedule.__module__
+    return ours or isinstance(one, type)
+
 def chained(
     *parts: tuple[float, Schedule],  # (share of the fit, schedule over it), in order
 ) -> Schedule:
     "One schedule after another; raises `ValueError` unless the shares are positive and add up to 1"
+    for part in parts: check_part(part)
     shares = [share for share, _ in parts]
     if not parts or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"the shares of chained schedules are {shares}; expected positive numbers that add "
@@ -102,13 +132,19 @@ def chained(
     return Schedule(fn, f"chained({described})")
 
 # %% ../../nbs/api/loop/04_schedules.ipynb #850b6ac7
+def check_share(name: str, share: Any) -> None:
+    "Raise `TypeError` or `ValueError` for what is no part of a fit"
+    check_number(name, share, lambda n: 0 < n < 1, "a share between 0 and 1")
+
 def warm_up(
     share: float = 0.05,            # of the fit, in (0, 1)
     then: Schedule | None = None,   # what follows; None: constant
     start: float = 0.0,             # factor at the first step
 ) -> Schedule:
     "A straight rise to 1, then another schedule (Goyal et al. 2017, arXiv:1706.02677)"
-    return chained((share, linear(start, 1.0)), (1 - share, then or constant()))
+    check_share("share", share)
+    if then is not None: check_called("then", then)
+    return chained((share, linear(start, 1.0)), (1 - share, constant() if then is None else then))
 
 def one_cycle(
     warm_up_share: float = 0.25,     # share of the fit that rises, in (0, 1)
@@ -116,8 +152,9 @@ def one_cycle(
     end_divisor: float = 1e5,        # the last factor is 1 / this
 ) -> Schedule:
     "Up and down once, as half cosines (Smith 2018, arXiv:1803.09820); raises `ValueError` for a wrong share"
-    if not 0 < warm_up_share < 1:
-        raise ValueError(f"warm_up_share is {warm_up_share}; expected a share between 0 and 1")
+    check_share("warm_up_share", warm_up_share)
+    for name, divisor in (("start_divisor", start_divisor), ("end_divisor", end_divisor)):
+        check_number(name, divisor, lambda n: n > 0, "a number above 0")
     rise, fall = cosine(1 / start_divisor, 1.0), cosine(1.0, 1 / end_divisor)
     schedule = chained((warm_up_share, rise), (1 - warm_up_share, fall))
     return Schedule(schedule.fn, f"one_cycle(warm_up_share={warm_up_share})")
@@ -136,7 +173,7 @@ def polynomial(
     end: float = 0.0,    # factor at the last step
 ) -> Schedule:
     "A falling power of what is left of the fit, as in segmentation (Chen et al. 2016, arXiv:1606.00915)"
-    if not power > 0: raise ValueError(f"power is {power}; expected a number above 0")
+    check_number("power", power, lambda n: n > 0, "a number above 0")
     return Schedule(lambda progress: end + (1 - end) * (1 - progress) ** power, f"polynomial({power}, {end})")
 
 def inverse_square_root(
@@ -157,10 +194,6 @@ def flat_then_cosine(
     schedule = chained((flat_share, constant()), (1 - flat_share, cosine()))
     return Schedule(schedule.fn, f"flat_then_cosine({flat_share})")
 
-def check_share(name: str, share: float) -> None:
-    "Raise `ValueError` for what is no part of a fit"
-    if not 0 < share < 1: raise ValueError(f"{name} is {share}; expected a share between 0 and 1")
-
 # %% ../../nbs/api/loop/04_schedules.ipynb #8bbb7cd8
 def cosine_restarts(
     cycles: int = 3,      # how often it falls, at least 1
@@ -168,9 +201,8 @@ def cosine_restarts(
     end: float = 0.0,     # factor at the end of each cycle
 ) -> Schedule:
     "Half cosines one after another (SGDR, Loshchilov and Hutter 2017, arXiv:1608.03983)"
-    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1 or not growth > 0:
-        raise ValueError(f"cosine_restarts got cycles={cycles!r} and growth={growth!r}; expected a whole "
-                         "number of cycles, at least 1, and a growth above 0")
+    check_number("cycles", cycles, lambda n: n >= 1, "a whole number of cycles, at least 1", whole=True)
+    check_number("growth", growth, lambda n: n > 0, "a number above 0")
     lengths = [growth**i for i in range(cycles)]
     schedule = chained(*((length / sum(lengths), cosine(1.0, end)) for length in lengths))
     return Schedule(schedule.fn, f"cosine_restarts({cycles}, {growth}, {end})")
@@ -179,7 +211,12 @@ def stairs(
     factors: Mapping[float, float],  # share of the fit to the factor from there on
 ) -> Schedule:
     "Constant between given points of the fit, and 1 before the first; `ValueError` for points outside of it"
-    for share in factors: check_share("a point of stairs", share)
+    if not isinstance(factors, Mapping) or not factors:
+        raise TypeError(f"factors is {describe(factors)}; expected shares of the fit and the factor from "
+                        "each on, such as {0.5: 0.1, 0.75: 0.01}")
+    for share, factor in factors.items():
+        check_share("a point of stairs", share)
+        check_factors(**{f"the factor from {share} on": factor})
     places = sorted(factors)
     def fn(progress: float) -> float:
         passed = bisect_right(places, progress + 1e-12)

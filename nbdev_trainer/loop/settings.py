@@ -31,8 +31,8 @@ from .steps import SupervisedStep
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ADDRESS', 'NOT_DECISIVE', 'as_plain', 'settings_of', 'group_values', 'data_settings', 'class_name', 'model_text',
-           'callback_settings', 'run_settings', 'differences', 'check_settings']
+__all__ = ['ADDRESS', 'NOT_DECISIVE', 'as_plain', 'settings_of', 'group_values', 'data_settings', 'groups_between_fits',
+           'class_name', 'model_text', 'callback_settings', 'run_settings', 'differences', 'check_settings']
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #b452e331
 def as_plain(
@@ -57,13 +57,13 @@ def settings_of(one: Any, depth: int = 2) -> dict[str, Any]:
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 NOT_DECISIVE = frozenset({  # what a fit compares itself, names, and how it is computed
-    "params", "lr", "initial_lr", "max_lr", "min_lr", "name",
+    "params", "lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name",
     "fused", "foreach", "capturable", "differentiable"})
 
-def group_values(optimizer: Any) -> dict[str, list[Any]]:
+def group_values(groups: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     "What the groups of an optimizer are set to, without rates; each value once"
     found: dict[str, list[Any]] = {}
-    for group in optimizer.param_groups:
+    for group in groups:
         for key, value in group.items():
             if key in NOT_DECISIVE: continue
             if (plain := as_plain(value)) not in found.setdefault(key, []): found[key].append(plain)
@@ -79,6 +79,24 @@ def data_settings(loader: Any) -> dict[str, Any]:
     if isinstance(rows, Tensor) and rows.dtype == torch.int64:
         known["which samples"] = int((rows * torch.arange(1, len(rows) + 1)).sum())
     return {"kind": type(loader).__name__, **known}
+
+# %% ../../nbs/api/loop/10b_settings.ipynb #a940f40f
+def groups_between_fits(
+    trainer: Trainer,  # in a fit, or before one
+    name: str,         # of the optimizer
+) -> list[dict[str, Any]]:
+    "The groups of an optimizer, without what schedules and callbacks have changed for the time of a fit"
+    groups = [dict(group) for group in trainer.engine.slots[name].optimizer.param_groups]
+    noted = {} if trainer.plan is None else trainer.plan.values
+    momenta, decays = (noted.get(key, {}).get(name, []) for key in ("momentum", "weight_decay"))
+    for group, value in zip(groups, momenta):
+        if "momentum" in group: group["momentum"] = value
+        else: group["betas"] = (value, *group["betas"][1:])
+    for group, value in zip(groups, decays): group["weight_decay"] = value
+    for one in trainer.all_callbacks():
+        apart = one.between_fits(name) if hasattr(one, "between_fits") else []
+        for group, values in zip(groups, apart): group.update(values)
+    return groups
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #f5e1c29c
 def class_name(module: nn.Module) -> str:
@@ -107,7 +125,8 @@ def run_settings(
     step, engine = trainer.step, trainer.engine
     loss_fn = step.loss.loss_fn if isinstance(step, SupervisedStep) else None
     loss = {} if loss_fn is None else {"loss": ADDRESS.sub("", str(loss_fn)), "loss with": as_plain(loss_fn)}
-    optimizers = {f"optimizer {name}": {"kind": kind_of(slot.optimizer), **group_values(slot.optimizer)}
+    optimizers = {f"optimizer {name}": {"kind": kind_of(slot.optimizer),
+                                        **group_values(groups_between_fits(trainer, name))}
                   for name, slot in engine.slots.items()}
     return {"model": model_text(trainer.model), "step": type(step).__name__, **loss, **optimizers,
             "metrics": [metric.name for metric in trainer.metrics],

@@ -270,8 +270,8 @@ def enter_plan(trainer: Trainer, plan: FitPlan, resume: bool) -> None:
         if trainer.last_train is not None and plan.train is not trainer.last_train: state.epoch_batch = 0
     if resume and saved is not None and not trainer.whole:
         tell("the last fit was cut off inside a batch, which cannot be taken up: this one goes on at the next, and "
-             "does not end exactly as an undisturbed one. A new process goes on from the last checkpoint, and does",
-             trainer.shown)
+             "does not end exactly as an undisturbed one. Where the run has checkpoints, a new process goes on from the "
+             "last one, and does", trainer.shown)
     goes_on = resume and saved is not None and trainer.whole  # a batch that was cut off spoils its window
     if not goes_on:
         trainer.window_batches, trainer.stepped = 0, False
@@ -412,7 +412,7 @@ class Trainer(Loop):
         if self.plan is not None:
             raise RuntimeError("fit() was called during a fit; end that one first, with stop(why)")
         plan = make_plan(train, named_sets(valid), n, schedule, validate_every, limit_batches,
-                         self.engine.accumulate)
+                         self.engine.accumulate, alone=not self.together)
         if plan.valid_sets and not self.step.can_evaluate:
             raise ValueError(f"{type(self.step).__name__} defines no evaluate(self, trainer, batch), but there is "
                              "validation data; define it, or pass valid=None")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..core.errors import describe, require
+from ..core.errors import check_number, describe, require
 from ..core.seeding import isolated_rng
 from ..data.loaders import EpochLoader, looking_at
 from ..loop.evaluation import module_modes
@@ -218,6 +218,8 @@ def train_window(trainer: Trainer, batches: Iterator[Any]) -> float:
 # %% ../../nbs/api/use/04_tune.ipynb #3befa9d1
 def check_range(trainer: Trainer, train: Any, start: float, end: float, steps: int, tests: int) -> None:
     "Raise `ValueError` or `TypeError` for what no range test can be made with"
+    for name, rate in (("start", start), ("end", end)):
+        check_number(name, rate, lambda n: -math.inf < n < math.inf, "a learning rate, a finite number")
     if not 0 < start < end:
         raise ValueError(f"start is {start} and end is {end}; expected two rates above 0, the second larger")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 20:
