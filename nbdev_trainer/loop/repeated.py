@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import describe
+from ..core.errors import check_number, describe
 from ..core.nested import own_parts
 from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput
@@ -180,7 +180,10 @@ class SAM(torch.optim.Optimizer):
         if not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base is {describe(base)}; expected an optimizer, such as "
                             "SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))")
-        if not rho > 0: raise ValueError(f"rho is {rho!r}; expected a number above 0")
+        if asks_again(base):
+            raise ValueError(f"base is {type(base).__name__}, which asks for the loss again itself; expected an "
+                             "optimizer that steps with a gradient, such as SGD or AdamW")
+        check_number("rho", rho, lambda it: it > 0, "a number above 0")
         self.base, self.rho, self.adaptive = base, rho, adaptive
         super().__init__([dict(group) for group in base.param_groups], base.defaults)
         self.param_groups, self.state = base.param_groups, base.state
