@@ -181,8 +181,8 @@ class SAM(torch.optim.Optimizer):
             raise TypeError(f"base is {describe(base)}; expected an optimizer, such as "
                             "SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))")
         if asks_again(base):
-            raise ValueError(f"base is {type(base).__name__}, which asks for the loss again itself; expected an "
-                             "optimizer that steps with a gradient, such as SGD or AdamW")
+            raise ValueError(f"base is {type(base).__name__}, which asks for the loss again itself; expected "
+                             "an optimizer that steps with a gradient, such as SGD or AdamW")
         check_number("rho", rho, lambda it: it > 0, "a number above 0")
         self.base, self.rho, self.adaptive = base, rho, adaptive
         super().__init__([dict(group) for group in base.param_groups], base.defaults)
