@@ -93,10 +93,11 @@ def set_rng_state(
 
 # %% ../../nbs/api/core/02_seeding.ipynb #e8048c4e
 def _numpy_memory() -> bytes | None:  # None: of a generator that is not the usual one
-    "What changes whenever numpy's global generator draws: 624 words and a position in them."
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy's stubs lack it
+    "What changes whenever numpy's global generator does: its words, and the number that it has in store."
+    generator, around = np.random.get_bit_generator(), np.random.mtrand._rand  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937: return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+    store = ctypes.string_at(id(around) + 16, around.__sizeof__() - 16)  # all but what Python counts
+    return store + ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 
 def _numpy_state(known: dict[bytes, dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _numpy_state(known: dict[bytes, dict[str, Any]]) -> dict[str, Any]:
     words = state["state"]
     if "key" in words: words["key"] = words["key"].tolist()  # numpy reads it 20 times as fast
     known.clear()
-    if memory is not None and not state["has_gauss"]: known[memory] = state  # a number in store is elsewhere
+    if memory is not None: known[memory] = state
     return state
 
 
@@ -123,7 +124,6 @@ def mark_rng(
     def go_back() -> None:
         random.setstate(python)
         np.random.set_state(words)
-        if known and words["has_gauss"]: known.clear()
         torch.set_rng_state(cpu)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         elif torch.cuda.is_initialized():

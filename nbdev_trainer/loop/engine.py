@@ -27,7 +27,7 @@ from .optimizers import step_lightly
 
 # %% auto #0
 __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'convert', 'ProcessParts', 'ProcessGradients',
-           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'unreached',
+           'Strategy', 'quotient', 'on_device', 'Window', 'OptimizerSlot', 'EngineParts', 'RunsSteps', 'is_reached',
            'Engine']
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
@@ -258,8 +258,7 @@ class Window:
     ) -> float | Tensor | None:  # None: the gradients are right as they are
         "What to multiply the summed gradients with at the end of the window"
         divisor = self.divisor if self.usual is None else self.size * self.usual * world_size
-        if divisor is None: return None
-        return quotient(divisor, sum(self.counts) if total is None else total)
+        return None if divisor is None else quotient(divisor, sum(self.counts) if total is None else total)
 
     def clear(self) -> None:
         "Begin the next window"
@@ -268,7 +267,7 @@ class Window:
 # %% ../../nbs/api/loop/06_engine.ipynb #e0301968
 class OptimizerSlot:
     "An optimizer with its name, its parameters and its open window"
-    __slots__ = ("name", "optimizer", "window", "pending", "batch", "norm")
+    __slots__ = ("name", "optimizer", "window", "pending", "batch", "norm", "reached")
 
     def __init__(self,
         name: str,                         # what a step and the callbacks call it
@@ -277,6 +276,7 @@ class OptimizerSlot:
     ) -> None:
         self.name, self.optimizer, self.window = name, optimizer, Window(accumulate)
         self.pending = False  # whether there are gradients that no step has used yet
+        self.reached = False  # whether a loss has given it a gradient
         self.batch = -1       # the count of batches when gradients were last added
         self.norm: Tensor | None = None  # () of its gradients before they were clipped, where that is known
 
@@ -349,10 +349,10 @@ class RunsSteps(EngineParts):
         self.strategy.absent(slot, closing)
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
-def unreached(slot: OptimizerSlot) -> ValueError:
-    "The error for a loss that nothing of its optimizer had a part in"
-    return ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its parameters: was it "
-                      "computed by another model, or is it meant for another optimizer?")
+def is_reached(slot: OptimizerSlot, inputs: list[Tensor], loss: Tensor) -> bool:
+    "Whether a loss, its first, reached an optimizer; a constant need not; raises `ValueError` when it did not"
+    if loss.grad_fn is None or any(p.grad is not None for p in inputs): return loss.grad_fn is not None
+    raise ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its parameters; is it for another?")
 
 # %% ../../nbs/api/loop/06_engine.ipynb #71a0ed19
 class Engine(RunsSteps):
@@ -377,6 +377,7 @@ class Engine(RunsSteps):
         loss = self.precision.scale(loss, slot.optimizer)
         if self.by_strategy: self.strategy.backward(loss, weight, retain_graph, inputs)
         else: loss.backward(weight, retain_graph=retain_graph, inputs=inputs)
+        if inputs and not slot.reached and not self.by_strategy: slot.reached = is_reached(slot, inputs, loss)
 
     def finish(self, slot: OptimizerSlot) -> bool:  # whether anything counts
         "Make the summed gradients of a window those of its batches as one: weight, unscale, clip"
@@ -386,10 +387,9 @@ class Engine(RunsSteps):
             if not isinstance(total, Tensor) and total == 0: return False
             correction = window.correction(total, self.strategy.world_size // self.strategy.copies)
         elif window.counts: correction = window.correction()
-        if not any(p.grad is not None for group in slot.optimizer.param_groups for p in group["params"]):
-            raise unreached(slot)
         if correction is not None:
-            torch._foreach_mul_([p.grad for p in slot.params if p.grad is not None], correction)
+            gradients = [p.grad for p in slot.params if p.grad is not None]
+            if gradients: torch._foreach_mul_(gradients, correction)
         self.precision.unscale(slot.optimizer)
         if self.clip is not None: slot.norm = self.clip(slot.params)
         return True

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.messages import tell
-from ..core.nested import concatenate, detach, index, map_tensors
+from ..core.nested import concatenate, detach, index, map_tensors, tensors
 from ..core.seeding import mark_rng
 from ..data.batch import Batch, StepOutput, part_of
 from .advice import about_loss
@@ -30,11 +30,11 @@ from .groups import mark_norms
 from .recordable import check_recordable
 from .repeated import Repeating, asks_again
 from .step_graph import StepGraphs
-from .steps import Step, lowest_class
+from .steps import Step, lowest_class, remembered
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'pieces', 'weighted_mean', 'joined', 'joined_logs', 'is_out_of_memory', 'check_size', 'window_before',
-           'traces_before', 'put_back', 'told', 'step_over_nothing', 'InParts', 'MicroBatching', 'make_engine']
+           'traces_before', 'put_back', 'check_memory', 'advised', 'told', 'InParts', 'MicroBatching', 'make_engine']
 
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #4f796d21
 def pieces(
@@ -48,7 +48,8 @@ def pieces(
 
     def cut(value: Any) -> Iterable[Any]:
         if n == 1: return [value]
-        if type(value) is Tensor: return value.unsafe_split_with_sizes(sizes)  # a model may change such
+        if type(value) is Tensor and len(value) == batch.size:
+            return value.unsafe_split_with_sizes(sizes)  # a model may change such
         return [None if value is None else index(value, one) for one in rows]
 
     parts = [cut(one) for one in (batch.inputs, batch.targets, batch.ids, batch.weights)]
@@ -149,6 +150,23 @@ def put_back(
     for p, gradient in zip(slot.params, held):
         if gradient is not None: p.grad = gradient if p.grad is None else gradient.add_(p.grad)
 
+def check_memory(step: Any, before: dict[str, Any]) -> dict[str, Any]:  # nothing is left to be checked
+    "Raise `ValueError` when a part of a batch has changed what a step remembers"
+    now = step.state_dict()
+    for name, was in before.items():
+        pairs = zip(tensors(was), tensors(now[name]))
+        same = map_tensors(Tensor.numel, was) == map_tensors(Tensor.numel, now[name])
+        if same and all(torch.equal(*pair) for pair in pairs): continue
+        raise ValueError(f"{type(step).__name__} remembers {name!r} from batch to batch (state_dict), and "
+                         "micro_batch_size cuts batches: each part would begin with what the part before has "
+                         "left. Use a smaller batch_size, with accumulate= to step as rarely")
+    return {}
+
+def advised(error: Exception, loss: Any) -> Exception:
+    "An error of a backward pass, with what is wrong with the loss, if it shows"
+    if advice := about_loss(loss, error): error.add_note(advice)
+    return error
+
 def told(
     error: BaseException,
     rows: slice | None,  # of the batch, that were in hand
@@ -161,22 +179,18 @@ def told(
                        f"of at most {size} (micro_batch_size)")
     return error
 
-def step_over_nothing(slot: OptimizerSlot) -> None:
-    "A gradient of zero where nothing of a batch counts, for a step is made with it as a whole, too"
-    for p in slot.params:
-        if p.requires_grad: p.grad = torch.zeros_like(p)
-    slot.pending = True
-
 # %% ../../nbs/api/loop/06d_micro_batches.ipynb #ba646e48
 class InParts(Engine):
     "An engine that computes the gradient of a batch part by part"
     done: Tensor | None = None   # the loss whose gradient is there already
+    looked = False               # whether a part changes what the step remembers: it does not
     rows: slice | None = None    # which samples of the batch are in hand as a part; None: no part is
 
     def in_parts(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch, size: int) -> Any:
         "The outputs of parts of this size, joined; their gradients are added"
         slot, self.done = self.slots["main"], None
         outputs, counts = list[StepOutput](), list[Any]()
+        memory = {} if self.looked or size >= batch.size else remembered(trainer.step, slot.params)
         lowest = lowest_class(batch.targets)  # looked up once for all parts
         version = 0 if lowest is None else batch.targets._version
         for self.rows, part in pieces(batch, size):
@@ -185,17 +199,15 @@ class InParts(Engine):
             output = self.run(method, trainer, part)
             if type(output) is not StepOutput or output.loss is None: return output  # for the loop to refuse
             if trainer.state.skip_batch is not None: return output                   # or to pass over
+            if memory: memory, self.looked = check_memory(trainer.step, memory), True
             counts.append(part.size if output.count is None else output.count)
             if not outputs: self.expect(slot.window, counts[0], batch.size / max(part.size, 1))
             try: super().backward(output.loss, counts[-1], slot)
-            except Exception as error:
-                if advice := about_loss(output.loss, error): error.add_note(advice)
-                raise
+            except Exception as error: raise advised(error, output.loss)
             targets = None if output.targets is None else detach(output.targets)
             outputs.append(StepOutput(output.loss.detach(), detach(output.predictions), targets,
                                       logs=detach(output.logs) if output.logs else None))
             del output
-        if not slot.pending and self.accumulate == 1 and not self.together: step_over_nothing(slot)
         joint = joined(outputs, counts)
         self.done = joint.loss
         return joint
@@ -277,10 +289,6 @@ def make_engine(
     if not step.automatic:
         raise ValueError(f"{asked} was given with {type(step).__name__}, which calls optimize itself and so "
                          "cannot be called twice for a batch; derive from Step")
-    if micro_batch_size is not None and hasattr(step, "state_dict"):
-        raise ValueError(f"{asked} was given with {type(step).__name__}, which has a state of its own "
-                         "(state_dict): each part of a batch would begin with what the part before has left. "
-                         "Use a smaller batch_size, with accumulate= to step as rarely")
     if micro_batch_size is None: return Repeating(model, optimizers, device, **options)
     largest = check_size(micro_batch_size)
     if again is not None: raise ValueError(f"{asked} was given with {again}, which needs batches as a whole")

@@ -39,15 +39,20 @@ def asks_again(optimizer: torch.optim.Optimizer) -> bool:
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #3d985e4e
 @contextmanager
-def unnoticed(trainer: Any) -> Iterator[None]:
+def unnoticed(
+    trainer: Any,
+    slot: OptimizerSlot,  # of the weights, which stay as they are
+) -> Iterator[None]:
     "What the block logs, or leaves in the state of the trainer or of the step, is forgotten"
-    output, measuring, step_back = trainer.state.output, trainer.measuring, mark_step(trainer.step)
+    output, measuring = trainer.state.output, trainer.measuring
+    step_back = mark_step(trainer.step, own_parts(slot.params))
     trainer.measuring = MetricSet([])
     try: yield
     finally:
         trainer.state.output, trainer.measuring = output, measuring
         step_back()
 
+# %% ../../nbs/api/loop/06c_repeated.ipynb #3f566361
 def look_again(
     engine: Engine,
     method: Callable[[Any, Batch], StepOutput],  # of the step: train
@@ -58,7 +63,7 @@ def look_again(
     "Loss and finished gradient of a batch at the weights of now"
     slot = engine.slots["main"]
     slot.zero()
-    with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer):
+    with torch.enable_grad(), norms_at_rest(engine.model), unnoticed(trainer, slot):
         to_start()
         output = engine.run(method, trainer, batch)
         if output.loss is None: raise ValueError("the step returned no loss when it was asked again")
@@ -84,10 +89,11 @@ def loss_of_all(engine: Engine, seen: MetricSet) -> Tensor:  # ()
 # %% ../../nbs/api/loop/06c_repeated.ipynb #5e9b281c
 def mark_start(
     trainer: Any,
+    slot: OptimizerSlot,      # of the weights, which stay as they are
     known: dict[bytes, Any],  # by the marks of earlier batches
 ) -> Callable[[], None]:  # may be called again and again
     "A function that puts the generators, and what the step remembers, back to where they are now"
-    rng_back, step_back = mark_rng(known), mark_step(trainer.step)
+    rng_back, step_back = mark_rng(known), mark_step(trainer.step, own_parts(slot.params))
 
     def to_start() -> None:
         rng_back()
@@ -125,7 +131,7 @@ class Repeating(Engine):
 
     def train(self, method: Callable[[Any, Batch], Any], trainer: Any, batch: Batch) -> Any:
         "Call the step, and remember how to call it again"
-        to_start = mark_start(trainer, self.known)
+        to_start = mark_start(trainer, self.slots["main"], self.known)
         def again() -> Tensor: return look_again(self, method, trainer, batch, to_start)
         self.again = again
         return self.run(method, trainer, batch)

@@ -12,7 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/loop/steps.html.md"""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import describe
-from ..core.nested import map_tensors
+from ..core.nested import map_tensors, tensors
 from ..data.batch import Batch, StepOutput
 from .capture import Notes
 from .events import STEP_EVENTS, Event
@@ -29,9 +29,9 @@ from ..metrics.base import targets_of
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'mark_step', 'element_weights', 'count_targets', 'weight_of', 'lowest_class',
-           'unreduced', 'no_match', 'function_text', 'CountedLoss', 'check_loss', 'what_it_was_given', 'SupervisedStep',
-           'ManualStep']
+__all__ = ['ELEMENTWISE', 'GIVEN', 'Step', 'remembered', 'mark_step', 'element_weights', 'count_targets', 'weight_of',
+           'lowest_class', 'unreduced', 'no_match', 'function_text', 'CountedLoss', 'check_loss', 'what_it_was_given',
+           'SupervisedStep', 'ManualStep']
 
 # %% ../../nbs/api/loop/03_steps.ipynb #096e80d7
 class Step:
@@ -67,13 +67,26 @@ class Step:
         return True
 
 # %% ../../nbs/api/loop/03_steps.ipynb #3fc14137
+def remembered(
+    step: Any,
+    trained: Iterable[Tensor] = (),  # weights, which are no memory
+) -> dict[str, Any]:
+    "Copies of what a step remembers and can take back, by name"
+    if not (hasattr(step, "state_dict") and hasattr(step, "load_state_dict")): return {}
+    weights = {one.data_ptr() for one in trained} - {0}
+    def is_memory(value: Any) -> bool: return not any(one.data_ptr() in weights for one in tensors(value))
+    return {name: map_tensors(torch.clone, one) for name, one in step.state_dict().items() if is_memory(one)}
+
 def mark_step(
     step: Any,
+    trained: Iterable[Tensor] = (),  # weights, which stay as they are
 ) -> Callable[[], None]:  # may be called again and again
     "A function that puts what a step remembers back to what it is now"
-    if not hasattr(step, "state_dict"): return lambda: None
-    before = map_tensors(torch.clone, step.state_dict())
-    return lambda: step.load_state_dict(map_tensors(torch.clone, before))
+    before = remembered(step, trained)
+
+    def go_back() -> None:
+        if before: step.load_state_dict({**step.state_dict(), **map_tensors(torch.clone, before)})
+    return go_back
 
 # %% ../../nbs/api/loop/03_steps.ipynb #dfb8debf
 def element_weights(

@@ -157,9 +157,9 @@ class Loop(Results):
                 self.call("before_epoch")
             if self.run_epoch(plan, inside): self.finish_epoch(plan)
             inside = False
-        due = state.stop is None and plan.validate_every and plan.valid_sets
-        if due and state.evaluated_at != state.batch: self.validate(plan)
-        elif state.epoch_batch: self.note_results()
+        if state.stop is None and plan.validate_every and state.evaluated_at != state.batch:
+            if plan.valid_sets: self.validate(plan)
+            elif state.epoch_batch: self.note_results()
 
     def run_epoch(self, plan: FitPlan, inside: bool) -> bool:  # whether the epoch is complete
         state, exhausted = self.state, False
