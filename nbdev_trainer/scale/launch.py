@@ -22,17 +22,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import IO, Any
 
 from ..core.errors import describe, require
 from ..loop.trainer import Trainer
+from .together import LOST
 
 # %% auto #0
 __all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'started', 'Crew',
-           'first_error', 'brought', 'check_call', 'sent', 'function_name', 'launch']
+           'is_of_network', 'killed', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -108,7 +109,7 @@ def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
 # %% ../../nbs/api/scale/03_launch.ipynb #7e5bf0c1
 class Crew:
     "Processes that run one call"
-    first: int | None = None  # the rank that ended first of those that failed
+    ended = False  # from here
 
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
@@ -116,6 +117,7 @@ class Crew:
         self.store = TCPStore("127.0.0.1", place.getsockname()[1], size, is_master=True,
                               wait_for_workers=False, master_listen_fd=place.detach())
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
+        self.failed = list[int]()  # ranks that ended by themselves, in this order
         for rank in range(size):
             member = started(folder, variables(size, rank, self.store.port))
             self.members.append(member)
@@ -126,9 +128,10 @@ class Crew:
         "Until all have ended; the rest has `grace` seconds after one has failed, or since `failed`"
         while True:
             codes = [one.poll() for one in self.members]
+            if not self.ended:
+                self.failed += [rank for rank, code in enumerate(codes) if code and rank not in self.failed]
             if None not in codes: return [int(code or 0) for code in codes]
-            if failed is None and any(codes):
-                failed, self.first = time.monotonic(), next(rank for rank, code in enumerate(codes) if code)
+            if failed is None and self.failed: failed = time.monotonic()
             if failed is not None and time.monotonic() - failed > grace: self.end()
             time.sleep(0.02)
 
@@ -139,6 +142,7 @@ class Crew:
 
     def end(self) -> None:
         "End what still runs, with what it has started"
+        self.ended = True
         for one in self.members:
             if one.poll() is not None: continue
             if os.name == "nt": one.terminate()
@@ -150,22 +154,33 @@ class Crew:
             if one.stdin is not None: one.stdin.close()
 
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
+def is_of_network(error: BaseException) -> bool:
+    "Whether an error says only that another process does not answer"
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST)
+
+def killed(
+    rank: int,
+    code: int,  # its exit code; below 0: the signal
+) -> RuntimeError:
+    "The error for a process that has raised nothing"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return RuntimeError(f"rank {rank} {how}, and raised nothing; look at what it printed")
+
 def first_error(
-    folder: Path,             # where errors are left
-    codes: list[int],         # exit codes, by rank
-    first: int | None = None, # the rank that ended first
+    folder: Path,               # where errors are left
+    codes: list[int],           # exit codes, by rank
+    failed: Sequence[int] = (), # ranks in the order in which they ended by themselves; (): not known
 ) -> BaseException:
-    "What the process raised that failed first"
+    "What the process raised that failed first, or that it was killed"
     paths = [path for path in folder.glob("error-*") if path.suffix != ".new"]
-    found = [(*pickle.loads(path.read_bytes()), path.name.removeprefix("error-")) for path in paths]
-    if not found:
-        rank = next(r for r, code in enumerate(codes) if code) if first is None else first
-        code = codes[rank]
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return RuntimeError(f"rank {rank} {how}, and raised nothing; look at what it printed")
-    when, text, error, rank = min(found, key=lambda one: one[0])
-    error.add_note(f"raised on rank {rank}:\n{text}")
-    return error
+    found = sorted(((*pickle.loads(path.read_bytes()), int(path.name.removeprefix("error-"))) for path in paths),
+                   key=lambda one: one[0])
+    for _, text, error, rank in found: error.add_note(f"raised on rank {rank}:\n{text}")
+    silent = [rank for rank in failed or range(len(codes)) if codes[rank] and all(rank != one[3] for one in found)]
+    if found and not (silent and is_of_network(found[0][2])): return found[0][2]  # type: ignore[no-any-return]
+    gone = killed(silent[0], codes[silent[0]])
+    gone.__cause__ = found[0][2] if found else None
+    return gone
 
 # %% ../../nbs/api/scale/03_launch.ipynb #6b144a85
 def brought(fn: Callable[..., Any], given: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -224,7 +239,7 @@ def launch(
             crew.wait(grace=10.0, failed=time.monotonic())
             raise
         finally: crew.end()
-        if any(codes): raise first_error(Path(folder), codes, crew.first)
+        if any(codes): raise first_error(Path(folder), codes, crew.failed)
         try: answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
         except Exception as failed: raise no_answer(failed) from failed
     if error is not None: raise error
