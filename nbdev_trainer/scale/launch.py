@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from ..core.errors import describe, require
 from ..loop.trainer import Trainer
+from .processes import CAME
 from .together import LOST
 
 # %% auto #0
@@ -132,8 +133,19 @@ class Crew:
                 self.failed += [rank for rank, code in enumerate(codes) if code and rank not in self.failed]
             if None not in codes: return [int(code or 0) for code in codes]
             if failed is None and self.failed: failed = time.monotonic()
+            if failed is None: self.check_all_come(codes)
             if failed is not None and time.monotonic() - failed > grace: self.end()
             time.sleep(0.02)
+
+    def check_all_come(self, codes: list[int | None]) -> None:
+        "Raise `RuntimeError` where one has returned for whom another waits"
+        if 0 not in codes: return
+        came = [self.store.check([f"{CAME}/{rank}"]) for rank in range(len(codes))]
+        gone = [rank for rank, code in enumerate(codes) if code == 0 and not came[rank]]
+        waiting = [rank for rank, code in enumerate(codes) if code is None and came[rank]]
+        if gone and waiting:
+            raise RuntimeError(f"rank {gone[0]} has returned, and rank {waiting[0]} waits for it to join; all ranks must "
+                               "come to the same place, which is a Learner or join()")
 
     def tell(self, number: int) -> None:
         "Send a signal to those that run"
