@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/launch.html.md"""
 # %% ../../nbs/api/scale/03_launch.ipynb #1c3ac241
 from __future__ import annotations
 
+import bdb
 import inspect
 import os
 import pickle
@@ -33,8 +34,9 @@ from .processes import CAME
 from .together import LOST
 
 # %% auto #0
-__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'started', 'Crew',
-           'is_of_network', 'killed', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'launch']
+__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'end_with', 'without_input', 'no_answer', 'as_sent', 'work', 'variables',
+           'show', 'started', 'Crew', 'is_of_network', 'killed', 'first_error', 'brought', 'check_call', 'sent',
+           'function_name', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -53,10 +55,19 @@ def leave(
     path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
+NO_INPUT = ("a launched process has no input, so input() and debuggers find its end; call the function here, "
+            "without launch, to answer it")
+
 def end_with(lifeline: int) -> None:  # the number of a file
     "End this process when the other end of a pipe is closed"
     while os.read(lifeline, 1): pass
     os._exit(1)
+
+def without_input() -> int:  # the number of the file that was standard input
+    "Give this process an input that is empty"
+    pipe = os.dup(0)  # programs that are started from here do not get it
+    with open(os.devnull) as nothing: os.dup2(nothing.fileno(), 0)
+    return pipe
 
 def no_answer(failed: Exception) -> TypeError:
     "The error for an answer that cannot be sent"
@@ -70,7 +81,7 @@ def as_sent(error: BaseException) -> BaseException:
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
-    threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(without_input(),), daemon=True).start()
     code = 1
     try:
         fn, args, by_name = pickle.loads((here / "call").read_bytes())
@@ -78,6 +89,7 @@ def work(folder: str) -> None:
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
+        if isinstance(error, (EOFError, bdb.BdbQuit)): error.add_note(NO_INPUT)
         found = time.time(), traceback.format_exc(), as_sent(error)
         leave(here / f"error-{rank}", found, lambda failed: (*found[:2], failed))
     sys.stdout.flush()
