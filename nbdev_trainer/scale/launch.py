@@ -34,9 +34,9 @@ from .processes import CAME
 from .together import LOST
 
 # %% auto #0
-__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'end_with', 'without_input', 'no_answer', 'as_sent', 'work', 'variables',
-           'show', 'started', 'Crew', 'is_of_network', 'killed', 'first_error', 'brought', 'check_call', 'sent',
-           'function_name', 'launch']
+__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'end_with', 'without_input', 'no_answer', 'as_sent', 'returned', 'work',
+           'variables', 'show', 'started', 'Crew', 'is_of_network', 'killed', 'first_error', 'brought', 'check_call',
+           'sent', 'function_name', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -71,12 +71,27 @@ def without_input() -> int:  # the number of the file that was standard input
 
 def no_answer(failed: Exception) -> TypeError:
     "The error for an answer that cannot be sent"
-    return TypeError(f"what the function returned cannot be sent back: {failed}")
+    error = TypeError(f"what the function returned cannot be sent back: {failed}")
+    if "ProcessGroup" in str(failed):
+        error.add_note("it belongs to the group of these processes, as do weights that are divided over them; keep "
+                       "those by learner.save(path), on all ranks, and return the results alone")
+    return error
 
 def as_sent(error: BaseException) -> BaseException:
     "The error as it will arrive; a `RuntimeError` with its text where it cannot be made again"
     try: return pickle.loads(pickler().dumps(error))  # type: ignore[no-any-return]
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
+
+def returned(
+    rank: str,
+    call: Callable[[], Any],
+) -> Any:  # None at sys.exit() and sys.exit(0)
+    "What a function returns; raises `RuntimeError` at another exit code"
+    try: return call()
+    except SystemExit as error:
+        if error.code in (None, 0): return None
+        raise RuntimeError(f"rank {rank} left by sys.exit({error.code!r}), which says that it failed; raise an "
+                           "error that says why, or return") from error
 
 def work(folder: str) -> None:
     "What each process does"
@@ -85,7 +100,7 @@ def work(folder: str) -> None:
     code = 1
     try:
         fn, args, by_name = pickle.loads((here / "call").read_bytes())
-        answer = fn(*args, **by_name)
+        answer = returned(rank, lambda: fn(*args, **by_name))
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:

@@ -118,6 +118,16 @@ def test_an_answer_that_cannot_be_made_again_is_an_error_that_says_so():
         launch(launched.NotMadeAgain, processes=1)
 
 
+def test_a_rank_that_leaves_by_exit_has_returned_and_the_answer_comes():
+    assert launch(launched.leave_by_exit, 0) == "the answer"
+
+
+def test_weights_that_are_divided_cannot_be_an_answer_and_the_note_says_what_can():
+    with pytest.raises(TypeError, match="cannot be sent back: .*ProcessGroup") as caught:
+        launch(launched.a_model_in_parts, processes=1)
+    assert any("learner.save(path), on all ranks" in note for note in caught.value.__notes__)
+
+
 def test_an_interrupt_ends_also_processes_that_do_not_listen():
     program = "import launched; from nbdev_trainer.scale.launch import launch; launch(launched.does_not_end)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
