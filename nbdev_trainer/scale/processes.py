@@ -186,7 +186,7 @@ def fresh_store(
                        "what it says")
 
 # %% ../../nbs/api/scale/02_processes.ipynb #ec26a796
-CAME = "nbdev_trainer/came"  # with a rank behind it: the key by which that rank says that it waits for the others
+CAME = "nbdev_trainer/came"  # and its number: the key by which a rank says that it waits for the others
 
 def launched_store(
     place: Place,        # in processes that `launch` has started
