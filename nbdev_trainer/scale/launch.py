@@ -35,7 +35,7 @@ from .processes import CAME
 from .together import LOST
 
 # %% auto #0
-__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'end_with', 'without_input', 'no_answer', 'as_sent', 'returned', 'work',
+__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with', 'without_input', 'work',
            'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew', 'is_of_network', 'killed',
            'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'noted', 'show_failure',
            'end_program', 'launch']
@@ -57,26 +57,12 @@ def leave(
     path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
-NO_INPUT = ("a launched process has no input, so input() and debuggers find its end; call the function here, "
-            "without launch, to answer it")
-
-def end_with(lifeline: int) -> None:  # the number of a file
-    "End this process when the other end of a pipe is closed"
-    while os.read(lifeline, 1): pass
-    os._exit(1)
-
-def without_input() -> int:  # the number of the file that was standard input
-    "Give this process an input that is empty"
-    pipe = os.dup(0)  # programs that are started from here do not get it
-    with open(os.devnull) as nothing: os.dup2(nothing.fileno(), 0)
-    return pipe
-
 def no_answer(failed: Exception) -> TypeError:
     "The error for an answer that cannot be sent"
     error = TypeError(f"what the function returned cannot be sent back: {failed}")
     if "ProcessGroup" in str(failed):
-        error.add_note("it belongs to the group of these processes, as do weights that are divided over them; "
-                       "keep those by learner.save(path), on all ranks, and return the results alone")
+        error.add_note("it belongs to the group of these processes, as do weights that are divided over it. "
+                       "Keep those by learner.save(path), on all ranks, and return the results alone")
     return error
 
 def as_sent(error: BaseException) -> BaseException:
@@ -95,6 +81,21 @@ def returned(
         raise RuntimeError(f"rank {rank} left by sys.exit({error.code!r}), which says that it failed; raise "
                            "an error that says why, or return") from error
 
+# %% ../../nbs/api/scale/03_launch.ipynb #b1a68703
+NO_INPUT = ("a launched process has no input, so input() and debuggers find its end; call the function here, "
+            "without launch, to answer it")
+
+def end_with(lifeline: int) -> None:  # the number of a file
+    "End this process when the other end of a pipe is closed"
+    while os.read(lifeline, 1): pass
+    os._exit(1)
+
+def without_input() -> int:  # the number of the file that was standard input
+    "Give this process an input that is empty"
+    pipe = os.dup(0)  # programs that are started from here do not get it
+    with open(os.devnull) as nothing: os.dup2(nothing.fileno(), 0)
+    return pipe
+
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
@@ -106,7 +107,7 @@ def work(folder: str) -> None:
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
-        if isinstance(error, (EOFError, bdb.BdbQuit)): error.add_note(NO_INPUT)
+        if isinstance(error, bdb.BdbQuit) or str(error) == "EOF when reading a line": error.add_note(NO_INPUT)
         found = time.time(), traceback.format_exc(), as_sent(error)
         leave(here / f"error-{rank}", found, lambda failed: (*found[:2], failed))
     sys.stdout.flush()
@@ -232,6 +233,7 @@ def with_returned(error: BaseException, codes: list[int]) -> BaseException:
         error.add_note(f"rank {codes.index(0)} has returned; all ranks must come to the same places")
     return error
 
+# %% ../../nbs/api/scale/03_launch.ipynb #c9ed7af4
 def first_error(
     folder: Path,               # where errors are left
     codes: list[int],           # exit codes, by rank
