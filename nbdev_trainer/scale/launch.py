@@ -11,6 +11,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/launch.html.md"""
 # %% ../../nbs/api/scale/03_launch.ipynb #1c3ac241
 from __future__ import annotations
 
+import bdb
 import inspect
 import os
 import pickle
@@ -22,17 +23,22 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import IO, Any
 
 from ..core.errors import describe, require
 from ..loop.trainer import Trainer
+from .processes import CAME
+from .together import LOST
 
 # %% auto #0
-__all__ = ['COMMAND', 'pickler', 'leave', 'end_with', 'no_answer', 'as_sent', 'work', 'variables', 'show', 'started', 'Crew',
-           'first_error', 'brought', 'check_call', 'sent', 'function_name', 'launch']
+__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with', 'without_input', 'work',
+           'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew', 'is_of_network', 'killed',
+           'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'noted', 'show_failure',
+           'end_program', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -51,31 +57,57 @@ def leave(
     path.with_suffix(".new").replace(path)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #d6577ce7
-def end_with(lifeline: int) -> None:  # the number of a file
-    "End this process when the other end of a pipe is closed"
-    while os.read(lifeline, 1): pass
-    os._exit(1)
-
 def no_answer(failed: Exception) -> TypeError:
     "The error for an answer that cannot be sent"
-    return TypeError(f"what the function returned cannot be sent back: {failed}")
+    error = TypeError(f"what the function returned cannot be sent back: {failed}")
+    if "ProcessGroup" in str(failed):
+        error.add_note("it belongs to the group of these processes, as do weights that are divided over it. "
+                       "Keep those by learner.save(path), on all ranks, and return the results alone")
+    return error
 
 def as_sent(error: BaseException) -> BaseException:
     "The error as it will arrive; a `RuntimeError` with its text where it cannot be made again"
     try: return pickle.loads(pickler().dumps(error))  # type: ignore[no-any-return]
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
 
+def returned(
+    rank: str,
+    call: Callable[[], Any],
+) -> Any:  # None at sys.exit() and sys.exit(0)
+    "What a function returns; raises `RuntimeError` at another exit code"
+    try: return call()
+    except SystemExit as error:
+        if error.code in (None, 0): return None
+        raise RuntimeError(f"rank {rank} left by sys.exit({error.code!r}), which says that it failed; raise "
+                           "an error that says why, or return") from error
+
+# %% ../../nbs/api/scale/03_launch.ipynb #b1a68703
+NO_INPUT = ("a launched process has no input, so input() and debuggers find its end; call the function here, "
+            "without launch, to answer it")
+
+def end_with(lifeline: int) -> None:  # the number of a file
+    "End this process when the other end of a pipe is closed"
+    while os.read(lifeline, 1): pass
+    os._exit(1)
+
+def without_input() -> int:  # the number of the file that was standard input
+    "Give this process an input that is empty"
+    pipe = os.dup(0)  # programs that are started from here do not get it
+    with open(os.devnull) as nothing: os.dup2(nothing.fileno(), 0)
+    return pipe
+
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
-    threading.Thread(target=end_with, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(without_input(),), daemon=True).start()
     code = 1
     try:
         fn, args, by_name = pickle.loads((here / "call").read_bytes())
-        answer = fn(*args, **by_name)
+        answer = returned(rank, lambda: fn(*args, **by_name))
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
+        if isinstance(error, bdb.BdbQuit) or str(error) == "EOF when reading a line": error.add_note(NO_INPUT)
         found = time.time(), traceback.format_exc(), as_sent(error)
         leave(here / f"error-{rank}", found, lambda failed: (*found[:2], failed))
     sys.stdout.flush()
@@ -106,9 +138,9 @@ def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
                             text=True, errors="replace", start_new_session=True)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #7e5bf0c1
-class Crew:
+class Members:
     "Processes that run one call"
-    first: int | None = None  # the rank that ended first of those that failed
+    ended = False  # from here
 
     def __init__(self, folder: str, size: int) -> None:
         from torch.distributed import TCPStore
@@ -122,16 +154,6 @@ class Crew:
             self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
             self.shows[-1].start()
 
-    def wait(self, grace: float = 5.0, failed: float | None = None) -> list[int]:  # exit codes, by rank
-        "Until all have ended; the rest has `grace` seconds after one has failed, or since `failed`"
-        while True:
-            codes = [one.poll() for one in self.members]
-            if None not in codes: return [int(code or 0) for code in codes]
-            if failed is None and any(codes):
-                failed, self.first = time.monotonic(), next(rank for rank, code in enumerate(codes) if code)
-            if failed is not None and time.monotonic() - failed > grace: self.end()
-            time.sleep(0.02)
-
     def tell(self, number: int) -> None:
         "Send a signal to those that run"
         for one in self.members:
@@ -139,6 +161,7 @@ class Crew:
 
     def end(self) -> None:
         "End what still runs, with what it has started"
+        self.ended = True
         for one in self.members:
             if one.poll() is not None: continue
             if os.name == "nt": one.terminate()
@@ -149,23 +172,84 @@ class Crew:
             shown.join(max(until - time.monotonic(), 0))
             if one.stdin is not None: one.stdin.close()
 
+# %% ../../nbs/api/scale/03_launch.ipynb #d6f43543
+def check_all_come(
+    store: Any,              # where they meet
+    codes: list[int | None], # exit codes, by rank; None: it runs
+) -> None:
+    "Raise `RuntimeError` where one has returned for whom another waits"
+    if 0 not in codes: return
+    came = [store.check([f"{CAME}/{rank}"]) for rank in range(len(codes))]
+    gone = [rank for rank, code in enumerate(codes) if code == 0 and not came[rank]]
+    waiting = [rank for rank, code in enumerate(codes) if code is None and came[rank]]
+    if gone and waiting:
+        raise RuntimeError(f"rank {gone[0]} has returned, and rank {waiting[0]} waits for it to join; all "
+                           "ranks must come to the same place, which is a Learner or join()")
+
+# %% ../../nbs/api/scale/03_launch.ipynb #c7efdfe5
+class Crew(Members):
+    "Processes that run one call, and those that have failed"
+    def __init__(self, folder: str, size: int) -> None:
+        super().__init__(folder, size)
+        self.failed = list[int]()  # ranks that ended by themselves, in this order
+
+    def wait(
+        self,
+        grace: float = 5.0,          # seconds that the rest has after one has failed
+        failed: float | None = None, # when that was
+        asked: Sequence[int] = (),   # grows by each SIGTERM that has come here
+    ) -> list[int]:                  # exit codes, by rank
+        "Until all have ended; a SIGTERM is passed on, and then they have ten seconds"
+        passed_on = 0
+        while True:
+            if passed_on < len(asked):
+                self.tell(signal.SIGTERM)
+                passed_on, grace, failed = passed_on + 1, 10.0, failed or time.monotonic()
+            codes = [one.poll() for one in self.members]
+            new = [rank for rank, code in enumerate(codes) if code and rank not in self.failed]
+            if not self.ended: self.failed += new
+            if None not in codes: return [int(code or 0) for code in codes]
+            if failed is None and self.failed: failed = time.monotonic()
+            if failed is None: check_all_come(self.store, codes)
+            elif time.monotonic() - failed > grace: self.end()
+            time.sleep(0.02)
+
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
-def first_error(
-    folder: Path,             # where errors are left
-    codes: list[int],         # exit codes, by rank
-    first: int | None = None, # the rank that ended first
-) -> BaseException:
-    "What the process raised that failed first"
-    paths = [path for path in folder.glob("error-*") if path.suffix != ".new"]
-    found = [(*pickle.loads(path.read_bytes()), path.name.removeprefix("error-")) for path in paths]
-    if not found:
-        rank = next(r for r, code in enumerate(codes) if code) if first is None else first
-        code = codes[rank]
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return RuntimeError(f"rank {rank} {how}, and raised nothing; look at what it printed")
-    when, text, error, rank = min(found, key=lambda one: one[0])
-    error.add_note(f"raised on rank {rank}:\n{text}")
+def is_of_network(error: BaseException) -> bool:
+    "Whether an error says only that another process does not answer"
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST)
+
+def killed(
+    rank: int,
+    code: int,  # its exit code; below 0: the signal
+) -> RuntimeError:
+    "The error for a process that has raised nothing"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return RuntimeError(f"rank {rank} {how}, and raised nothing; look at what it printed")
+
+def with_returned(error: BaseException, codes: list[int]) -> BaseException:
+    "An error, with a note where the process that does not answer has returned"
+    if is_of_network(error) and 0 in codes:
+        error.add_note(f"rank {codes.index(0)} has returned; all ranks must come to the same places")
     return error
+
+# %% ../../nbs/api/scale/03_launch.ipynb #c9ed7af4
+def first_error(
+    folder: Path,               # where errors are left
+    codes: list[int],           # exit codes, by rank
+    failed: Sequence[int] = (), # ranks in the order in which they ended by themselves; (): not known
+) -> BaseException:
+    "What the process raised that failed first, or that it was killed"
+    paths = [path for path in folder.glob("error-*") if path.suffix != ".new"]
+    left = ((*pickle.loads(path.read_bytes()), int(path.name.removeprefix("error-"))) for path in paths)
+    found = sorted(left, key=lambda one: one[0])
+    for _, text, error, rank in found: error.add_note(f"raised on rank {rank}:\n{text}")
+    raised = [one[3] for one in found]
+    silent = [rank for rank in failed or range(len(codes)) if codes[rank] and rank not in raised]
+    if found and not (silent and is_of_network(found[0][2])): return with_returned(found[0][2], codes)
+    gone = killed(silent[0], codes[silent[0]])
+    gone.__cause__ = found[0][2] if found else None
+    return gone
 
 # %% ../../nbs/api/scale/03_launch.ipynb #6b144a85
 def brought(fn: Callable[..., Any], given: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -203,6 +287,32 @@ def function_name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__qualname__", type(fn).__name__)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #daf2f834
+@contextmanager
+def noted(number: int = signal.SIGTERM) -> Iterator[list[int]]:  # grows by each that comes
+    "Note a signal instead of ending; not where it is ignored, nor outside the main thread"
+    asked = list[int]()
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield asked
+        return
+    signal.signal(number, lambda number, frame: asked.append(number))
+    try: yield asked
+    finally: signal.signal(number, before)
+
+def show_failure(error: BaseException) -> None:
+    "Print what a process raised that was asked to end, if it says more than that it has ended"
+    ended = any(words in str(error) for words in ("sys.exit(143)", "ended by SIGTERM"))
+    if not ended and not is_of_network(error): traceback.print_exception(error)
+
+def end_program(number: int = signal.SIGTERM) -> None:
+    "End this program as a signal does that was noted; raises `SystemExit`"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None or signal.getsignal(number) != signal.SIG_DFL:
+        sys.stdout.flush()
+        signal.raise_signal(number)
+    raise SystemExit(128 + number)
+
+# %% ../../nbs/api/scale/03_launch.ipynb #2be995cb
 def launch(
     fn: Callable[..., Any],  # runs in each process; from a cell, a script or a module
     *args: Any,              # of the function
@@ -217,14 +327,18 @@ def launch(
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         (Path(folder) / "call").write_bytes(sent(fn, args, by_name))
-        crew = Crew(folder, processes)
-        try: codes = crew.wait()
-        except KeyboardInterrupt:
-            crew.tell(signal.SIGTERM)
-            crew.wait(grace=10.0, failed=time.monotonic())
-            raise
-        finally: crew.end()
-        if any(codes): raise first_error(Path(folder), codes, crew.first)
+        with noted() as asked:
+            crew = Crew(folder, processes)
+            try: codes = crew.wait(asked=asked)
+            except KeyboardInterrupt:
+                crew.tell(signal.SIGTERM)
+                crew.wait(grace=10.0, failed=time.monotonic())
+                raise
+            finally: crew.end()
+        if asked:
+            if any(codes): show_failure(first_error(Path(folder), codes, crew.failed))
+            end_program()
+        if any(codes): raise first_error(Path(folder), codes, crew.failed)
         try: answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
         except Exception as failed: raise no_answer(failed) from failed
     if error is not None: raise error

@@ -33,8 +33,8 @@ from ..core.errors import counted
 from ..core.messages import QUIET
 
 # %% auto #0
-__all__ = ['RANKS', 'WHERE', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'told_when_long', 'has_group', 'leave', 'join']
+__all__ = ['RANKS', 'WHERE', 'CAME', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
+           'fresh_store', 'launched_store', 'told_when_long', 'has_group', 'leave', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -185,6 +185,18 @@ def fresh_store(
     raise TimeoutError(f"rank {place.rank} found no rank 0 within {timeout.total_seconds():.0f} s; look at "
                        "what it says")
 
+# %% ../../nbs/api/scale/02_processes.ipynb #ec26a796
+CAME = "nbdev_trainer/came"  # and its number: the key by which a rank says that it waits for the others
+
+def launched_store(
+    place: Place,        # in processes that `launch` has started
+    timeout: timedelta,
+) -> dist.Store:
+    "The store of `launch`, which is told that this rank is there"
+    store = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout)
+    store.set(f"{CAME}/{place.rank}", "")
+    return store
+
 # %% ../../nbs/api/scale/02_processes.ipynb #c4ca2cc1
 @contextmanager
 def told_when_long(
@@ -231,6 +243,7 @@ def join(
         how |= {"rank": place.rank, "world_size": place.world_size, "timeout": limit}
         with told_when_long(place, timeout):
             if from_agent and "TORCHELASTIC_RUN_ID" in os.environ: how["store"] = fresh_store(place, limit)
+            elif from_agent and place.starter == "torchrun": how["store"] = launched_store(place, limit)
             elif place.starter == "torchrun": how["init_method"] = "env://"
             else: how["init_method"] = f"tcp://{place.address}:{place.port}"
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **how)

@@ -3,12 +3,15 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from ipaddress import ip_address
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+
+from nbdev_trainer.scale.processes import join
 
 
 def batches_of_a_worker():
@@ -61,3 +64,19 @@ def who_listens():
             words = [bytes.fromhex(address[k:k + 8])[::-1] for k in range(0, width, 8)]
             found.add(str(ip_address(b"".join(words))))
     return port, found
+
+
+def leave_by_exit(code):
+    """As a script does in which only rank 0 goes on; rank 0 gives its answer."""
+    if os.environ["RANK"] == "1":
+        sys.exit(code)
+    return "the answer"
+
+
+def a_model_in_parts():
+    """Its weights cannot leave the group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    join(timeout="20s")
+    return fully_shard(torch.nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))

@@ -14,6 +14,7 @@ from execnb.shell import CaptureShell
 from left_over import left
 
 from nbdev_trainer.scale.launch import launch
+from nbdev_trainer.store.run import Run
 
 CELL = """
 from nbdev_trainer.scale.launch import launch
@@ -118,11 +119,26 @@ def test_an_answer_that_cannot_be_made_again_is_an_error_that_says_so():
         launch(launched.NotMadeAgain, processes=1)
 
 
-def test_an_interrupt_ends_also_processes_that_do_not_listen():
-    program = "import launched; from nbdev_trainer.scale.launch import launch; launch(launched.does_not_end)"
+def test_a_rank_that_leaves_by_exit_has_returned_and_the_answer_comes():
+    assert launch(launched.leave_by_exit, 0) == "the answer"
+
+
+def test_weights_that_are_divided_cannot_be_an_answer_and_the_note_says_what_can():
+    with pytest.raises(TypeError, match="cannot be sent back: .*ProcessGroup") as caught:
+        launch(launched.a_model_in_parts, processes=1)
+    assert any("learner.save(path), on all ranks" in note for note in caught.value.__notes__)
+
+
+def program_with(call):
+    """A program that calls, with the functions of this folder."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    text = f"import launched, fault_runs; from nbdev_trainer.scale.launch import launch; {call}"
+    return subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": path}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_an_interrupt_ends_also_processes_that_do_not_listen():
+    parent = program_with("launch(launched.does_not_end)")
     heard = sorted(parent.stdout.readline() for _ in range(2))
     parent.send_signal(signal.SIGINT)
     try:
@@ -131,6 +147,22 @@ def test_an_interrupt_ends_also_processes_that_do_not_listen():
         parent.kill()
     assert heard == ["[rank 1] deaf\n", "deaf\n"]
     assert parent.returncode not in (0, -signal.SIGKILL)
+
+
+def test_sigterm_lets_the_processes_save_and_ends_the_program_with_143(tmp_path):
+    parent = program_with(f"launch(fault_runs.train, {str(tmp_path / 'run')!r}, 2000, slow=0.02)")
+    end = time.monotonic() + 20
+    try:
+        while not (tmp_path / "run/history.jsonl").exists():
+            assert time.monotonic() < end and parent.poll() is None
+            time.sleep(0.05)
+        parent.send_signal(signal.SIGTERM)
+        said = "".join(parent.communicate(timeout=25))
+    finally:
+        parent.kill()
+    assert parent.returncode == 143, said
+    assert "saved after batch" in said and Run.open(tmp_path / "run").checkpoints
+    assert left() == []
 
 
 def test_the_meeting_point_is_reached_from_this_machine_alone():

@@ -60,7 +60,7 @@ class TwoProcesses:
             while not answer.exists():
                 if any(one.poll() is not None for one in self.crew.members):
                     codes = self.crew.wait(failed=time.monotonic())
-                    raise first_error(folder, codes, self.crew.first) if any(codes) else RuntimeError("both have ended")
+                    raise first_error(folder, codes, self.crew.failed) if any(codes) else RuntimeError("both have ended")
                 if time.monotonic() > until:
                     raise TimeoutError(f"{fn} did not answer within {within} seconds")
                 time.sleep(0.005)
