@@ -83,9 +83,10 @@ def data_settings(loader: Any) -> dict[str, Any]:
 # %% ../../nbs/api/loop/10b_settings.ipynb #f5e1c29c
 def class_name(module: nn.Module) -> str:
     "The name of its class, as the user knows it"
-    name = type(module).__name__
-    divided = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-    return name.removeprefix("FSDP") if divided else name
+    name, bases = type(module).__name__, {base.__name__ for base in type(module).__mro__}
+    for base, prefix in (("FSDPModule", "FSDP"), ("Synced", "Synced")):
+        if base in bases: name = name.removeprefix(prefix)
+    return name
 
 def model_text(model: nn.Module) -> str:
     "A model as it prints, the same however its weights lie in memory"

@@ -188,6 +188,7 @@ class Together(Agreeing):
     "A fit of several processes; how weights and gradients lie in them is for its subclasses"
     model: nn.Module               # as the step calls it
     uneven = False                 # the processes have different numbers of batches
+    sync_batch_norm = False        # batch norms are over the batch of all processes
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
     is_empty = False               # nothing counts of what goes backward
 
@@ -214,7 +215,8 @@ class Together(Agreeing):
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
-        done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
+        done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration),
+                "sync_batch_norm": self.sync_batch_norm}
         settings = run_settings(trainer, plan.train, plan.valid_sets)
         sets = {"train": plan.train, **plan.valid_sets}
         divided_by_us = {name for name, one in sets.items() if isinstance(one, EpochLoader)}

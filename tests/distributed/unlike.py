@@ -1,0 +1,26 @@
+"""Processes that do not all do the same, and runs that go on with another number of them; each function runs in all of them."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nbdev_trainer import Learner, Loaders, Replicas
+from nbdev_trainer.scale.processes import join
+
+
+def with_norms(run_dir=None, stop=0, resume=False, together=True, n=30, epochs=2, **options):
+    """A run with a batch norm, which ends at a batch as a crash would."""
+    from divided_runs import Stop, result
+
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    inputs, targets = torch.randn(n, 5).double(), torch.arange(n) % 3
+    loaders = Loaders.from_arrays(inputs, targets, valid=(inputs, targets), batch_size=4, seed=2)
+    strategy = Replicas(join(timeout="20s"), **{"sync_batch_norm": True, **options}) if together else None
+    learner = Learner(model, loaders, F.cross_entropy, lr=0.05, device="cpu", seed=5, strategy=strategy or "auto", verbose=0,
+                      run_dir=run_dir, callbacks=[Stop(stop)] if stop else [])
+    try:
+        learner.fit(epochs, resume=resume)
+    except KeyError:
+        return None
+    return result(learner)
