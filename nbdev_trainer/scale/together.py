@@ -39,7 +39,7 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
+__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'Agreeing', 'must_run', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
 def takes_all(loader: Any) -> bool:
@@ -68,6 +68,17 @@ def explain(error: BaseException, rank: int) -> None:
     if not isinstance(error, Exception): return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     get_error_handler().record_exception(error)
+
+def about_norms(
+    error: BaseException,
+    here: int,   # samples of the batch in hand
+    parts: int,  # that batches are divided into
+) -> str | None:
+    "What to do where so little of a batch was left for this process that it has no spread; None for another error"
+    if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)) or parts == 1: return None
+    return (f"the batch was divided over {parts} processes, and this one got {here} sample{'s' * (here != 1)} of it: too few for a "
+            "batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch out by "
+            "drop_last=True, or choose another batch_size")
 
 @contextmanager
 def watched(
@@ -239,6 +250,8 @@ class Together(Agreeing):
             self.begin(trainer)
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:
+            batch = trainer.state.current_batch
+            if batch is not None and (note := about_norms(error, batch.size, self.world_size // self.copies)): error.add_note(note)
             explain(error, self.rank)
             raise
         finally:

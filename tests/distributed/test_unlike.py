@@ -12,3 +12,9 @@ def test_a_run_with_synced_norms_goes_on_with_another_number_of_processes(togeth
 
     run(first, run_dir=tmp_path / "run", stop=11)
     assert_close(unlike.with_norms(together=False), run(then, run_dir=tmp_path / "run", resume=True), f"{first} then {then}")
+
+
+def test_one_sample_for_a_batch_norm_is_told_with_what_helps(together):
+    with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+        together(unlike.with_norms, sync_batch_norm=False)
+    assert "divided over 2 processes, and this one got 1 sample of it" in "\n".join(caught.value.__notes__)
