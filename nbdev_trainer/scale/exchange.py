@@ -28,9 +28,9 @@ from ..metrics.collection import MetricSet
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of',
-           'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all', 'joined', 'in_order', 'settled', 'gathered',
-           'divided', 'for_rank']
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed', 'add_up',
+           'sums_of', 'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all', 'joined', 'in_order', 'settled',
+           'gathered', 'divided', 'for_rank']
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #400d1e32
 @torch.no_grad()
@@ -62,13 +62,24 @@ def names_of(sums: Mapping[str, Tensor]) -> list[str]:
     "Names and shapes, as they must be on all processes"
     return [f"{name} {tuple(one.shape)}" for name, one in sums.items()]
 
-def other_names(found: list[list[str]], rank: int) -> ValueError:  # `found` by rank
+def ranks_text(ranks: list[int]) -> str:
+    "Ranks as a person names them"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+def other_names(found: list[list[str]]) -> ValueError:  # by rank, as of `names_of`
     "The error for processes that measure different things"
-    other = next(r for r, one in enumerate(found) if one != found[0])
-    keys = sorted(set(found[0]) ^ set(found[other])) or found[other]
-    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not "
-                      "on both. Every process must log the same names and have the same metrics; this is "
-                      f"rank {rank}")
+    shapes: dict[str, dict[int, str]] = {}  # by key: those of the ranks that have it
+    for rank, names in enumerate(found):
+        for key, shape in (one.rsplit(" (", 1) for one in names): shapes.setdefault(key, {})[rank] = f"({shape}"
+    told: list[str] = []
+    for key, of in shapes.items():
+        name, _, what = key.rpartition("/")
+        lacking = [rank for rank in range(len(found)) if rank not in of]
+        verb = "was logged" if what.startswith("logged") else "is measured"
+        if lacking: told.append(f"{name!r} {verb} on {ranks_text(list(of))} and not on {ranks_text(lacking)}")
+        elif len(set(of.values())) > 1: told.append(f"{name!r} has other shapes: {of}, by rank")
+    return ValueError(f"{'; '.join([*dict.fromkeys(told)][:5]) or f'the order of names differs: {found}, by rank'}. Log the same names "
+                      "in the same order on all processes, or on none, and give all the same metrics")
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #afa2a50f
 def completed(
@@ -96,7 +107,7 @@ def add_up(
     processes.sum(first).wait()
     if first[:3].tolist() != [one * processes.world_size for one in header]:
         found = processes.gather((names, seen))
-        if (keys := completed(found)) is None: raise other_names([one for one, _ in found], processes.rank)
+        if (keys := completed(found)) is None: raise other_names([one for one, _ in found])
         return add_up(processes, {key: sums.get(key, torch.zeros(())) for key in keys})
     rest = numbers[FIRST:]
     if len(rest): processes.sum(rest).wait()

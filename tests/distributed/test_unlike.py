@@ -18,3 +18,8 @@ def test_one_sample_for_a_batch_norm_is_told_with_what_helps(together):
     with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
         together(unlike.with_norms, sync_batch_norm=False)
     assert "divided over 2 processes, and this one got 1 sample of it" in "\n".join(caught.value.__notes__)
+
+
+def test_what_one_process_logs_alone_is_told_by_its_name_and_ranks(together):
+    with pytest.raises(ValueError, match="'mine' was logged on rank 1 and not on rank 0. Log"):
+        together(unlike.logs_alone, 1)

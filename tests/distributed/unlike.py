@@ -1,11 +1,29 @@
 """Processes that do not all do the same, and runs that go on with another number of them; each function runs in all of them."""
 
 import torch
-from torch import nn
+from scenarios import data
+from torch import nn, optim
 from torch.nn import functional as F
 
 from nbdev_trainer import Learner, Loaders, Replicas
+from nbdev_trainer.loop.steps import SupervisedStep
+from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.scale.processes import join
+
+
+def trainer_of(**options):
+    torch.manual_seed(1)
+    model = nn.Linear(5, 3).double()
+    strategy = options.pop("strategy", None) or Replicas(join(timeout="20s"))
+    return Trainer(model, SupervisedStep(F.cross_entropy), optim.SGD(model.parameters(), lr=0.1), strategy=strategy, **options)
+
+
+def logs_alone(rank, epochs=1):
+    """One process logs a number, the others do not."""
+    trainer, loaders = trainer_of(), data()
+    if trainer.engine.strategy.rank == rank:
+        trainer.on("after_batch", lambda one: one.log("mine", 1.0))
+    trainer.fit(loaders.train, None, epochs)
 
 
 def with_norms(run_dir=None, stop=0, resume=False, together=True, n=30, epochs=2, **options):
