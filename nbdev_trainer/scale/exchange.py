@@ -143,10 +143,13 @@ def over_all(
     metrics: MetricSet,  # of this process
     copies: int = 1,     # processes that have seen the same
     by_all: bool = False,  # names must be on all, also where there was no sample
+    batches: int | None = None,  # of a pass, on this process
 ) -> MetricSet:
-    "A set of metrics as if one process had seen everything"
-    seen = by_all or metrics.has_loss or bool(metrics.logs)
-    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, sums_of(metrics), seen)
+    "A set of metrics as if one process had seen everything; raises `ValueError` for a pass in which none had a batch"
+    seen, own = by_all or metrics.has_loss or bool(metrics.logs), sums_of(metrics)
+    if batches is not None: own["batches"] = torch.tensor(float(batches))
+    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen)
+    if batches is not None and not sums["batches"]: raise ValueError("the loaders of all processes gave no batch; expected some")
     if copies > 1: sums = {name: one / copies for name, one in sums.items()}
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}/"): one for key, one in sums.items() if key.startswith(f"{name}/")}

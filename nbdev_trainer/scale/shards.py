@@ -28,11 +28,12 @@ from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
 from ..loop.micro_batches import InParts
+from ..loop.plan import length_of
 from .empty_weights import fill, is_empty, place
 from .exchange import from_first
 from .processes import Processes
 from .synced_norms import sync_norms
-from .together import Together, must_run
+from .together import Together, must_run, other_lengths
 from ..store.pieces import divided_like, divide
 
 if TYPE_CHECKING:
@@ -239,12 +240,11 @@ class Shards(Together):
     def begin(self, trainer: Trainer) -> None:
         refuse(trainer)
         sets: dict[str, Any] = {} if trainer.plan is None else dict(trainer.plan.valid_sets)
-        lengths = {name: len(one) if hasattr(one, "__len__") else None for name, one in sets.items()
-                   if not isinstance(one, EpochLoader)}
-        for rank, other in enumerate(found := self.processes.gather(lengths)):
-            if other != found[0] or None in other.values():
-                raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "
-                                 "divided weights each process must have as many. Loaders of ours are divided so")
+        found = self.processes.gather({name: length_of(one, trainer.plan and trainer.plan.limit_batches) for name, one in sets.items()
+                                       if not isinstance(one, EpochLoader)})
+        for name in dict.fromkeys(name for one in found for name in one):
+            of = [one.get(name) for one in found]  # None: not known
+            if None in of or len(set(of)) > 1: raise other_lengths(f"validation data {name!r}", of, self.why_all)
 
     def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
         if inputs: backward_to(inputs, self.model, loss, weight, retain_graph)

@@ -16,7 +16,7 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'Agreeing', 'must_run', 'Together']
+__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'Agreeing', 'must_run', 'other_lengths',
+           'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
 def takes_all(loader: Any) -> bool:
@@ -170,9 +171,9 @@ class Agreeing(Strategy):
 
     def share(self, value: Any) -> Any: return self.processes.share(value)
 
-    def measured(self, metrics: MetricSet) -> MetricSet:
+    def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all)
+        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
         with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies))
@@ -193,6 +194,13 @@ def must_run(why: str) -> RuntimeError:
     return RuntimeError(f"a batch was skipped, or there was none, in one process only, and the others wait for it within "
                         f"the model: {why}. No process can leave out a batch by itself; give each as many batches, and "
                         "skip on all of them")
+
+# %% ../../nbs/api/scale/04_together.ipynb #ba4b1fc9
+def other_lengths(what: str, found: Sequence[object], why: str) -> ValueError:  # `found` by rank
+    "The error for loaders of different lengths where the processes wait within the model"
+    lengths = ", ".join(f"{one} on rank {rank}" for rank, one in enumerate(found))
+    return ValueError(f"the {what} must have as many batches on all processes, because {why}; it has {lengths}. Loaders of ours are "
+                      "divided so; others can be cut by limit_batches=")
 
 # %% ../../nbs/api/scale/04_together.ipynb #4c4b044a
 class Together(Agreeing):
@@ -273,6 +281,7 @@ class Together(Agreeing):
         self.processes.sum(lengths).wait()  # one message; to gather objects takes two
         found = [None if one < 0 else int(one) for one in lengths.tolist()]
         self.uneven = len(set(found)) > 1 or None in found
+        if self.needs_all and self.uneven and None not in found: raise other_lengths("training data", found, self.why_all)
         return None if None in found else max(one for one in found if one is not None)
 
     @property

@@ -4,6 +4,8 @@ import pytest
 import unlike
 from test_ranks_equal_one import assert_close
 
+from nbdev_trainer import Shards
+
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_a_run_with_synced_norms_goes_on_with_another_number_of_processes(together, tmp_path, first, then):
@@ -23,3 +25,22 @@ def test_one_sample_for_a_batch_norm_is_told_with_what_helps(together):
 def test_what_one_process_logs_alone_is_told_by_its_name_and_ranks(together):
     with pytest.raises(ValueError, match="'mine' was logged on rank 1 and not on rank 0. Log"):
         together(unlike.logs_alone, 1)
+
+
+def test_a_process_without_validation_batches_adds_nothing(together):
+    (first, second), of_rank_0 = together(unlike.some_validate, (2, 0))
+    assert first == second == pytest.approx({f"valid_{name}": value for name, value in of_rank_0.items()})
+
+
+def test_validation_data_that_are_empty_on_all_processes_are_the_same_error_on_all(together):
+    first, second = together(unlike.nobody_validates)
+    assert first == second == "ValueError: the loaders of all processes gave no batch; expected some"
+
+
+def test_divided_weights_refuse_loaders_of_other_lengths_before_the_fit(together):
+    why = "must have as many batches on all processes, because each holds a part of the weights; it has"
+    told, _ = together(unlike.some_validate, (2, 0), Shards)
+    assert told[0] == told[1] and f"ValueError: the validation data 'valid' {why} 2 on rank 0, 0 on rank 1" in told[0]
+    told = together(unlike.trains_on, (3, 2))
+    assert told[0] == told[1] and f"ValueError: the training data {why} 3 on rank 0, 2 on rank 1" in told[0]
+    assert together(unlike.trains_on, (3, 2), limit_batches=2) == [2, 2]

@@ -5,7 +5,7 @@ from scenarios import data
 from torch import nn, optim
 from torch.nn import functional as F
 
-from nbdev_trainer import Learner, Loaders, Replicas
+from nbdev_trainer import AUROC, Accuracy, F1Score, Learner, Loaders, Replicas, Shards
 from nbdev_trainer.loop.steps import SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.scale.processes import join
@@ -24,6 +24,49 @@ def logs_alone(rank, epochs=1):
     if trainer.engine.strategy.rank == rank:
         trainer.on("after_batch", lambda one: one.log("mine", 1.0))
     trainer.fit(loaders.train, None, epochs)
+
+
+def told_all(fn):
+    """What a function returns or raises, on each process."""
+    try:
+        found = fn()
+    except (ValueError, RuntimeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    return join(timeout="20s").gather(found)
+
+
+def some_validate(sizes, strategy=Replicas):
+    """Validation data of one's own, so many batches on each rank; and what all have as rank 0 has it."""
+    processes, loaders = join(timeout="20s"), data()
+    valid = list(loaders.valid.batches(0))[:sizes[processes.rank]]
+    trainer = trainer_of(strategy=strategy(processes), metrics=[Accuracy(), F1Score("multiclass", 3), AUROC("multiclass", 3)])
+
+    def run():
+        trainer.fit(loaders.train, valid, 1)
+        in_fit = {name: one for name, one in trainer.state.metrics.items() if name.startswith("valid_")}
+        assert set(in_fit.values()) == set(trainer.evaluate(valid).values())
+        return in_fit
+
+    return told_all(run), trainer.evaluate(list(loaders.valid.batches(0))[:max(sizes)])
+
+
+def nobody_validates():
+    """No process has a batch."""
+    trainer = trainer_of()
+    return told_all(lambda: trainer.evaluate([]))
+
+
+def trains_on(sizes, strategy=Shards, **options):
+    """Training data of one's own, so many batches on each rank."""
+    processes = join(timeout="20s")
+    batches = list(data().train.batches(0))[:sizes[processes.rank]]
+    trainer = trainer_of(strategy=strategy(processes))
+
+    def run():
+        trainer.fit(batches, None, 1, **options)
+        return trainer.state.batch
+
+    return told_all(run)
 
 
 def with_norms(run_dir=None, stop=0, resume=False, together=True, n=30, epochs=2, **options):
