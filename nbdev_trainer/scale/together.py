@@ -234,7 +234,7 @@ class Together(Agreeing):
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
-        done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration),
+        done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
         settings = run_settings(trainer, plan.train, plan.valid_sets)
         sets = {"train": plan.train, **plan.valid_sets}
@@ -270,7 +270,7 @@ class Together(Agreeing):
         "`more` of all processes; raises `ValueError` when they are about to train different things"
         found, others = zip(*self.processes.gather((settings, more)))
         for rank, other in enumerate(found):
-            if lines := differences(found[0], other, words=("is on rank 0", f"on rank {rank}")):
+            if lines := differences(found[0], other, words=("on rank 0:", f"on rank {rank}:")):
                 raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build model, "
                                  "data and callbacks alike on all of them; give a seed to what is drawn")
         return list(others)

@@ -44,3 +44,8 @@ def test_divided_weights_refuse_loaders_of_other_lengths_before_the_fit(together
     told = together(unlike.trains_on, (3, 2))
     assert told[0] == told[1] and f"ValueError: the training data {why} 3 on rank 0, 2 on rank 1" in told[0]
     assert together(unlike.trains_on, (3, 2), limit_batches=2) == [2, 2]
+
+
+def test_another_duration_on_each_process_is_told_in_english(together):
+    with pytest.raises(ValueError, match="would not train the same: duration on rank 0: '1ep', on rank 1: '2ep'. Build"):
+        together(unlike.is_asked_alone)
