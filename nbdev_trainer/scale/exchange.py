@@ -23,14 +23,15 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import concatenate, map_tensors, tensors
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
+from ..loop.settings import differences
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed', 'add_up',
-           'sums_of', 'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all', 'joined', 'in_order', 'settled',
-           'gathered', 'divided', 'for_rank']
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed',
+           'check_alike', 'add_up', 'sums_of', 'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all',
+           'joined', 'in_order', 'settled', 'gathered', 'divided', 'for_rank']
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #400d1e32
 @torch.no_grad()
@@ -92,22 +93,31 @@ def completed(
     if not all(one in full[0] and one.endswith(" ()") for one in lacking): return None
     return [one.rsplit(" (", 1)[0] for one in full[0]]
 
+def check_alike(found: list[Mapping[str, Any] | None]) -> None:  # by rank
+    "Raise `ValueError` naming what differs between the processes and must not"
+    for rank, other in enumerate(found):
+        if lines := differences(found[0] or {}, other or {}, words=("on rank 0:", f"on rank {rank}:")):
+            raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a callback changes, it must "
+                             "change on all of them")
+
 def add_up(
     processes: Processes,
     sums: Mapping[str, Tensor],  # by name, any shapes, on any device
     seen: bool = True,           # False: this process had no sample, and may lack names
+    alike: Mapping[str, Any] | None = None,  # what must be the same on all, such as learning rates
 ) -> dict[str, Tensor]:  # on the CPU, in double precision
-    "The sums of all processes; raises `ValueError` when they have different names or shapes"
+    "The sums of all processes; raises `ValueError` when they have different names or shapes, or are not alike"
     names = names_of(sums)
-    header = digest("\n".join(names))
+    header = digest("\n".join([*names, repr(alike)]))
     flat = [one.detach().to("cpu", torch.float64).reshape(-1) for one in sums.values()]
     numbers = torch.cat([torch.tensor(header, dtype=torch.float64), *flat])
     first = torch.zeros(FIRST, dtype=torch.float64)
     first[:min(FIRST, len(numbers))] = numbers[:FIRST]
     processes.sum(first).wait()
     if first[:3].tolist() != [one * processes.world_size for one in header]:
-        found = processes.gather((names, seen))
-        if (keys := completed(found)) is None: raise other_names([one for one, _ in found])
+        found = processes.gather((names, seen, alike))
+        check_alike([one for *_, one in found])
+        if (keys := completed([one[:2] for one in found])) is None: raise other_names([one for one, *_ in found])
         return add_up(processes, {key: sums.get(key, torch.zeros(())) for key in keys})
     rest = numbers[FIRST:]
     if len(rest): processes.sum(rest).wait()
@@ -144,11 +154,12 @@ def over_all(
     copies: int = 1,     # processes that have seen the same
     by_all: bool = False,  # names must be on all, also where there was no sample
     batches: int | None = None,  # of a pass, on this process
+    alike: Mapping[str, Any] | None = None,  # what must be the same on all
 ) -> MetricSet:
     "A set of metrics as if one process had seen everything; raises `ValueError` for a pass in which none had a batch"
     seen, own = by_all or metrics.has_loss or bool(metrics.logs), sums_of(metrics)
     if batches is not None: own["batches"] = torch.tensor(float(batches))
-    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen)
+    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen, alike)
     if batches is not None and not sums["batches"]: raise ValueError("the loaders of all processes gave no batch; expected some")
     if copies > 1: sums = {name: one / copies for name, one in sums.items()}
     def part(name: str) -> dict[str, Tensor]:

@@ -39,8 +39,8 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'Agreeing', 'must_run', 'other_lengths',
-           'Together']
+__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run',
+           'other_lengths', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
 def takes_all(loader: Any) -> bool:
@@ -107,6 +107,10 @@ def watched(
         thread.join()
 
 # %% ../../nbs/api/scale/04_together.ipynb #e10aba26
+def rates_of(trainer: Any) -> dict[str, list[float]]:  # by optimizer, of each group
+    "The learning rates, as they are now"
+    return {name: [float(group["lr"]) for group in slot.optimizer.param_groups] for name, slot in trainer.engine.slots.items()}
+
 class Agreeing(Strategy):
     "What several processes tell each other in every step, and what they settle by it"
     trainer: Any = None               # of the running fit
@@ -173,7 +177,8 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches)
+        alike = {"learning rates": rates_of(self.trainer)} if by_all else None
+        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
         with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies))
@@ -241,10 +246,8 @@ class Together(Agreeing):
         divided_by_us = {name for name, one in sets.items() if isinstance(one, EpochLoader)}
         if "train" not in divided_by_us: settings.pop("training data")  # each may have its own part
         settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
-        rates = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
-                 for name, slot in trainer.engine.slots.items()}
         sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
-        found = self.check_same({**settings, **done, "learning rates": rates}, sizes)  # another size on each: a part
+        found = self.check_same({**settings, **done, "learning rates": rates_of(trainer)}, sizes)  # another size on each: a part
         if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
             tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
                  "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "

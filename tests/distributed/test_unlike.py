@@ -49,3 +49,9 @@ def test_divided_weights_refuse_loaders_of_other_lengths_before_the_fit(together
 def test_another_duration_on_each_process_is_told_in_english(together):
     with pytest.raises(ValueError, match="would not train the same: duration on rank 0: '1ep', on rank 1: '2ep'. Build"):
         together(unlike.is_asked_alone)
+
+
+def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(together):
+    (first, second), epoch = together(unlike.changes_a_rate_alone, 1)
+    assert first == second and epoch == 2
+    assert "the processes do not train the same any more: learning rates main on rank 0: [0.1], on rank 1: [0.05]" in first

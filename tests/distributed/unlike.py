@@ -24,6 +24,22 @@ def is_asked_alone():
     trainer.fit(loaders.train, None, 1 + trainer.engine.strategy.rank)
 
 
+def changes_a_rate_alone(rank, at="after_batch"):
+    """A callback changes a learning rate on one process, in the second epoch."""
+    trainer, loaders = trainer_of(), data()
+
+    def change(one):
+        if one.state.epoch == 1 and one.engine.strategy.rank == rank:
+            one.engine.slots["main"].optimizer.param_groups[0]["lr"] = 0.05
+
+    trainer.on(at, change)
+
+    def run():
+        trainer.fit(loaders.train, loaders.valid, 3)
+
+    return told_all(run), trainer.state.epoch
+
+
 def logs_alone(rank, epochs=1):
     """One process logs a number, the others do not."""
     trainer, loaders = trainer_of(), data()
