@@ -190,7 +190,7 @@ class Strategy(ProcessGradients):
         "Give the model of each process the buffers of the first one, such as the statistics of batch norms"
 
     def measured(self, metrics: Any, batches: int | None = None) -> Any:
-        "Metrics over what all processes have seen; of a pass with its batches here, of which one process may have none"
+        "Metrics over what all have seen; of a pass that had `batches` here, where not all can have none"
         return metrics
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:

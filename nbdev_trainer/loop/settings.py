@@ -128,8 +128,8 @@ def differences(
     "What differs between two settings, a text for each"
     if before == now: return []
     if name.endswith(" which samples"):
-        return [f"{name.removesuffix(' which samples')} has other samples: it was split without a seed, or with "
-                "another one (pass the same seed= to the loaders), or the data have changed"]
+        return [f"{name.removesuffix(' which samples')} has other samples: it was split without a "
+                "seed, or with another one (pass the same seed= to the loaders), or the data have changed"]
     if isinstance(before, dict) and isinstance(now, dict):
         kinds = {"kind": before.get("kind")}, {"kind": now.get("kind")}
         if kinds[0] != kinds[1]: before, now = kinds  # whose settings have nothing to do with each other

@@ -71,7 +71,9 @@ def other_names(found: list[list[str]]) -> ValueError:  # by rank, as of `names_
     "The error for processes that measure different things"
     shapes: dict[str, dict[int, str]] = {}  # by key: those of the ranks that have it
     for rank, names in enumerate(found):
-        for key, shape in (one.rsplit(" (", 1) for one in names): shapes.setdefault(key, {})[rank] = f"({shape}"
+        for one in names:
+            key, shape = one.rsplit(" (", 1)
+            shapes.setdefault(key, {})[rank] = f"({shape}"
     told: list[str] = []
     for key, of in shapes.items():
         name, _, what = key.rpartition("/")
@@ -79,8 +81,9 @@ def other_names(found: list[list[str]]) -> ValueError:  # by rank, as of `names_
         verb = "was logged" if what.startswith("logged") else "is measured"
         if lacking: told.append(f"{name!r} {verb} on {ranks_text(list(of))} and not on {ranks_text(lacking)}")
         elif len(set(of.values())) > 1: told.append(f"{name!r} has other shapes: {of}, by rank")
-    return ValueError(f"{'; '.join([*dict.fromkeys(told)][:5]) or f'the order of names differs: {found}, by rank'}. Log the same names "
-                      "in the same order on all processes, or on none, and give all the same metrics")
+    why = "; ".join([*dict.fromkeys(told)][:5]) or f"the order of names differs: {found}, by rank"
+    return ValueError(f"{why}. Log the same names in the same order on all processes, or on none, and give "
+                      "all the same metrics")
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #afa2a50f
 def completed(
@@ -97,8 +100,8 @@ def check_alike(found: list[Mapping[str, Any] | None]) -> None:  # by rank
     "Raise `ValueError` naming what differs between the processes and must not"
     for rank, other in enumerate(found):
         if lines := differences(found[0] or {}, other or {}, words=("on rank 0:", f"on rank {rank}:")):
-            raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a callback changes, it must "
-                             "change on all of them")
+            raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a "
+                             "callback changes, it must change on all of them")
 
 def add_up(
     processes: Processes,
@@ -106,7 +109,7 @@ def add_up(
     seen: bool = True,           # False: this process had no sample, and may lack names
     alike: Mapping[str, Any] | None = None,  # what must be the same on all, such as learning rates
 ) -> dict[str, Tensor]:  # on the CPU, in double precision
-    "The sums of all processes; raises `ValueError` when they have different names or shapes, or are not alike"
+    "The sums of all processes; raises `ValueError` when names or shapes differ, or they are not alike"
     names = names_of(sums)
     header = digest("\n".join([*names, repr(alike)]))
     flat = [one.detach().to("cpu", torch.float64).reshape(-1) for one in sums.values()]
@@ -117,7 +120,8 @@ def add_up(
     if first[:3].tolist() != [one * processes.world_size for one in header]:
         found = processes.gather((names, seen, alike))
         check_alike([one for *_, one in found])
-        if (keys := completed([one[:2] for one in found])) is None: raise other_names([one for one, *_ in found])
+        keys = completed([one[:2] for one in found])
+        if keys is None: raise other_names([one for one, *_ in found])
         return add_up(processes, {key: sums.get(key, torch.zeros(())) for key in keys})
     rest = numbers[FIRST:]
     if len(rest): processes.sum(rest).wait()
@@ -156,11 +160,12 @@ def over_all(
     batches: int | None = None,  # of a pass, on this process
     alike: Mapping[str, Any] | None = None,  # what must be the same on all
 ) -> MetricSet:
-    "A set of metrics as if one process had seen everything; raises `ValueError` for a pass in which none had a batch"
+    "A set of metrics as if one process had seen everything; `ValueError` for a pass without a batch"
     seen, own = by_all or metrics.has_loss or bool(metrics.logs), sums_of(metrics)
     if batches is not None: own["batches"] = torch.tensor(float(batches))
     whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen, alike)
-    if batches is not None and not sums["batches"]: raise ValueError("the loaders of all processes gave no batch; expected some")
+    if batches is not None and not sums["batches"]:
+        raise ValueError("the loaders of all processes gave no batch; expected some")
     if copies > 1: sums = {name: one / copies for name, one in sums.items()}
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}/"): one for key, one in sums.items() if key.startswith(f"{name}/")}

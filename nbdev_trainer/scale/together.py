@@ -77,8 +77,8 @@ def about_norms(
 ) -> str | None:
     "What to do where so little of a batch was left for this process that it has no spread; None for another error"
     if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)) or parts == 1: return None
-    return (f"the batch was divided over {parts} processes, and this one got {here} sample{'s' * (here != 1)} of it: too few for a "
-            "batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch out by "
+    return (f"the batch was divided over {parts} processes, and this one got {here} sample{'s' * (here != 1)} of it: too few "
+            "for a batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch out by "
             "drop_last=True, or choose another batch_size")
 
 @contextmanager
@@ -262,7 +262,8 @@ class Together(Agreeing):
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:
             batch = trainer.state.current_batch
-            if batch is not None and (note := about_norms(error, batch.size, self.world_size // self.copies)): error.add_note(note)
+            note = None if batch is None else about_norms(error, batch.size, self.world_size // self.copies)
+            if note: error.add_note(note)
             explain(error, self.rank)
             raise
         finally:
