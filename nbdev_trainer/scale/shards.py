@@ -239,9 +239,9 @@ class Shards(Together):
 
     def begin(self, trainer: Trainer) -> None:
         refuse(trainer)
-        sets: dict[str, Any] = {} if trainer.plan is None else dict(trainer.plan.valid_sets)
-        found = self.processes.gather({name: length_of(one, trainer.plan and trainer.plan.limit_batches) for name, one in sets.items()
-                                       if not isinstance(one, EpochLoader)})
+        plan = trainer.plan
+        sets, limit = ({}, None) if plan is None else (plan.valid_sets, plan.limit_batches)
+        found = self.processes.gather({name: length_of(one, limit) for name, one in sets.items() if not isinstance(one, EpochLoader)})
         for name in dict.fromkeys(name for one in found for name in one):
             of = [one.get(name) for one in found]  # None: not known
             if None in of or len(set(of)) > 1: raise other_lengths(f"validation data {name!r}", of, self.why_all)
