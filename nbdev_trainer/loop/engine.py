@@ -189,8 +189,8 @@ class Strategy(ProcessGradients):
     def same_buffers(self) -> None:
         "Give the model of each process the buffers of the first one, such as the statistics of batch norms"
 
-    def measured(self, metrics: Any) -> Any:
-        "Metrics over what all processes have seen"
+    def measured(self, metrics: Any, batches: int | None = None) -> Any:
+        "Metrics over what all have seen; of a pass that had `batches` here, where not all can have none"
         return metrics
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:

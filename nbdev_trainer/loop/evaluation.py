@@ -136,7 +136,9 @@ def outputs(
             yield n - 1, batch, state.output
     finally:
         for one, before in kept: one.set_state(before)
-    if n == 0: raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
+    others_may = trainer.together and not (whole or trainer.engine.strategy.in_pieces)
+    if n == 0 and not (others_may and not isinstance(loader, EpochLoader)):
+        raise ValueError(f"{describe(loader)} gave no batch for phase {state.phase!r}; expected some")
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #48e5fa10
 @dataclass(repr=False)
@@ -192,14 +194,14 @@ class Evaluation(Reads):
         limit_batches: int | None = None,  # at most so many
     ) -> dict[str, float]:  # by metric
         "Loss and metrics over a loader"
-        results = self.measuring = MetricSet(self.metrics)
+        self.measuring, number = (results := MetricSet(self.metrics)), -1  # of the last batch here
         with ExitStack() as undo:
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
             self.engine.strategy.same_buffers()  # also those of averaged weights, which are in place now
-            for _, batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
+            for number, batch, output in outputs(self, self.step.evaluate, loader, limit_batches):
                 results.update(output, batch)
-            values = self.engine.strategy.measured(results).compute()
+            values = self.engine.strategy.measured(results, number + 1).compute()
             self.measuring = None  # what is logged from here on is not of this pass
             self.state.metrics |= {f"{name}_{key}": value for key, value in values.items()}
         return values

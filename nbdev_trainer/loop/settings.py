@@ -101,9 +101,10 @@ def groups_between_fits(
 # %% ../../nbs/api/loop/10b_settings.ipynb #f5e1c29c
 def class_name(module: nn.Module) -> str:
     "The name of its class, as the user knows it"
-    name = type(module).__name__
-    divided = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-    return name.removeprefix("FSDP") if divided else name
+    name, bases = type(module).__name__, {base.__name__ for base in type(module).__mro__}
+    for base, prefix in (("FSDPModule", "FSDP"), ("Synced", "Synced")):
+        if base in bases: name = name.removeprefix(prefix)
+    return name
 
 def model_text(model: nn.Module) -> str:
     "A model as it prints, the same however its weights lie in memory"
@@ -146,8 +147,8 @@ def differences(
     "What differs between two settings, a text for each"
     if before == now: return []
     if name.endswith(" which samples"):
-        return [f"{name.removesuffix(' which samples')} has other samples: it was split without a seed (pass "
-                "seed= to the loaders), or the data have changed"]
+        return [f"{name.removesuffix(' which samples')} has other samples: it was split without a "
+                "seed, or with another one (pass the same seed= to the loaders), or the data have changed"]
     if isinstance(before, dict) and isinstance(now, dict):
         kinds = {"kind": before.get("kind")}, {"kind": now.get("kind")}
         if kinds[0] != kinds[1]: before, now = kinds  # whose settings have nothing to do with each other

@@ -23,14 +23,15 @@ from torch import Tensor
 from ..core.errors import describe
 from ..core.nested import concatenate, map_tensors, tensors
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
+from ..loop.settings import differences
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'other_names', 'completed', 'add_up', 'sums_of',
-           'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all', 'joined', 'in_order', 'settled', 'gathered',
-           'divided', 'for_rank']
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed',
+           'check_alike', 'add_up', 'sums_of', 'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all',
+           'joined', 'in_order', 'settled', 'gathered', 'divided', 'for_rank']
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #400d1e32
 @torch.no_grad()
@@ -62,13 +63,27 @@ def names_of(sums: Mapping[str, Tensor]) -> list[str]:
     "Names and shapes, as they must be on all processes"
     return [f"{name} {tuple(one.shape)}" for name, one in sums.items()]
 
-def other_names(found: list[list[str]], rank: int) -> ValueError:  # `found` by rank
+def ranks_text(ranks: list[int]) -> str:
+    "Ranks as a person names them"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+def other_names(found: list[list[str]]) -> ValueError:  # by rank, as of `names_of`
     "The error for processes that measure different things"
-    other = next(r for r, one in enumerate(found) if one != found[0])
-    keys = sorted(set(found[0]) ^ set(found[other])) or found[other]
-    return ValueError(f"rank 0 and rank {other} measured different things: {', '.join(keys[:5])} is not "
-                      "on both. Every process must log the same names and have the same metrics; this is "
-                      f"rank {rank}")
+    shapes: dict[str, dict[int, str]] = {}  # by key: those of the ranks that have it
+    for rank, names in enumerate(found):
+        for one in names:
+            key, shape = one.rsplit(" (", 1)
+            shapes.setdefault(key, {})[rank] = f"({shape}"
+    told: list[str] = []
+    for key, of in shapes.items():
+        name, _, what = key.rpartition("/")
+        lacking = [rank for rank in range(len(found)) if rank not in of]
+        verb = "was logged" if what.startswith("logged") else "is measured"
+        if lacking: told.append(f"{name!r} {verb} on {ranks_text(list(of))} and not on {ranks_text(lacking)}")
+        elif len(set(of.values())) > 1: told.append(f"{name!r} has other shapes: {of}, by rank")
+    why = "; ".join([*dict.fromkeys(told)][:5]) or f"the order of names differs: {found}, by rank"
+    return ValueError(f"{why}. Log the same names in the same order on all processes, or on none, and give "
+                      "all the same metrics")
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #afa2a50f
 def completed(
@@ -81,22 +96,32 @@ def completed(
     if not all(one in full[0] and one.endswith(" ()") for one in lacking): return None
     return [one.rsplit(" (", 1)[0] for one in full[0]]
 
+def check_alike(found: list[Mapping[str, Any] | None]) -> None:  # by rank
+    "Raise `ValueError` naming what differs between the processes and must not"
+    for rank, other in enumerate(found):
+        if lines := differences(found[0] or {}, other or {}, words=("on rank 0:", f"on rank {rank}:")):
+            raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a "
+                             "callback changes, it must change on all of them")
+
 def add_up(
     processes: Processes,
     sums: Mapping[str, Tensor],  # by name, any shapes, on any device
     seen: bool = True,           # False: this process had no sample, and may lack names
+    alike: Mapping[str, Any] | None = None,  # what must be the same on all, such as learning rates
 ) -> dict[str, Tensor]:  # on the CPU, in double precision
-    "The sums of all processes; raises `ValueError` when they have different names or shapes"
+    "The sums of all processes; raises `ValueError` when names or shapes differ, or they are not alike"
     names = names_of(sums)
-    header = digest("\n".join(names))
+    header = digest("\n".join([*names, repr(alike)]))
     flat = [one.detach().to("cpu", torch.float64).reshape(-1) for one in sums.values()]
     numbers = torch.cat([torch.tensor(header, dtype=torch.float64), *flat])
     first = torch.zeros(FIRST, dtype=torch.float64)
     first[:min(FIRST, len(numbers))] = numbers[:FIRST]
     processes.sum(first).wait()
     if first[:3].tolist() != [one * processes.world_size for one in header]:
-        found = processes.gather((names, seen))
-        if (keys := completed(found)) is None: raise other_names([one for one, _ in found], processes.rank)
+        found = processes.gather((names, seen, alike))
+        check_alike([one for *_, one in found])
+        keys = completed([one[:2] for one in found])
+        if keys is None: raise other_names([one for one, *_ in found])
         return add_up(processes, {key: sums.get(key, torch.zeros(())) for key in keys})
     rest = numbers[FIRST:]
     if len(rest): processes.sum(rest).wait()
@@ -132,10 +157,15 @@ def over_all(
     metrics: MetricSet,  # of this process
     copies: int = 1,     # processes that have seen the same
     by_all: bool = False,  # names must be on all, also where there was no sample
+    batches: int | None = None,  # of a pass, on this process
+    alike: Mapping[str, Any] | None = None,  # what must be the same on all
 ) -> MetricSet:
-    "A set of metrics as if one process had seen everything"
-    seen = by_all or metrics.has_loss or bool(metrics.logs)
-    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, sums_of(metrics), seen)
+    "A set of metrics as if one process had seen everything; `ValueError` for a pass without a batch"
+    seen, own = by_all or metrics.has_loss or bool(metrics.logs), sums_of(metrics)
+    if batches is not None: own["batches"] = torch.tensor(float(batches))
+    whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen, alike)
+    if batches is not None and not sums["batches"]:
+        raise ValueError("the loaders of all processes gave no batch; expected some")
     if copies > 1: sums = {name: one / copies for name, one in sums.items()}
     def part(name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}/"): one for key, one in sums.items() if key.startswith(f"{name}/")}

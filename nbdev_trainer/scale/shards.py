@@ -28,11 +28,12 @@ from ..data.loaders import EpochLoader
 from ..loop.engine import OptimizerSlot, Precision
 from ..loop.groups import chosen_modules
 from ..loop.micro_batches import InParts
+from ..loop.plan import length_of
 from .empty_weights import fill, is_empty, place
 from .exchange import from_first
 from .processes import Processes
 from .synced_norms import sync_norms
-from .together import Together, must_run
+from .together import Together, must_run, other_lengths
 from ..store.pieces import divided_like, divide
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['find_blocks', 'by_part', 'outermost', 'meet_again', 'mesh_size', 'divide_layers', 'backward_to', 'refuse', 'Shards']
+__all__ = ['find_blocks', 'by_part', 'outermost', 'norms_of', 'meet_again', 'mesh_size', 'divide_layers', 'backward_to', 'refuse',
+           'Shards']
 
 # %% ../../nbs/api/scale/04c_shards.ipynb #4eeb0ae1
 def find_blocks(
@@ -82,6 +84,16 @@ def outermost(
     above = {name: name.split(".") for name in found if name}
     return {name: found[name] for name, parts in above.items()
             if not any(".".join(parts[:k]) in above for k in range(1, len(parts)))}
+
+# %% ../../nbs/api/scale/04c_shards.ipynb #e84a9575
+def norms_of(
+    model: nn.Module,
+    policy: MixedPrecisionPolicy | None,
+) -> dict[str, nn.Module]:  # by name
+    "The norms with weights and running statistics, where layers compute in another type than they keep"
+    if policy is None or policy.param_dtype is None: return {}
+    return {name: one for name, one in model.named_modules()
+            if name and isinstance(one, nn.modules.batchnorm._NormBase) and one.affine and one.track_running_stats}
 
 # %% ../../nbs/api/scale/04c_shards.ipynb #0cb71cfe
 def meet_again(
@@ -176,7 +188,7 @@ class Shards(Together):
         if tensor_parallel is not None: self.copies = mesh_size(mesh)
 
     def prepare(self, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], device: torch.device) -> nn.Module:
-        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
         if any(is_divided(p) for p in model.parameters()):
             raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
                              "model anew and load what that one saved")
@@ -188,10 +200,12 @@ class Shards(Together):
         options: dict[str, Any] = {"mesh": self.over_data(device), "reshard_after_forward": True}
         if self.mixed_precision is not None: options["mp_policy"] = self.mixed_precision
         if self.cpu_offload: options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        for part, inside in by_part(find_blocks(model, self.wrap), model):
+        blocks, norms = find_blocks(model, self.wrap), norms_of(model, self.mixed_precision)
+        as_kept = {**options, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+        for part, inside in by_part({**norms, **blocks}, model):
             moved += self.fill(part, device, done)
             for one in inside:
-                fully_shard(one, **options)
+                fully_shard(one, **(as_kept if any(one is norm for norm in norms.values()) else options))
                 inside_of_norms = self.sync_batch_norm and one is not model  # which send back what others count
                 if not inside_of_norms: one.register_forward_hook(self.guard)
             while moved:
@@ -225,13 +239,12 @@ class Shards(Together):
 
     def begin(self, trainer: Trainer) -> None:
         refuse(trainer)
-        sets: dict[str, Any] = {} if trainer.plan is None else dict(trainer.plan.valid_sets)
-        lengths = {name: len(one) if hasattr(one, "__len__") else None for name, one in sets.items()
-                   if not isinstance(one, EpochLoader)}
-        for rank, other in enumerate(found := self.processes.gather(lengths)):
-            if other != found[0] or None in other.values():
-                raise ValueError(f"the validation data of rank 0 and rank {rank} have {found[0]} and {other} batches; with "
-                                 "divided weights each process must have as many. Loaders of ours are divided so")
+        plan = trainer.plan
+        sets, limit = ({}, None) if plan is None else (plan.valid_sets, plan.limit_batches)
+        found = self.processes.gather({name: length_of(one, limit) for name, one in sets.items() if not isinstance(one, EpochLoader)})
+        for name in dict.fromkeys(name for one in found for name in one):
+            of = [one.get(name) for one in found]  # None: not known
+            if None in of or len(set(of)) > 1: raise other_lengths(f"validation data {name!r}", of, self.why_all)
 
     def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
         if inputs: backward_to(inputs, self.model, loss, weight, retain_graph)

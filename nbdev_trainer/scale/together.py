@@ -16,7 +16,7 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'watched', 'Agreeing', 'must_run', 'Together']
+__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run',
+           'other_lengths', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
 def takes_all(loader: Any) -> bool:
@@ -69,6 +70,17 @@ def explain(error: BaseException, rank: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     get_error_handler().record_exception(error)
 
+def about_norms(
+    error: BaseException,
+    here: int,   # samples of the batch in hand
+    parts: int,  # that batches are divided into
+) -> str | None:
+    "What to do where so little of a batch was left for this process that it has no spread; None for another error"
+    if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)) or parts == 1: return None
+    return (f"the batch was divided over {parts} processes, and this one got {here} sample{'s' * (here != 1)} of it: too few "
+            "for a batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch out by "
+            "drop_last=True, or choose another batch_size")
+
 @contextmanager
 def watched(
     trainer: Trainer,
@@ -95,6 +107,10 @@ def watched(
         thread.join()
 
 # %% ../../nbs/api/scale/04_together.ipynb #e10aba26
+def rates_of(trainer: Any) -> dict[str, list[float]]:  # by optimizer, of each group
+    "The learning rates, as they are now"
+    return {name: [float(group["lr"]) for group in slot.optimizer.param_groups] for name, slot in trainer.engine.slots.items()}
+
 class Agreeing(Strategy):
     "What several processes tell each other in every step, and what they settle by it"
     trainer: Any = None               # of the running fit
@@ -159,9 +175,10 @@ class Agreeing(Strategy):
 
     def share(self, value: Any) -> Any: return self.processes.share(value)
 
-    def measured(self, metrics: MetricSet) -> MetricSet:
+    def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all)
+        alike = {"learning rates": rates_of(self.trainer)} if by_all else None
+        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
         with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies))
@@ -183,11 +200,19 @@ def must_run(why: str) -> RuntimeError:
                         f"the model: {why}. No process can leave out a batch by itself; give each as many batches, and "
                         "skip on all of them")
 
+# %% ../../nbs/api/scale/04_together.ipynb #ba4b1fc9
+def other_lengths(what: str, found: Sequence[object], why: str) -> ValueError:  # `found` by rank
+    "The error for loaders of different lengths where the processes wait within the model"
+    lengths = ", ".join(f"{one} on rank {rank}" for rank, one in enumerate(found))
+    return ValueError(f"the {what} must have as many batches on all processes, because {why}; it has {lengths}. Loaders of ours are "
+                      "divided so; others can be cut by limit_batches=")
+
 # %% ../../nbs/api/scale/04_together.ipynb #4c4b044a
 class Together(Agreeing):
     "A fit of several processes; how weights and gradients lie in them is for its subclasses"
     model: nn.Module               # as the step calls it
     uneven = False                 # the processes have different numbers of batches
+    sync_batch_norm = False        # batch norms are over the batch of all processes
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
     is_empty = False               # nothing counts of what goes backward
 
@@ -214,16 +239,15 @@ class Together(Agreeing):
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
-        done = {"batches done": trainer.state.batch, "is asked to train": str(plan.duration)}
+        done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
+                "sync_batch_norm": self.sync_batch_norm}
         settings = run_settings(trainer, plan.train, plan.valid_sets)
         sets = {"train": plan.train, **plan.valid_sets}
         divided_by_us = {name for name, one in sets.items() if isinstance(one, EpochLoader)}
         if "train" not in divided_by_us: settings.pop("training data")  # each may have its own part
         settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
-        rates = {name: [float(group["lr"]) for group in slot.optimizer.param_groups]
-                 for name, slot in trainer.engine.slots.items()}
         sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
-        found = self.check_same({**settings, **done, "learning rates": rates}, sizes)  # another size on each: a part
+        found = self.check_same({**settings, **done, "learning rates": rates_of(trainer)}, sizes)  # another size on each: a part
         if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
             tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
                  "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "
@@ -237,6 +261,9 @@ class Together(Agreeing):
             self.begin(trainer)
             with watched(trainer, self.processes.timeout): yield
         except BaseException as error:
+            batch = trainer.state.current_batch
+            note = None if batch is None else about_norms(error, batch.size, self.world_size // self.copies)
+            if note: error.add_note(note)
             explain(error, self.rank)
             raise
         finally:
@@ -247,7 +274,7 @@ class Together(Agreeing):
         "`more` of all processes; raises `ValueError` when they are about to train different things"
         found, others = zip(*self.processes.gather((settings, more)))
         for rank, other in enumerate(found):
-            if lines := differences(found[0], other, words=("is on rank 0", f"on rank {rank}")):
+            if lines := differences(found[0], other, words=("on rank 0:", f"on rank {rank}:")):
                 raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build model, "
                                  "data and callbacks alike on all of them; give a seed to what is drawn")
         return list(others)
@@ -258,6 +285,7 @@ class Together(Agreeing):
         self.processes.sum(lengths).wait()  # one message; to gather objects takes two
         found = [None if one < 0 else int(one) for one in lengths.tolist()]
         self.uneven = len(set(found)) > 1 or None in found
+        if self.needs_all and self.uneven and None not in found: raise other_lengths("training data", found, self.why_all)
         return None if None in found else max(one for one in found if one is not None)
 
     @property

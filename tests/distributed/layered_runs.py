@@ -68,6 +68,26 @@ def of_three_kinds():
             "bfloat16": train(Shards(processes, wrap=("up", "down"), mixed_precision=half), torch.float32)}
 
 
+def norms_in_bfloat16():
+    """Batch norms between layers that compute in bfloat16: synced or not, in a block, and as a block."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    processes, found = join(timeout="40s"), {}
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name, options in {"whole": None, "divided": {}, "in blocks": {"wrap": ("0", "1.1")}, "not synced": {"sync_batch_norm": False}}.items():
+        torch.manual_seed(1)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), inner, nn.Linear(8, 3))
+        of_both = {"sync_batch_norm": True, **(options or {})}
+        strategy = Replicas(processes, **of_both) if options is None else Shards(processes, mixed_precision=half, **of_both)
+        trainer = Trainer(model, SupervisedStep(F.cross_entropy, lambda model, inputs: model(inputs.float())),
+                          optim.SGD(model.parameters(), lr=0.1), strategy=strategy)
+        loaders = data(n=24)
+        trainer.fit(loaders.train, loaders.valid_sets, 2)
+        found[name] = result(trainer)
+    return found
+
+
 class Position(nn.Module):
     """Adds a weight of its own, which it does not fill by itself."""
 

@@ -223,6 +223,16 @@ def test_losses_are_those_of_replicas_also_on_the_host_and_nearly_in_bfloat16(to
     assert all(one.dtype == torch.float32 for one in found["bfloat16"]["weights"].values())
 
 
+def test_batch_norms_train_between_layers_that_compute_in_bfloat16(together):
+    found = together(layered_runs.norms_in_bfloat16)
+    expected = found["whole"]["metrics"]["valid_loss"]
+    for name in ("divided", "in blocks"):
+        assert found[name]["metrics"]["valid_loss"] == pytest.approx(expected, rel=0.02) and found[name]["weights"].keys() == found["whole"]["weights"].keys()
+        assert torch.allclose(found[name]["weights"]["0.1.running_var"], found["whole"]["weights"]["0.1.running_var"], rtol=0.03)
+    assert found["divided"]["metrics"]["valid_loss"] != expected
+    assert found["not synced"]["metrics"]["valid_loss"] == pytest.approx(expected, rel=0.3)
+
+
 def test_the_facts_of_a_run_in_parts_are_plain(saved):
     run_dir, _ = saved
     config = json.loads((Path(run_dir) / "config.json").read_text())

@@ -1,0 +1,57 @@
+"""Processes that do not all do the same are told so by name, or followed; and runs go on with another number of them."""
+
+import pytest
+import unlike
+from test_ranks_equal_one import assert_close
+
+from nbdev_trainer import Shards
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_with_synced_norms_goes_on_with_another_number_of_processes(together, tmp_path, first, then):
+    def run(processes, **options):
+        return together(unlike.with_norms, **options) if processes == 2 else unlike.with_norms(together=False, **options)
+
+    run(first, run_dir=tmp_path / "run", stop=11)
+    assert_close(unlike.with_norms(together=False), run(then, run_dir=tmp_path / "run", resume=True), f"{first} then {then}")
+
+
+def test_one_sample_for_a_batch_norm_is_told_with_what_helps(together):
+    with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+        together(unlike.with_norms, sync_batch_norm=False)
+    assert "divided over 2 processes, and this one got 1 sample of it" in "\n".join(caught.value.__notes__)
+
+
+def test_what_one_process_logs_alone_is_told_by_its_name_and_ranks(together):
+    with pytest.raises(ValueError, match="'mine' was logged on rank 1 and not on rank 0. Log"):
+        together(unlike.logs_alone, 1)
+
+
+def test_a_process_without_validation_batches_adds_nothing(together):
+    (first, second), of_rank_0 = together(unlike.some_validate, (2, 0))
+    assert first == second == pytest.approx({f"valid_{name}": value for name, value in of_rank_0.items()})
+
+
+def test_validation_data_that_are_empty_on_all_processes_are_the_same_error_on_all(together):
+    first, second = together(unlike.nobody_validates)
+    assert first == second == "ValueError: the loaders of all processes gave no batch; expected some"
+
+
+def test_divided_weights_refuse_loaders_of_other_lengths_before_the_fit(together):
+    why = "must have as many batches on all processes, because each holds a part of the weights; it has"
+    told, _ = together(unlike.some_validate, (2, 0), Shards)
+    assert told[0] == told[1] and f"ValueError: the validation data 'valid' {why} 2 on rank 0, 0 on rank 1" in told[0]
+    told = together(unlike.trains_on, (3, 2))
+    assert told[0] == told[1] and f"ValueError: the training data {why} 3 on rank 0, 2 on rank 1" in told[0]
+    assert together(unlike.trains_on, (3, 2), limit_batches=2) == [2, 2]
+
+
+def test_another_duration_on_each_process_is_told_in_english(together):
+    with pytest.raises(ValueError, match="would not train the same: duration on rank 0: '1ep', on rank 1: '2ep'. Build"):
+        together(unlike.is_asked_alone)
+
+
+def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(together):
+    (first, second), epoch = together(unlike.changes_a_rate_alone, 1)
+    assert first == second and epoch == 2
+    assert "the processes do not train the same any more: learning rates main on rank 0: [0.1], on rank 1: [0.05]" in first
