@@ -383,9 +383,11 @@ class Learner:
 
     def predict(self,
         loader: Iterable[Any] | None = None,  # yields batches or bare inputs; None: the validation data
+        *,
+        divided: bool = True,                 # each process takes a part; False: the one that calls takes all
     ) -> Predictions:
         "Predictions for every sample, in the order of the data, with targets, ids and losses where known"
-        return self.trainer.predict(only_valid(self.loaders) if loader is None else loader)
+        return self.trainer.predict(only_valid(self.loaders) if loader is None else loader, divided=divided)
 
     @property
     def history(self) -> History:

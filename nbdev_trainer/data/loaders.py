@@ -32,14 +32,16 @@ from .splits import random_split
 if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
 
 # %% auto #0
-__all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'check_loader', 'check_sizes', 'fetch_rows', 'row_picker', 'fetch_samples',
-           'own_generators', 'samplers_of', 'attributes', 'unkept_generators', 'looking_at', 'as_loader', 'named_sets',
-           'DrawnSeed', 'draw_seed', 'array_loader', 'check_arrays', 'array_loaders', 'explained', 'Loaders']
+__all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'without_samples', 'is_sorted', 'check_loader', 'check_sizes', 'fetch_rows',
+           'row_picker', 'fetch_samples', 'own_generators', 'samplers_of', 'attributes', 'unkept_generators',
+           'looking_at', 'as_loader', 'named_sets', 'DrawnSeed', 'draw_seed', 'array_loader', 'check_arrays',
+           'array_loaders', 'explained', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 class EpochLoader:
     "What can yield the batches of any epoch from any batch on; the loop positions it instead of skipping"
     epoch: int = 0  # which epoch the next `for` loop over the loader runs through
+    in_rows = False  # whether the parts of a batch are samples in a row, in the order of the ranks
 
     def batches(self,
         epoch: int,      # decides the order
@@ -59,7 +61,7 @@ class EpochLoader:
         return self
 
     def shard(self, rank: int, world_size: int) -> EpochLoader:
-        "The part of every batch that belongs to one of several ranks: samples in a row, in their order"
+        "The part of every batch that belongs to one of several ranks"
         raise NotImplementedError(f"{type(self).__name__} does not define shard(self, rank, world_size), "
                                   "the part of each batch that is for one of several processes")
 
@@ -99,6 +101,7 @@ class Loader(SeededLoader):
     rank: int = 0                     # which part of each batch is yielded
     world_size: int = 1               # in how many parts each batch is divided
     sampler: Sampler | None = None    # which samples make up which batch; None: all, as `shuffle` says
+    in_rows = True
 
     def __post_init__(self) -> None: check_loader(self)
 
@@ -110,30 +113,34 @@ class Loader(SeededLoader):
         "Which samples are in which batch of an epoch"
         if self.sampler is not None:
             return self.sampler.batches(self.rows, epoch, self.seed, self.batch_size, self.drop_last)
-        order = self.rows[permutation(len(self.rows), self.seed, epoch)] if self.shuffle else self.rows
-        return order.split(self.batch_size)[:len(self)]
+        rows = self.rows[permutation(len(self.rows), self.seed, epoch)] if self.shuffle else self.rows
+        return rows.split(self.batch_size)[:len(self)]
 
     def batches(self, epoch: int, start: int = 0, device: torch.device | None = None) -> Iterator[Batch]:
         "The batches of one epoch, from batch `start` on"
         for ids in self.index_batches(epoch)[start:]:
-            if self.world_size > 1: ids = ids[part_of(len(ids), self.rank, self.world_size)]
-            yield self.fetch(ids)
+            own = ids[part_of(len(ids), self.rank, self.world_size)] if self.world_size > 1 else ids
+            yield self.fetch(own) if len(own) else without_samples(self.fetch(ids[:1]))
 
     def in_order(self) -> Loader:
         "The same samples for evaluation: each exactly once, in the order of the data set"
-        if not self.shuffle and not self.drop_last and self.sampler is None and self.is_sorted: return self
+        is_whole = not self.drop_last and self.sampler is None
+        if is_whole and not self.shuffle and is_sorted(self.rows): return self
         return replace(self, rows=self.rows.sort().values, shuffle=False, drop_last=False, sampler=None)
-
-    @property
-    def is_sorted(self) -> bool:
-        "Whether the positions are in order"
-        return bool((self.rows[1:] > self.rows[:-1]).all())
 
     def shard(self, rank: int, world_size: int) -> Loader:
         "The part of every batch that belongs to one of several ranks; no sample is repeated to fill up"
         return replace(self, rank=rank, world_size=world_size)
 
 # %% ../../nbs/api/data/01_loaders.ipynb #b5f3c94b
+def without_samples(one: Any) -> Any:  # a batch, or what an `as_batch` is going to read
+    "A batch without its samples; for what makes batches may not be able to make one of none"
+    return emptied(one) if isinstance(one, Batch) else index(one, torch.empty(0, dtype=torch.int64))
+
+def is_sorted(rows: Tensor) -> bool:
+    "Whether positions are in order, each once"
+    return bool((rows[1:] > rows[:-1]).all())
+
 def check_loader(loader: Loader) -> None:
     "Raise `ValueError` for sizes that cannot give a batch"
     n, size = len(loader.rows), loader.batch_size
@@ -179,9 +186,6 @@ def fetch_samples(
             raise
 
     def fetch(ids: Tensor) -> Batch:
-        if not len(ids):
-            one: Any = fetch(torch.zeros(1, dtype=torch.int64))
-            return emptied(one) if isinstance(one, Batch) else index(one, ids)
         many = getattr(dataset, "__getitems__", None)
         samples = many(ids.tolist()) if many else [read(i) for i in ids.tolist()]
         collated = collate_fn(samples)

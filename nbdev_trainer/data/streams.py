@@ -45,6 +45,7 @@ class Positioned(EpochLoader):
     reached: Any = None       # its place after the batch that was used last; None: at the beginning of an epoch
     at: int | None = 0        # items of the epoch before its place; None: as many as it is asked for
     left_out: int = 0         # batches of the open epoch of which nothing could be read; nobody counts them
+    in_rows = True
 
     def parts(self, epoch: int, done: int, size: int) -> Iterator[list[Any]]:
         "The items of an epoch after those that are done, so many at a time; raises what the stream raises"
@@ -288,6 +289,7 @@ class Combined(EpochLoader):
     ) -> None:
         check_loaders(loaders, how)
         self.loaders, self.how = dict(loaders), how
+        self.in_rows = all(one.in_rows for one in loaders.values())
 
     def __len__(self) -> int:
         lengths = [len(one) for one in self.loaders.values()]  # type: ignore[arg-type]
@@ -339,7 +341,7 @@ class ByEpoch(EpochLoader):
         if not isinstance(first, EpochLoader) or not hasattr(first, "__len__"):
             raise TypeError(f"loader_for(0) gave {describe(first)}; expected a loader of ours, such as "
                             "data.loaders(...).train")
-        self.loader_for = loader_for
+        self.loader_for, self.in_rows = loader_for, first.in_rows
         self.length: int = len(first) if length is None else length
 
     def __len__(self) -> int: return self.length

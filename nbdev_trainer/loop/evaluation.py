@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import describe, did_you_mean
-from ..core.nested import concatenate, map_tensors, own_parts
+from ..core.nested import concatenate, map_tensors, own_parts, size_of
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, own_generators
@@ -33,8 +33,9 @@ from ..metrics.base import Metric, targets_of
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host', 'answers',
-           'Reads', 'Evaluation', 'is_mean', 'evaluates_loss', 'check_monitor']
+__all__ = ['module_modes', 'weights_in_place', 'averaged_weights', 'evaluating', 'outputs', 'Predictions', 'on_host',
+           'check_entries', 'check_is_loader', 'all_of', 'answers', 'Reads', 'Evaluation', 'is_mean', 'evaluates_loss',
+           'check_monitor']
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #5f06b56e
 @contextmanager
@@ -160,12 +161,35 @@ def on_host(
         return one.float() if one.is_floating_point() and one.itemsize < 4 else one
     return map_tensors(bring, value)
 
+# %% ../../nbs/api/loop/09_evaluation.ipynb #ebccc8bb
+def check_entries(predictions: Any, size: int) -> None:
+    "Raise `ValueError` unless there is an entry for each sample, by which processes join their parts"
+    if predictions is None or (n := size_of(predictions)) == size: return
+    raise ValueError(f"the step predicted {n} entries for {size} samples ({describe(predictions)}), and "
+                     "processes join theirs by samples; give one for each, or let each process predict all: "
+                     "predict(..., divided=False)")
+
+def check_is_loader(loader: Any) -> None:
+    "Raise `TypeError` for what cannot be predicted from"
+    if isinstance(loader, Iterable) and not isinstance(loader, Tensor): return
+    raise TypeError(f"predict got {describe(loader)}; expected a loader, or [inputs] for one batch")
+
+def all_of(
+    found: list[dict[str, Any]],  # of each batch
+    loader: Any,                  # that they are from
+) -> Predictions:
+    "The answers to all batches as one; raises `ValueError` when there are none"
+    if not found: raise ValueError(f"{describe(loader)} gave batches without samples; expected some")
+    return Predictions(**concatenate(found))
+
 def answers(
     trainer: Any,
     batch: Batch,
     output: StepOutput,  # of the batch
+    divided: bool,       # it is joined with those of other processes
 ) -> dict[str, Any]:
     "What `Predictions` has of one batch"
+    if divided: check_entries(output.predictions, batch.size)
     kept = {"predictions": output.predictions, "targets": targets_of(output, batch), "ids": batch.ids}
     return on_host({**kept, "losses": trainer.step.losses(output, batch)})
 
@@ -208,23 +232,23 @@ class Evaluation(Reads):
 
     def predict(self,
         loader: Iterable[Any],  # yields batches, or bare inputs
+        *,
+        divided: bool = True,   # each of several processes takes a part; False: the one that calls takes all
     ) -> Predictions:
         "Predictions for all samples of a loader, in its order, in 32 bits at least; `TypeError` for a tensor"
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-            raise TypeError(f"predict got {describe(loader)}; expected a loader, or [inputs] for one batch")
+        check_is_loader(loader)
         strategy, parts, failed = self.engine.strategy, dict[int, dict[str, Any]](), None
-        divided = strategy.divides(loader)
+        divided = divided and strategy.divides(loader)
         with evaluating(self, "predict", "predict"):
             if divided: strategy.same_buffers()
             try:
                 for number, batch, output in outputs(self, self.step.predict, loader, whole=not divided):
-                    parts[number] = answers(self, batch, output)
+                    parts[number] = answers(self, batch, output, divided)
             except Exception as error:
                 if not divided or strategy.in_pieces: raise
                 failed = error
             found = strategy.predicted(parts, failed) if divided else list(parts.values())
-        if not found: raise ValueError(f"{describe(loader)} gave batches without samples; expected some")
-        return Predictions(**concatenate(found))
+        return all_of(found, loader)
 
 # %% ../../nbs/api/loop/09_evaluation.ipynb #6b75cd25
 def is_mean(metric: Metric) -> bool:

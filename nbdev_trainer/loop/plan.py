@@ -169,7 +169,7 @@ def make_plan(
     check_limit(limit_batches)
     schedules = as_schedules(schedule)
     check_data(train, limit_batches, by_epoch=duration.unit == "ep")
-    check_valid_sets(valid_sets, alone)
+    check_valid_sets(valid_sets, alone, every is not None)
     return FitPlan(train, valid_sets, duration, schedules, every, limit_batches, accumulate)
 
 # %% ../../nbs/api/loop/07_plan.ipynb #f42d15b6
@@ -211,13 +211,14 @@ def check_data(
 def check_valid_sets(
     valid_sets: Mapping[str, Any],  # evaluation sets by name
     alone: bool = True,             # False: other processes have batches too, and a part may be empty
+    is_read: bool = True,           # False: the fit does not evaluate
 ) -> None:
     "Raise `TypeError` for sets that cannot be read again, `ValueError` for one without a batch"
     for name, valid in valid_sets.items():
         if not isinstance(valid, Iterable) or isinstance(valid, Iterator):
             raise TypeError(f"{name} is {describe(valid)}; expected an iterable that can be read again for "
                             "each evaluation, such as a DataLoader or a list: leave out iter()")
-        if length_of(valid) == 0 and (alone or isinstance(valid, EpochLoader)):
+        if length_of(valid) == 0 and (alone or isinstance(valid, EpochLoader)) and is_read:
             raise ValueError(f"the validation data {name!r} ({describe(valid)}) has no batch; expected at "
                              "least one. To train without validation: None in its place")
 

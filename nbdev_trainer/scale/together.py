@@ -304,7 +304,8 @@ class Together(Agreeing):
         return loader
 
     def divides(self, loader: Any) -> bool:
-        return isinstance(loader, EpochLoader) and self.world_size > self.copies and has_group()
+        divisible = isinstance(loader, EpochLoader) and loader.in_rows
+        return divisible and self.world_size > self.copies and has_group()
 
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

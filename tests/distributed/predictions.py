@@ -1,5 +1,6 @@
 """What several processes predict together; each function runs in all of them, and those of `CASES` in one as well."""
 
+from dataclasses import replace
 from functools import partial
 
 import scenarios
@@ -228,3 +229,42 @@ def a_trainer():
     trainer = trainer_of(model_of(), SupervisedStep(F.cross_entropy))
     trainer.fit(data().train, None, 1)
     return trainer, trainer.predict(data().valid)
+
+
+class Striped(Loader):
+    """Parts that are not samples in a row, so each process predicts all."""
+
+    in_rows = False
+
+    def shard(self, rank, world_size):
+        return replace(self, rows=self.rows[rank::world_size])
+
+
+def of_stripes():
+    return join().gather(trainer_of().predict(Striped(images_of_one, torch.arange(8), batch_size=4)))
+
+
+def images_of_one(ids):
+    return Batch(ids[:, None].float(), ids[:, None].float(), len(ids), ids)
+
+
+class Scales(Step):
+    """A number for the batch beside one for each sample."""
+
+    def predict(self, trainer, batch):
+        return StepOutput(predictions={"each": batch.inputs, "scale": torch.ones(1)})
+
+
+def on_rank_0_alone():
+    trainer, processes = trainer_of(), join()
+    found = trainer.predict(rows(9, 4), divided=False).predictions.tolist() if processes.rank == 0 else None
+    return processes.gather(found)
+
+
+def of_the_batch():
+    told = None
+    try:
+        trainer_of(step=Scales()).predict(rows(8, 8))
+    except ValueError as error:
+        told = str(error)
+    return join().gather(told)

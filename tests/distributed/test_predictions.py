@@ -99,3 +99,18 @@ def test_what_has_come_back_from_several_processes_predicts_alone(together):
 def test_an_error_where_weights_are_divided_keeps_nobody_waiting(together):
     with pytest.raises(OSError, match="no such picture"):
         together(predictions.an_error_where_weights_are_divided, within=60)
+
+
+def test_parts_that_are_not_samples_in_a_row_are_predicted_by_each_process(together):
+    for found in together(predictions.of_stripes):
+        assert found.ids.tolist() == list(range(8)) and found.targets.flatten().tolist() == list(range(8))
+
+
+def test_rank_0_may_predict_alone(together):
+    first, second = together(predictions.on_rank_0_alone)
+    assert len(first) == 9 and second is None
+
+
+def test_what_is_of_a_batch_and_not_of_its_samples_cannot_be_divided(together):
+    for told in together(predictions.of_the_batch):
+        assert "'each' has 4 samples, 'scale' has 1" in told
