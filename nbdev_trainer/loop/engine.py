@@ -350,9 +350,9 @@ class RunsSteps(EngineParts):
 
 # %% ../../nbs/api/loop/06_engine.ipynb #cec744d6
 def is_reached(slot: OptimizerSlot, inputs: list[Tensor], loss: Tensor) -> bool:
-    "Whether a loss, its first, reached an optimizer; a constant need not; raises `ValueError` when it did not"
+    "Whether a loss, its first, reached an optimizer; a constant need not, for any other it is a `ValueError`"
     if loss.grad_fn is None or any(p.grad is not None for p in inputs): return loss.grad_fn is not None
-    raise ValueError(f"the loss for the optimizer {slot.name!r} reaches none of its parameters; is it for another?")
+    raise ValueError(f"the loss for optimizer {slot.name!r} reaches no parameter of it; is it for another?")
 
 # %% ../../nbs/api/loop/06_engine.ipynb #71a0ed19
 class Engine(RunsSteps):
