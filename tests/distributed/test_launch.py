@@ -151,7 +151,7 @@ def test_an_interrupt_ends_also_processes_that_do_not_listen():
 
 def test_sigterm_lets_the_processes_save_and_ends_the_program_with_143(tmp_path):
     parent = program_with(f"launch(fault_runs.train, {str(tmp_path / 'run')!r}, 2000, slow=0.02)")
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60  # beside other tests, to start and to train an epoch
     try:
         while not (tmp_path / "run/history.jsonl").exists():
             assert time.monotonic() < end and parent.poll() is None
@@ -160,6 +160,7 @@ def test_sigterm_lets_the_processes_save_and_ends_the_program_with_143(tmp_path)
         said = "".join(parent.communicate(timeout=25))
     finally:
         parent.kill()
+        parent.communicate()
     assert parent.returncode == 143, said
     assert "saved after batch" in said and Run.open(tmp_path / "run").checkpoints
     assert left() == []
