@@ -173,10 +173,9 @@ class CheckedSettings:
 
 # %% ../../nbs/api/core/00_errors.ipynb #f989ac6f
 def is_number(value: Any, whole: bool = False) -> bool:
-    "Whether a value is a number, of Python, numpy or torch; 2.0 and infinity are whole, True is none"
+    "Whether a value is a number, of Python, numpy or torch; True and False are none"
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real): return False
-    return not whole or isinstance(value, Integral) or value == float("inf") or value % 1 == 0
+    return isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
 
 def check_number(
     name: str,                    # of the argument

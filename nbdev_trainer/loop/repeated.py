@@ -29,8 +29,8 @@ from .steps import mark_step
 from ..metrics.collection import MetricSet
 
 # %% auto #0
-__all__ = ['asks_again', 'unnoticed', 'look_again', 'look_on', 'loss_of_all', 'mark_start', 'forget_frozen', 'Repeating', 'climb',
-           'SAM']
+__all__ = ['asks_again', 'mark_memory', 'unnoticed', 'look_again', 'look_on', 'loss_of_all', 'mark_start', 'forget_frozen',
+           'Repeating', 'climb', 'SAM']
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #01041a16
 def asks_again(optimizer: torch.optim.Optimizer) -> bool:
@@ -38,6 +38,11 @@ def asks_again(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.LBFGS) or getattr(optimizer, "asks_again", False)
 
 # %% ../../nbs/api/loop/06c_repeated.ipynb #3d985e4e
+def mark_memory(trainer: Any, slot: OptimizerSlot) -> Callable[[], None]:
+    "A function that puts what the step remembers, if it does, back to what it is now; trained weights stay"
+    if not hasattr(trainer.step, "state_dict"): return lambda: None
+    return mark_step(trainer.step, own_parts(slot.params))
+
 @contextmanager
 def unnoticed(
     trainer: Any,
@@ -45,7 +50,7 @@ def unnoticed(
 ) -> Iterator[None]:
     "What the block logs, or leaves in the state of the trainer or of the step, is forgotten"
     output, measuring = trainer.state.output, trainer.measuring
-    step_back = mark_step(trainer.step, own_parts(slot.params))
+    step_back = mark_memory(trainer, slot)
     trainer.measuring = MetricSet([])
     try: yield
     finally:
@@ -93,7 +98,7 @@ def mark_start(
     known: dict[bytes, Any],  # by the marks of earlier batches
 ) -> Callable[[], None]:  # may be called again and again
     "A function that puts the generators, and what the step remembers, back to where they are now"
-    rng_back, step_back = mark_rng(known), mark_step(trainer.step, own_parts(slot.params))
+    rng_back, step_back = mark_rng(known), mark_memory(trainer, slot)
 
     def to_start() -> None:
         rng_back()
