@@ -7,50 +7,24 @@ of the module they export to, so coverage and tracebacks name the module.
 
 import ast
 import os
-import random
 import re
-import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # before anything imports matplotlib: tests have no screen
 
 import nbdev.test
-import numpy as np
 import pytest
 import torch
 from execnb.shell import CaptureShell
 from IPython.core.compilerop import CachingCompiler
 from nbdev.config import get_config
+from restore import restored
 
 pytest_plugins = ["fault_table", "together"]
 root = Path(__file__).parent
 config = get_config(root)
 collect_ignore_glob = [str(config.nbs_path / "*.py")]  # text twins of the notebooks
-
-
-@contextmanager
-def restored():
-    """Put back what a page or a test may change for the whole process, so that none depends on another."""
-    environment, path, filters = dict(os.environ), list(sys.path), warnings.filters[:]
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.path[:], warnings.filters[:] = path, filters
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if "matplotlib.pyplot" in sys.modules:
-            sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True)

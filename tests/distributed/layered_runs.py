@@ -120,19 +120,24 @@ def fill_position(module):
         nn.init.constant_(module.shift, 0.5)
 
 
+def parameters_there():
+    """All with numbers, whoever holds them."""
+    return [one for one in gc.get_objects() if type(one) is nn.Parameter and not one.is_meta]
+
+
 def built(device, shards=True, **options):
     """A model built on a device, or on one of a list for each rank; and how many numbers were there in whole at most."""
     processes, most = join(timeout="40s") if shards else None, 0
     torch.manual_seed(1)
     torch.set_default_dtype(torch.float64)
+    earlier = {id(one): one for one in parameters_there()}  # of what ran before in this process
     with torch.device(device if isinstance(device, str) else device[processes.rank]):
         model = Deep()
 
     def initialize(module):
         nonlocal most
         fill_position(module)
-        there = [one for one in gc.get_objects() if type(one) is nn.Parameter and not one.is_meta]  # whoever holds them
-        most = max(most, sum(one.numel() for one in there))
+        most = max(most, sum(one.numel() for one in parameters_there() if id(one) not in earlier))
 
     torch.manual_seed(2)
     fills = initialize if isinstance(device, str) else None  # what the first process has needs nobody to fill it

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_ranks_equal_one import assert_close
+from together import raised_by
 
 from nbdev_trainer import Run, launch, read_checkpoint
 from nbdev_trainer.store.sealed import DamagedError, verify
@@ -197,20 +198,22 @@ def test_loaded_averages_are_divided_and_go_on(together, tmp_path):
                                               ("Adafactor", ValueError, "Adafactor does not go together"),
                                               ("run", FileNotFoundError, "the directory of the checkpoints is gone")])
 def test_what_cannot_be_is_an_error_with_its_reason(together, what, error, why, tmp_path):
-    with pytest.raises(error, match=why):
-        together(divided_runs.refused, tmp_path / what if what == "run" else what)
+    for found in together(raised_by, divided_runs.refused, tmp_path / what if what == "run" else what):
+        with pytest.raises(error, match=why):
+            raise found
 
 
 @pytest.mark.parametrize("clip_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
-def test_layers_divided_further_train_as_whole_ones(shape, clip_norm):
+def test_layers_divided_further_train_as_whole_ones(together, shape, clip_norm):
     one = layered_runs.train(None, clip_norm=clip_norm)
-    assert_close(one, launch(partial(layered_runs.layers_divided, shape, clip_norm=clip_norm), processes=shape[0] * shape[1]), shape)
+    divided = together(layered_runs.layers_divided, shape, clip_norm=clip_norm, processes=shape[0] * shape[1])
+    assert_close(one, divided, shape)
 
 
-def test_copies_of_divided_weights_train_as_whole_ones():
+def test_copies_of_divided_weights_train_as_whole_ones(together):
     one = layered_runs.train(None, clip_norm=1.0)
-    assert_close(one, launch(partial(layered_runs.in_copies_of_shards, clip_norm=1.0), processes=4), "replicate and shard")
+    assert_close(one, together(layered_runs.in_copies_of_shards, clip_norm=1.0, processes=4), "replicate and shard")
 
 
 def test_losses_are_those_of_replicas_also_on_the_host_and_nearly_in_bfloat16(together):
@@ -239,8 +242,8 @@ def test_the_facts_of_a_run_in_parts_are_plain(saved):
     assert "FSDP" not in json.dumps(config)
 
 
-def test_a_model_built_without_numbers_is_filled_part_by_part_the_same_by_any_number_of_processes():
-    found = {n: launch(layered_runs.built, "meta", processes=n) for n in (1, 2, 3)}  # new ones: they count their tensors
+def test_a_model_built_without_numbers_is_filled_part_by_part_the_same_by_any_number_of_processes(together):
+    found = {n: together(layered_runs.built, "meta", processes=n) for n in (1, 2, 3)}
     for n in (2, 3):
         assert_close(found[1], found[n], f"{n} processes")
     numbers = sum(one.numel() for one in found[1]["weights"].values())
@@ -268,6 +271,6 @@ def test_a_model_that_fills_its_parts_does_so_before_they_are_divided_or_is_an_e
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_several_optimizers_get_each_its_own_gradients(processes):
+def test_several_optimizers_get_each_its_own_gradients(together, processes):
     one = layered_runs.two_optimizers(False)
-    assert_close(one, launch(layered_runs.two_optimizers, True, processes=processes), f"{processes} processes")
+    assert_close(one, together(layered_runs.two_optimizers, True, processes=processes), f"{processes} processes")

@@ -11,6 +11,7 @@ import fault_runs
 import pytest
 import torch
 from left_over import left
+from together import raised_by
 
 from nbdev_trainer.scale.launch import launch
 from nbdev_trainer.store.run import Run
@@ -124,11 +125,10 @@ def test_a_nan_on_one_rank_ends_all_with_its_error():
     "an error that names rank and key",
 )
 @pytest.mark.parametrize("run", [fault_runs.other_metrics, fault_runs.other_logs])
-def test_different_metrics_are_an_error_that_names_rank_and_key(run):
-    with pytest.raises(ValueError) as caught:
-        launch(run)
-    assert "rank 1" in str(caught.value)
-    assert "mae" in str(caught.value) or "pressure" in str(caught.value)
+def test_different_metrics_are_an_error_that_names_rank_and_key(together, run):
+    for found in together(raised_by, run):
+        assert isinstance(found, ValueError) and "rank 1" in str(found)
+        assert "mae" in str(found) or "pressure" in str(found)
 
 
 @pytest.mark.fault(
@@ -156,9 +156,10 @@ def test_counts_on_the_device_are_added_up_by_all(together):
     "a split without a seed",
     "refused before the first batch",
 )
-def test_data_that_were_split_without_a_seed_are_refused():
-    with pytest.raises(ValueError, match="rank 0 and rank 1 would not train the same: .*split without a seed"):
-        launch(fault_runs.other_data)
+def test_data_that_were_split_without_a_seed_are_refused(together):
+    for found in together(raised_by, fault_runs.other_data):
+        with pytest.raises(ValueError, match="rank 0 and rank 1 would not train the same: .*split without a seed"):
+            raise found
 
 
 @pytest.mark.fault(
@@ -185,11 +186,13 @@ def test_one_process_writes_and_speaks(tmp_path, capfd):
     "two processes, then one, then two",
     "the weights of one process, to 1e-12",
 )
-def test_another_number_of_processes_goes_on(tmp_path):
+def test_another_number_of_processes_goes_on(together, tmp_path):
     """One epoch with two, one with one, one with two: the weights of three epochs in one process."""
     straight = fault_runs.train()
-    for n, epochs in ((2, 1), (1, 2), (2, 3)):
-        found = launch(in_parts, str(tmp_path / "run"), epochs, processes=n)
+    run_dir = str(tmp_path / "run")
+    together(in_parts, run_dir, 1)
+    in_parts(run_dir, 2)
+    found = together(in_parts, run_dir, 3)
     same(straight[0], found[0], 1e-12)
     assert found[1] == pytest.approx(straight[1], rel=1e-12)
 
@@ -203,11 +206,9 @@ def in_parts(run_dir, epochs):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = torchrun(folder / "run", folder / "weights.pt")
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "weights.pt", weights_only=True)
+def undisturbed(together, tmp_path_factory):
+    """The weights that two processes find to which nothing happens."""
+    return together(fault_runs.train, dropout=0.3)[0]
 
 
 @pytest.mark.fault(

@@ -46,7 +46,7 @@ def value(shell, code):
     return shell.user_ns["found"]
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_function_of_a_cell_works_every_time_also_after_errors(notebook, times):
     for k in range(times):
         if k % 7 == 2:

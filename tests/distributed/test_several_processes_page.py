@@ -153,17 +153,17 @@ def test_the_sbatch_file_trains(place, one):
 
 def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(place):
     train = place / "train.py"
-    train.write_text(train.read_text().replace("fit(5,", "fit(25,"))
+    train.write_text(train.read_text().replace("fit(5,", "fit(12,"))
     job = str(free_port() - 20_000)
     assert slurm(place, job, TIME_IS_UP_AFTER=str(place / "runs/digits/history.jsonl")) == [143]
     assert (place / "asked").read_text().splitlines() == [f"requeue {job}"]
     run = Run.open(place / "runs/digits")
     assert run.ending == "interrupted: SIGTERM"
     done = read_checkpoint(run.checkpoints[-1])["state"]["batch"]
-    assert 0 < done < 25 * 23
+    assert 0 < done < 12 * 23
     assert slurm(place, job) == [0]
     run = Run.open(place / "runs/digits")
-    assert run.ending == "finished" and run.history["epoch"] == list(range(1, 26))
+    assert run.ending == "finished" and run.history["epoch"] == list(range(1, 13))
     assert run.fits[-2]["batch"] == done  # the second part began where the first had ended
 
 
