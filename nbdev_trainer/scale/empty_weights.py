@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..core.nested import is_divided
 
 # %% auto #0
-__all__ = ['inner_first', 'own_tensors', 'make_unset', 'is_unset', 'way_of', 'not_filled', 'reaches_divided', 'in_two_blocks',
-           'is_empty', 'like', 'ask', 'fill', 'place']
+__all__ = ['inner_first', 'own_tensors', 'make_unset', 'is_unset', 'way_of', 'not_filled', 'check_attributes', 'reaches_divided',
+           'in_two_blocks', 'is_empty', 'like', 'ask', 'fill', 'place']
 
 # %% ../../nbs/api/scale/03d_empty_weights.ipynb #2ff25a75
 def inner_first(
@@ -72,6 +72,16 @@ def not_filled(module: nn.Module, names: list[str], has_way: bool) -> ValueError
                       f"which holds no numbers, and {why}. Define {kind}.reset_parameters(self); or pass "
                       "Shards(join(), initialize=function), a function of a module that fills what the "
                       "module itself holds")
+
+def check_attributes(module: nn.Module) -> None:
+    "Raise `ValueError` for a tensor without numbers that is neither weight nor buffer"
+    kind = type(module).__name__
+    for name, one in vars(module).items():
+        if isinstance(one, Tensor) and one.is_meta:
+            raise ValueError(f"{kind}.{name} is a tensor on the device 'meta', which holds no numbers, "
+                             "and is no weight and no buffer, so nobody fills it. Make it in __init__ by "
+                             f"register_buffer({name!r}, ..., persistent=False), and fill it in "
+                             f"{kind}.reset_parameters(self) or in initialize")
 
 def reaches_divided(module: nn.Module) -> ValueError:
     "The error for a module that would fill weights which are divided already"
@@ -138,6 +148,7 @@ def fill(
     for one, versions in left:
         if names := [name for name, version in versions.items() if is_unset(getattr(one, name), version)]:
             raise not_filled(one, names, way_of(one) is not None or initialize is not None)
+    for one in modules: check_attributes(one)
 
 # %% ../../nbs/api/scale/03d_empty_weights.ipynb #a5c292e5
 def place(

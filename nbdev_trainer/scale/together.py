@@ -39,7 +39,7 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run',
+__all__ = ['LOST', 'RATES', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run',
            'other_lengths', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
@@ -107,9 +107,17 @@ def watched(
         thread.join()
 
 # %% ../../nbs/api/scale/04_together.ipynb #e10aba26
-def rates_of(trainer: Any) -> dict[str, list[float]]:  # by optimizer, of each group
-    "The learning rates, as they are now"
-    return {name: [float(group["lr"]) for group in slot.optimizer.param_groups] for name, slot in trainer.engine.slots.items()}
+RATES = "learning rates"
+
+def rates_of(trainer: Any) -> dict[str, dict[str, list[Any]]]:  # by what it is, and by optimizer: of each group
+    "The numbers that the optimizers go by, as they are now"
+    found: dict[str, dict[str, list[Any]]] = {}
+    for name, slot in trainer.engine.slots.items():
+        for group in slot.optimizer.param_groups:
+            for key, one in {**group, "lr": float(group["lr"])}.items():
+                if type(one) not in (int, float, tuple): continue
+                found.setdefault(RATES if key == "lr" else key, {}).setdefault(name, []).append(one)
+    return found
 
 class Agreeing(Strategy):
     "What several processes tell each other in every step, and what they settle by it"
@@ -177,7 +185,7 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        alike = {"learning rates": rates_of(self.trainer)} if by_all else None
+        alike = rates_of(self.trainer) if by_all else None
         with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
@@ -247,7 +255,7 @@ class Together(Agreeing):
         if "train" not in divided_by_us: settings.pop("training data")  # each may have its own part
         settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
         sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
-        found = self.check_same({**settings, **done, "learning rates": rates_of(trainer)}, sizes)  # another size on each: a part
+        found = self.check_same({**settings, **done, RATES: rates_of(trainer)[RATES]}, sizes)  # another size on each: a part
         if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
             tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
                  "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "

@@ -55,3 +55,5 @@ def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(
     (first, second), epoch = together(unlike.changes_a_rate_alone, 1)
     assert first == second and epoch == 2
     assert "the processes do not train the same any more: learning rates main on rank 0: [0.1], on rank 1: [0.05]" in first
+    (first, _), epoch = together(unlike.changes_a_rate_alone, 0, momentum=0.5)
+    assert epoch == 2 and "any more: momentum main on rank 0: [0.5], on rank 1: [0]" in first

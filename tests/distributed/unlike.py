@@ -24,13 +24,13 @@ def is_asked_alone():
     trainer.fit(loaders.train, None, 1 + trainer.engine.strategy.rank)
 
 
-def changes_a_rate_alone(rank, at="after_batch"):
-    """A callback changes a learning rate on one process, in the second epoch."""
+def changes_a_rate_alone(rank, at="after_batch", **changed):
+    """A callback changes a learning rate, or what else is given, on one process, in the second epoch."""
     trainer, loaders = trainer_of(), data()
 
     def change(one):
         if one.state.epoch == 1 and one.engine.strategy.rank == rank:
-            one.engine.slots["main"].optimizer.param_groups[0]["lr"] = 0.05
+            one.engine.slots["main"].optimizer.param_groups[0].update(changed or {"lr": 0.05})
 
     trainer.on(at, change)
 
