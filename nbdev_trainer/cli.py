@@ -35,9 +35,10 @@ from .apps.prepare import Prepared, prepare
 from .core.errors import MissingPackage, counted, did_you_mean
 from .core.seeding import check_seed, seed_everything
 from .learner import Learner
-from .loop.engine import find_device
+from .loop.engine import Strategy, find_device
 from .metrics.classification import Accuracy
 from .metrics.regression import MeanAbsoluteError
+from .scale.strategies import make_strategy, own_device
 from .store.curves import curves_svg
 from .store.files import write_text
 from .store.run import holds_run
@@ -46,8 +47,8 @@ from .use.environment import environment_report
 
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'CommandError', 'one_line_errors', 'Settings', 'choose_settings', 'make_learner', 'n_threads',
-           'plan_lines', 'free_directory', 'train', 'result_line', 'fit', 'check', 'predict', 'env', 'complain',
-           'parse', 'run_command', 'main']
+           'plan_lines', 'free_directory', 'same_directory', 'show', 'train', 'result_line', 'fit', 'check', 'predict',
+           'env', 'complain', 'parse', 'run_command', 'main']
 
 # %% ../nbs/api/cli.ipynb #36a99f0d
 class CommandError(ValueError):
@@ -102,6 +103,7 @@ def make_learner(
     settings: Settings,
     directory: Path | None = None,         # where the run is kept; None: nowhere
     config: dict[str, Any] | None = None,  # what to keep there besides what the learner knows
+    strategy: str | Strategy = "auto",
 ) -> Learner:
     "The learner of a run; raises `ValueError` for a model that does not exist or does not fit"
     (inputs, targets), regression = prepared.train, prepared.task == "regression"
@@ -110,8 +112,8 @@ def make_learner(
     loss_fn = RelativeSquaredError(targets) if regression else nn.CrossEntropyLoss()
     metric = MeanAbsoluteError() if regression else Accuracy()
     return Learner(model, prepared.loaders(settings.batch_size, settings.seed), loss_fn,
-                   lr=settings.lr, metrics=[metric],
-                   device=settings.device, seed=settings.seed, run_dir=directory, config=config)
+                   lr=settings.lr, metrics=[metric], device=settings.device, seed=settings.seed,
+                   run_dir=directory, config=config, strategy=strategy)
 
 # %% ../nbs/api/cli.ipynb #c8cc1136
 @contextmanager
@@ -156,6 +158,21 @@ def free_directory(
         raise ValueError(f"--out {str(path)!r} exists and is not empty; expected a new or empty directory")
     return path
 
+# %% ../nbs/api/cli.ipynb #14e31394
+def same_directory(strategy: Strategy, out: str | None, name: str) -> Path:
+    "What `free_directory` finds on the first process, on all of them"
+    found: Path | ValueError | None = None
+    if strategy.rank == 0:
+        try: found = free_directory(out, name)
+        except ValueError as error: found = error
+    found = strategy.share(found)
+    if isinstance(found, Path): return found
+    raise found or ValueError("the first process chose no directory")
+
+def show(strategy: Strategy, *lines: str) -> None:
+    "Print some lines, on one process"
+    if strategy.rank == 0: print(*lines, sep="\n", flush=True)
+
 # %% ../nbs/api/cli.ipynb #b318d2f7
 def train(learner: Learner, settings: Settings, directory: Path) -> None:
     "Train, and fill the directory"
@@ -168,7 +185,8 @@ def train(learner: Learner, settings: Settings, directory: Path) -> None:
               file=sys.stderr, flush=True)
         raise
     learner.save(directory/"model.safetensors")
-    write_text(directory/"curves.svg", curves_svg(learner.history))
+    if learner.trainer.engine.strategy.rank == 0:
+        write_text(directory/"curves.svg", curves_svg(learner.history))
 
 def result_line(learner: Learner) -> str:
     "The last results on the held-out samples"
@@ -202,19 +220,20 @@ def fit(
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed, size, skip_broken)
         settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
-        directory = free_directory(out, prepared.name)
+        strategy = make_strategy("auto", own_device(settings.device))
+        directory = same_directory(strategy, out, prepared.name)
         learner = make_learner(prepared, settings, directory, {
             "data": None if data is None else str(Path(data).resolve()), "drop": dropped, **prepared.facts,
             "task": prepared.task, "input_shape": list(prepared.train[0].shape[1:]),
-            "n_outputs": prepared.n_outputs, **vars(settings), "schedule": "one_cycle"})
-    print(*plan_lines(prepared, settings, learner), sep="\n", flush=True)
+            "n_outputs": prepared.n_outputs, **vars(settings), "schedule": "one_cycle"}, strategy)
+    show(strategy, *plan_lines(prepared, settings, learner))
     try:
         with n_threads(settings.threads): train(learner, settings, directory)
     except (FloatingPointError, OSError) as error:  # a loss that is no number any more, a disk that is full
         hint = " Or try a smaller --lr." if isinstance(error, FloatingPointError) else ""
         print(f"{error}{hint}", file=sys.stderr)
         return 1
-    print(result_line(learner), f"run: {directory}", sep="\n", flush=True)
+    show(strategy, result_line(learner), f"run: {directory}")
     return 0
 
 # %% ../nbs/api/cli.ipynb #e8c05a9e
