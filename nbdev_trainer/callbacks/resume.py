@@ -42,9 +42,9 @@ def divided_otherwise(
     before, now = len(state.get("ranks", ())) or 1, trainer.engine.strategy.world_size
     if before == now or isinstance(train, EpochLoader) or not trainer.state.epoch_batch: return None
     as_begun = counted(before, "process", "processes")
-    return (f"the epoch was begun with {as_begun} and goes on with {now}: how its own loader divided it among "
-            "those is not known, so in this epoch some samples may count twice, and others not at all. Loaders "
-            "of this library divide what is left")
+    return (f"the epoch was begun with {as_begun} and goes on with {now}: how its own loader divided it "
+            "among those is not known, so in this epoch some samples may count twice, and others not at "
+            "all. Loaders of this library divide what is left")
 
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #facb5ff3
 def resume_run(
