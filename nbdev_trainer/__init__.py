@@ -113,6 +113,7 @@ Modules:
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
 - `nbdev_trainer.scale.float8`: Matrix products of linear layers in 8 bits, by torchao; everything else in bf16
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
+- `nbdev_trainer.scale.own_loaders`: Loaders that each process has of its own: whether it takes a part or all, and whether its length can be relied on
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
 - `nbdev_trainer.scale.ray`: The function that `launch` runs, in workers of Ray Train on any number of machines

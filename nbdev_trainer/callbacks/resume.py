@@ -19,9 +19,10 @@ from .checkpoint import Checkpoint, checkpoint_directory
 from .run_directory import RunDirectory
 from ..core.errors import counted
 from ..core.messages import tell
+from ..data.loaders import EpochLoader
 from ..loop.callback import Callback
 from ..loop.plan import cannot_be_positioned
-from ..loop.settings import check_settings, run_settings
+from ..loop.settings import check_settings, run_settings, without_own_data
 from ..store.checkpoints import newest_checkpoint
 from ..store.history import read_history
 from ..store.run import holds_run
@@ -29,9 +30,23 @@ from ..store.run import holds_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['resume_run', 'take_up']
+__all__ = ['divided_otherwise', 'resume_run', 'take_up']
 
-# %% ../../nbs/api/callbacks/14b_resume.ipynb #b922bc99
+# %% ../../nbs/api/callbacks/14b_resume.ipynb #66f3a4a5
+def divided_otherwise(
+    trainer: Trainer,          # with the state
+    state: Mapping[str, Any],  # that was saved
+    train: Any,                # the training data
+) -> str | None:
+    "What it means that there are more or fewer processes now; None where it changes nothing"
+    before, now = len(state.get("ranks", ())) or 1, trainer.engine.strategy.world_size
+    if before == now or isinstance(train, EpochLoader) or not trainer.state.epoch_batch: return None
+    as_begun = counted(before, "process", "processes")
+    return (f"the epoch was begun with {as_begun} and goes on with {now}: how its own loader divided it "
+            "among those is not known, so in this epoch some samples may count twice, and others not at "
+            "all. Loaders of this library divide what is left")
+
+# %% ../../nbs/api/callbacks/14b_resume.ipynb #facb5ff3
 def resume_run(
     trainer: Trainer,                # built as the saved one was
     directory: str | Path,           # of the checkpoints
@@ -50,11 +65,15 @@ def resume_run(
     if "settings" not in state:
         raise ValueError(f"'{path}' was not written by Checkpoint: what it was made with is not known. To go "
                          "on with it all the same: learner.trainer.load_state_dict(read_checkpoint(path))")
-    check_settings(state["settings"], run_settings(trainer, train, valid_sets), str(path))
+    before, now = state["settings"], run_settings(trainer, train, valid_sets)
+    if trainer.engine.strategy.rank:  # settings are those of rank 0, and loaders that are not ours may differ
+        before, now = (without_own_data(one, train, valid_sets) for one in (before, now))
+    check_settings(before, now, str(path))
     trainer.load_state_dict(state)
     counters = trainer.state
     done = counted(counters.epoch, "epoch", "epochs"), counted(counters.epoch_batch, "batch", "batches")
     told(f"going on from {path}: {' and '.join(done)} done")
+    if why := divided_otherwise(trainer, state, train): told(why)
     return path
 
 # %% ../../nbs/api/callbacks/14b_resume.ipynb #4fce2c9f

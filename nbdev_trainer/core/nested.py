@@ -13,7 +13,10 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/nested.html.md"""
 # %% ../../nbs/api/core/01_nested.ipynb #4163cd84
 from __future__ import annotations
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 import numpy as np
 import torch
@@ -21,8 +24,8 @@ from torch import Tensor
 from .errors import describe
 
 # %% auto #0
-__all__ = ['map_tensors', 'tensors', 'to_device', 'detach', 'is_divided', 'own_parts', 'size_of', 'index', 'concatenate',
-           'as_tensors']
+__all__ = ['PLAIN', 'map_tensors', 'tensors', 'to_device', 'detach', 'is_divided', 'own_parts', 'size_of', 'index', 'concatenate',
+           'as_tensors', 'fingerprint']
 
 # %% ../../nbs/api/core/01_nested.ipynb #d9b7ba3a
 def _like(value: tuple, parts: list) -> tuple:
@@ -191,3 +194,45 @@ def as_tensors(
 ) -> Any:  # the same nesting with tensors; other leaves, also plain numbers, are untouched
     "`value` with every numpy array turned into a tensor that shares its memory where possible."
     return _map(np.ndarray, _as_tensor, value)
+
+# %% ../../nbs/api/core/01_nested.ipynb #591e689c
+PLAIN = (str, bytes, int, float, complex, type(None), PurePath)
+
+
+def _numbers(value: Tensor | np.ndarray, most: int) -> bytes:
+    "Bytes of a tensor or array of numbers, of a large one a part."
+    flat = value.reshape(-1)
+    some: Any = flat[::max(1, len(flat) // most)]
+    if isinstance(some, np.ndarray): return some.tobytes()
+    some = some.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    "What a container holds, by name; None for what is none."
+    if isinstance(value, Mapping): return value
+    if isinstance(value, (list, tuple)): return dict(enumerate(value))
+    if not is_dataclass(type(value)): return None
+    return {one.name: getattr(value, one.name) for one in fields(value)}
+
+
+def _marks(value: Any, most: int) -> Iterator[tuple[Any, bool]]:
+    "What tells a value from others, piece by piece, and whether that is all of the piece."
+    dense = isinstance(value, Tensor) and value.layout is torch.strided
+    if (dense and not value.is_quantized and not is_divided(value)
+            or isinstance(value, np.ndarray) and value.dtype.kind in "biufcSUmM"):
+        yield (str(value.dtype), tuple(value.shape), _numbers(value, most)), True
+    elif (parts := _parts(value)) is not None:
+        yield [type(value).__name__, *parts], True
+        for part in parts.values(): yield from _marks(part, most)
+    else: yield (value, True) if isinstance(value, PLAIN) else (type(value).__qualname__, False)
+
+
+def fingerprint(
+    value: Any,         # any nesting
+    most: int = 2**16,  # numbers that are looked at in a tensor or array, about
+) -> tuple[str, bool]:  # a short text; whether everything was looked into
+    "A text that is the same for values that are the same."
+    marks = list(_marks(value, most))
+    text = hashlib.sha256("\n".join(repr(one) for one, _ in marks).encode()).hexdigest()[:16]
+    return text, all(whole for _, whole in marks)

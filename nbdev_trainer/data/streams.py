@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ..core.errors import checked_keywords, describe, did_you_mean
+from ..core.nested import fingerprint
 from ..core.seeding import check_seed, hash64, isolated_rng, seed_globals
 from .batch import Batch, emptied
 from .kinds import Kind
@@ -45,6 +46,7 @@ class Positioned(EpochLoader):
     reached: Any = None       # its place after the batch that was used last; None: at the beginning of an epoch
     at: int | None = 0        # items of the epoch before its place; None: as many as it is asked for
     left_out: int = 0         # batches of the open epoch of which nothing could be read; nobody counts them
+    first: str | None = None  # stands for the items that were read first, for ranks to compare
     in_rows = True
 
     def parts(self, epoch: int, done: int, size: int) -> Iterator[list[Any]]:
@@ -156,6 +158,7 @@ def stream_tasks(
     while True:
         try:
             part = next(parts, None)
+            if loader.world_size > 1 and loader.first is None: loader.first, _ = fingerprint(part)
             if part is None or loader.drop_last and len(part) < size: return
             ids = torch.arange(position, position + len(part))
             task = next(tasks_of([ids], loader.seed, epoch, source.training, 0, loader.rank,
@@ -221,6 +224,7 @@ class StreamLoader(Positioned, Workers):
         self.source.own.clear()
         self.source.seen, places, begin, ended = 0, deque[Any](), self.place(), False
         if start == 0: self.reached, self.left_out = None, 0
+        self.first = None
         start += self.left_out
         done = start * self.batch_size
         try:

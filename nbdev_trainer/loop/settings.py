@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.loaders import EpochLoader
 from .callback import Callback
 from .optimizers import kind_of
 from .plan import length_of
@@ -32,7 +33,8 @@ if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
 __all__ = ['ADDRESS', 'NOT_DECISIVE', 'as_plain', 'settings_of', 'group_values', 'data_settings', 'groups_between_fits',
-           'class_name', 'model_text', 'callback_settings', 'run_settings', 'differences', 'check_settings']
+           'class_name', 'model_text', 'callback_settings', 'run_settings', 'without_own_data', 'differences',
+           'check_settings']
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #b452e331
 def as_plain(
@@ -136,6 +138,18 @@ def run_settings(
             "training data": data_settings(train),
             "validation data": {name: data_settings(one) for name, one in valid_sets.items()},
             "callbacks": trainer.callback_settings}
+
+def without_own_data(
+    settings: Mapping[str, Any],  # as of `run_settings`
+    train: Any,                   # the training data
+    valid_sets: Mapping[str, Any],
+) -> dict[str, Any]:
+    "Settings without those of loaders that are not ours, which may hold another part on each process"
+    found, named = dict(settings), settings["validation data"]
+    if not isinstance(train, EpochLoader): found.pop("training data", None)
+    found["validation data"] = {name: one for name, one in named.items()
+                                if isinstance(valid_sets.get(name), EpochLoader)}
+    return found
 
 # %% ../../nbs/api/loop/10b_settings.ipynb #86c3d17c
 def differences(

@@ -26,10 +26,11 @@ from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_sta
 from ..loop.settings import differences
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
+from .own_loaders import ITEMS, check_items
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['FIRST', 'WISHES', 'MEASURED', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed',
+__all__ = ['FIRST', 'WISHES', 'MEASURED', 'PLACES', 'from_first', 'digest', 'names_of', 'ranks_text', 'other_names', 'completed',
            'check_alike', 'add_up', 'sums_of', 'merged', 'over_all', 'outline', 'packed', 'filled', 'from_all',
            'joined', 'in_order', 'settled', 'gathered', 'divided', 'for_rank']
 
@@ -98,11 +99,13 @@ def completed(
 
 def check_alike(found: list[Mapping[str, Any] | None]) -> None:  # by rank
     "Raise `ValueError` naming what differs between the processes and must not"
+    check_items([(one or {}).get(ITEMS) for one in found])
     for rank, other in enumerate(found):
         if lines := differences(found[0] or {}, other or {}, words=("on rank 0:", f"on rank {rank}:")):
             raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a "
                              "callback changes, it must change on all of them")
 
+# %% ../../nbs/api/scale/03c_exchange.ipynb #c9475329
 def add_up(
     processes: Processes,
     sums: Mapping[str, Tensor],  # by name, any shapes, on any device
@@ -206,16 +209,19 @@ def from_all(
     own: Any,                         # a nesting of tensors on the CPU, and of what can be sent
     failed: Exception | None = None,  # why this process has not all of it
     copies: int = 1,                  # processes in a row that have the same
+    alike: Mapping[str, Any] | None = None,  # what must be the same on all, where none has failed
 ) -> dict[int, Any]:  # by rank, of copies only the first
     "What each process has; raises the error of this one, or `RuntimeError` for that of another"
     try: mine = packed(own if failed is None else None)
     except Exception as error: failed = error
-    told = processes.gather((outline(own), None if failed is None else f"{type(failed).__name__}: {failed}"))
+    why = None if failed is None else f"{type(failed).__name__}: {failed}"
+    told = processes.gather((outline(own), why, alike))
     if failed is not None: raise failed
-    for rank, (_, why) in enumerate(told):
+    for rank, (_, why, _) in enumerate(told):
         if why is not None: raise RuntimeError(f"rank {rank} could not do its part: {why}")
+    check_alike([one for *_, one in told])
     found: dict[int, Any] = {}
-    for rank, (empty, _) in list(enumerate(told))[::copies]:
+    for rank, (empty, *_) in list(enumerate(told))[::copies]:
         is_mine, size = rank == processes.rank, sum(one.nbytes for one in tensors(empty))
         numbers = mine if is_mine else torch.empty(size, dtype=torch.uint8)
         if size: processes.send(numbers, rank)
@@ -266,6 +272,7 @@ def settled(
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #a4049282
 MEASURED = ("train_metrics", "logged")  # sets of metrics that a trainer keeps
+PLACES = ("loader", "at_epoch_start")   # where its data stands, which each process has of its own
 
 def gathered(
     processes: Processes,

@@ -25,37 +25,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.messages import tell
-from ..core.nested import tensors
+from ..core.nested import fingerprint, tensors
 from ..core.seeding import rng_state, set_rng_state
 from ..data.batch import Batch
-from ..data.loaders import EpochLoader, samplers_of
+from ..data.loaders import EpochLoader
+from ..data.streams import Positioned
 from ..loop.engine import OptimizerSlot, Strategy
-from ..loop.settings import differences, run_settings
+from ..loop.settings import differences, run_settings, without_own_data
 from ..metrics.collection import MetricSet
-from .exchange import (MEASURED, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
+from .exchange import (MEASURED, PLACES, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
                                           settled)
+from .own_loaders import DIVIDE, ITEMS, all_the_same, check_items, is_sure, set_epoch, takes_all
 from .processes import Processes, has_group
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'RATES', 'takes_all', 'set_epoch', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run',
-           'other_lengths', 'Together']
-
-# %% ../../nbs/api/scale/04_together.ipynb #3a40bfda
-def takes_all(loader: Any) -> bool:
-    "Whether a loader of torch goes through all of its data set, by torch's own samplers"
-    for_all = torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler
-    has_size = hasattr(getattr(loader, "dataset", None), "__len__")
-    return has_size and any(type(one) in for_all for one in samplers_of(loader).values())
-
-def set_epoch(
-    loader: Any,
-    epoch: int,
-) -> None:
-    "Tell the samplers of a loader the epoch, those that want to know it"
-    for one in samplers_of(loader).values():
-        if hasattr(one, "set_epoch"): one.set_epoch(epoch)
+__all__ = ['LOST', 'RATES', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run', 'other_lengths', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #2a6e5920
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
@@ -126,6 +112,7 @@ class Agreeing(Strategy):
     clock = 0.0                       # of rank 0, when it was last heard
     samples = 0                       # that all have trained on
     began = 0.0                       # when the fit did
+    reading: Positioned | None = None  # the stream that is read, or was last
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
@@ -185,11 +172,13 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        alike = rates_of(self.trainer) if by_all else None
+        alike: dict[str, Any] = {"learning rates": rates_of(self.trainer)} if by_all else {}
+        if batches is not None and self.reading is not None: alike[ITEMS], self.reading = self.reading.first, None
         with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
-        with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies))
+        first, self.reading = None if self.reading is None else self.reading.first, None
+        with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies, {ITEMS: first}))
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -223,6 +212,7 @@ class Together(Agreeing):
     sync_batch_norm = False        # batch norms are over the batch of all processes
     why_all = ""                   # where `needs_all`: what the processes wait for within the model
     is_empty = False               # nothing counts of what goes backward
+    compared = tells = False       # the first batches of a fit have been; what is seen is printed
 
     def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
         "A forward hook, which sees that a loss over nothing sends back zero, and not 0 / 0"
@@ -249,17 +239,13 @@ class Together(Agreeing):
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
-        settings = run_settings(trainer, plan.train, plan.valid_sets)
-        sets = {"train": plan.train, **plan.valid_sets}
-        divided_by_us = {name for name, one in sets.items() if isinstance(one, EpochLoader)}
-        if "train" not in divided_by_us: settings.pop("training data")  # each may have its own part
-        settings["validation data"] = {name: one for name, one in settings["validation data"].items() if name in divided_by_us}
-        sizes = {name: len(one.dataset) for name, one in sets.items() if name not in divided_by_us and takes_all(one)}
+        settings = without_own_data(run_settings(trainer, plan.train, plan.valid_sets), plan.train, plan.valid_sets)
+        sizes = {name: len(one.dataset) for name, one in {"train": plan.train, **plan.valid_sets}.items() if takes_all(one)}
         found = self.check_same({**settings, **done, RATES: rates_of(trainer)[RATES]}, sizes)  # another size on each: a part
-        if undivided := [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]:
-            tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): let each have its part, "
-                 "by torch's DistributedSampler, or for validation sampler=range(rank, n, world_size); else samples "
-                 "count several times", trainer.shown and trainer.state.batch == 0)
+        undivided = [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]
+        self.tells = trainer.shown and trainer.state.batch == 0
+        if undivided: tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): {DIVIDE}", self.tells)
+        self.compared = "train" in undivided
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
         self.trainer, self.wishes, self.samples = trainer, {}, trainer.state.samples
@@ -275,7 +261,7 @@ class Together(Agreeing):
             explain(error, self.rank)
             raise
         finally:
-            self.trainer = self.work = None
+            self.trainer = self.work = self.reading = None
             self.end()
 
     def check_same(self, settings: Mapping[str, Any], more: Any) -> list[Any]:
@@ -288,12 +274,13 @@ class Together(Agreeing):
         return list(others)
 
     def length(self, own: int | None) -> int | None:
-        lengths = torch.zeros(self.world_size, dtype=torch.float64)
-        lengths[self.rank] = -1 if own is None else own
-        self.processes.sum(lengths).wait()  # one message; to gather objects takes two
-        found = [None if one < 0 else int(one) for one in lengths.tolist()]
-        self.uneven = len(set(found)) > 1 or None in found
-        if self.needs_all and self.uneven and None not in found: raise other_lengths("training data", found, self.why_all)
+        told = torch.zeros(2, self.world_size, dtype=torch.float64)
+        told[:, self.rank] = torch.tensor([-1.0 if own is None else own, is_sure(self.trainer.plan.train)])
+        self.processes.sum(told).wait()  # one message; to gather objects takes two
+        found = [None if one < 0 else int(one) for one in told[0].tolist()]
+        self.uneven = len(set(found)) > 1 or None in found or not told[1].all()
+        if self.needs_all and len(set(found)) > 1 and None not in found:
+            raise other_lengths("training data", found, self.why_all)
         return None if None in found else max(one for one in found if one is not None)
 
     @property
@@ -302,6 +289,12 @@ class Together(Agreeing):
         return self.rank // self.copies
 
     def part(self, loader: Any) -> Any:
+        own = self.own_part(loader)
+        self.reading = own if isinstance(own, Positioned) else None
+        return own
+
+    def own_part(self, loader: Any) -> Any:
+        "What this process reads of a loader"
         if isinstance(loader, EpochLoader):  # the part is kept, and with it the workers that read for it
             parts, plan = self.world_size // self.copies, self.trainer and self.trainer.plan
             ours = [plan.train, *plan.valid_sets.values()] if plan else []
@@ -315,9 +308,18 @@ class Together(Agreeing):
         divisible = isinstance(loader, EpochLoader) and loader.in_rows
         return divisible and self.world_size > self.copies and has_group()
 
+    def compare(self, raw: Any) -> None:
+        "Look at the first batch of a fit, which must be of one stream on all processes, or is better not the same"
+        self.compared = True
+        if self.reading is not None: check_items(self.processes.gather(self.reading.first))
+        if isinstance(self.trainer.plan.train, EpochLoader) or self.world_size == self.copies: return
+        same = all_the_same(self.processes.gather(fingerprint(raw))[::self.copies])
+        if same: tell(f"all processes were given the same first batch. Where each reads all of the training data: {DIVIDE}", self.tells)
+
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
             raw = next(batches, None)
+            if not self.compared: self.compare(raw)
             if self.uneven:
                 there = torch.tensor([float(raw is not None)])
                 self.processes.sum(there).wait()
@@ -343,7 +345,8 @@ class Together(Agreeing):
         measured = {name: over_all(self.processes, one, self.copies, name == "logged").state_dict() for name, one in sets.items()}
         windows = {name: self.whole_window(one, trainer.engine.slots[name].params) for name, one in state["windows"].items()}
         short = all(metric.sums() is not None for one in sets.values() for metric in one.metrics)  # none keeps outputs
-        mine = {"rng": state["rng"], "measured": {name: one.state_dict() for name, one in sets.items()} if short else None}
+        mine = {"rng": state["rng"], "measured": {name: one.state_dict() for name, one in sets.items()} if short else None,
+                "data": None if isinstance(trainer.last_train, EpochLoader) else {name: state[name] for name in PLACES}}
         return {**state, **measured, "windows": windows, "ranks": self.processes.gather(mine)}
 
     def whole_window(self, window: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
@@ -358,4 +361,4 @@ class Together(Agreeing):
         if measured is None: measured = {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in MEASURED}
         windows = {name: divided(one, trainer.engine.accumulate, self.world_size // self.copies, first)
                    for name, one in state["windows"].items()}
-        return {**state, **measured, "windows": windows, "rng": mine["rng"]}
+        return {**state, **measured, **(mine.get("data") or {}), "windows": windows, "rng": mine["rng"]}

@@ -255,6 +255,19 @@ class Scales(Step):
         return StepOutput(predictions={"each": batch.inputs, "scale": torch.ones(1)})
 
 
+def words(ids):
+    """Padded to the longest of those that are asked for."""
+    texts = [torch.ones(1 + i % 4, 1) for i in ids.tolist()]
+    return Batch(nn.utils.rnn.pad_sequence(texts, batch_first=True), None, len(ids), ids)
+
+
+def padded_by_part():
+    """The sizes of what is predicted for each word by parts, and the whole by each process."""
+    loader = Loader(words, torch.arange(8), batch_size=4)
+    by_part, whole = (trainer_of().predict(loader, divided=divided).predictions for divided in (True, False))
+    return join().gather(([len(one) for one in by_part], whole))
+
+
 def on_rank_0_alone():
     trainer, processes = trainer_of(), join()
     found = trainer.predict(rows(9, 4), divided=False).predictions.tolist() if processes.rank == 0 else None

@@ -106,6 +106,12 @@ def test_parts_that_are_not_samples_in_a_row_are_predicted_by_each_process(toget
         assert found.ids.tolist() == list(range(8)) and found.targets.flatten().tolist() == list(range(8))
 
 
+def test_sequences_are_padded_by_part_unless_each_process_predicts_all(together):
+    for by_part, whole in together(predictions.padded_by_part):
+        assert by_part == [2, 2, 4, 4, 2, 2, 4, 4]
+        assert whole.shape == (8, 4, 1)
+
+
 def test_rank_0_may_predict_alone(together):
     first, second = together(predictions.on_rank_0_alone)
     assert len(first) == 9 and second is None
