@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import restored
+from restore import restored
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, PAGES = ROOT / "nbdev_trainer", ROOT / "nbs"

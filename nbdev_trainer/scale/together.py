@@ -172,7 +172,7 @@ class Agreeing(Strategy):
 
     def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
-        alike: dict[str, Any] = {"learning rates": rates_of(self.trainer)} if by_all else {}
+        alike: dict[str, Any] = rates_of(self.trainer) if by_all else {}
         if batches is not None and self.reading is not None: alike[ITEMS], self.reading = self.reading.first, None
         with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
