@@ -41,12 +41,13 @@ def find_device(
 ) -> torch.device:
     "The device to train on; raises `ValueError` when this machine has no such device"
     available, how = available_devices(), "Pass one of them, or device='auto'."
-    if str(device) == "auto": return torch.device(available[0])
+    if str(device) == "auto": device = available[0].split(":")[0]
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
         here = " (torch says 'cuda')" if str(device).lower() == "gpu" else ""
         raise ValueError(f"{device!r} names no device{here}; this machine has {available}. {how}") from None
-    if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
+    if found.type == "cuda" and found.index is None and "cuda:0" in available:
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
     raise ValueError(f"this machine has no device {name!r}; it has {available}. {how}")
@@ -389,6 +390,7 @@ class Engine(RunsSteps):
         elif window.counts: correction = window.correction()
         if correction is not None:
             gradients = [p.grad for p in slot.params if p.grad is not None]
+            if gradients and isinstance(correction, Tensor): correction = correction.to(gradients[0].device)  # of FSDP: the host
             if gradients: torch._foreach_mul_(gradients, correction)
         self.precision.unscale(slot.optimizer)
         if self.clip is not None: slot.norm = self.clip(slot.params)
