@@ -30,7 +30,7 @@ __all__ = ['FOLD', 'weighted_sum', 'on_one_device', 'RunningMean', 'Metric', 'ad
 FOLD = 64  # scalars kept before they are added up
 
 def weighted_sum(
-    values: list[Tensor],                 # scalars; those that were saved, or logged as numbers, are on the host
+    values: list[Tensor],                 # scalars; some may be on the host, as those that were saved are
     weights: list[int | float | Tensor],  # as many, known to the host or scalars on the device
     of_sums: bool,                        # whether each value is already a sum over its weight
 ) -> tuple[Tensor, Tensor]:  # the sum of the values, the sum of the weights

@@ -87,7 +87,8 @@ def tf32_settings() -> list[tuple[Any, str, Any, Any]]:  # owner, name, what it 
     "Where torch keeps whether it may use TF32, by the names that this program uses"
     cudnn: Any = torch.backends.cudnn
     found: list[tuple[Any, str, Any, Any]] = []
-    for owner, parts in ((torch.backends.cuda.matmul, [torch.backends.cuda.matmul]), (cudnn, [cudnn.conv, cudnn.rnn])):
+    matmul: Any = torch.backends.cuda.matmul
+    for owner, parts in ((matmul, [matmul]), (cudnn, [cudnn.conv, cudnn.rnn])):
         try: found.append((owner, "allow_tf32", owner.allow_tf32, True))
         except RuntimeError: found += [(one, "fp32_precision", one.fp32_precision, "tf32") for one in parts]
     return found

@@ -34,7 +34,7 @@ from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'CAME', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'launched_store', 'told_when_long', 'has_group', 'leave', 'stand_on', 'backends', 'join']
+           'fresh_store', 'launched_store', 'told_when_long', 'backends', 'stand_on', 'has_group', 'leave', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -214,6 +214,17 @@ def told_when_long(
     finally: timer.cancel()
 
 # %% ../../nbs/api/scale/02_processes.ipynb #260f0825
+def backends(device: torch.device | str) -> str:
+    "What carries messages for this device; \"auto\": for GPUs too, where there are some"
+    on_cuda = torch.cuda.is_available() if str(device) == "auto" else torch.device(device).type == "cuda"
+    return "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
+
+def stand_on(device: torch.device | None) -> None:
+    "Make the GPU of this process the one that torch means where none is named"
+    if device is None or device.type != "cuda" or device.index is None: return
+    torch.cuda.set_device(device)
+
+# %% ../../nbs/api/scale/02_processes.ipynb #28e5afc0
 def has_group() -> bool:
     "Whether this process has joined others already"
     return dist.is_available() and dist.is_initialized()
@@ -223,15 +234,6 @@ def leave() -> None:
     if not has_group() or getattr(sys, "last_value", None) is not None: return
     dist.destroy_process_group()
     time.sleep(0.1)  # whoever waits for Python gets it now
-
-def stand_on(device: torch.device | None) -> None:
-    "Make the GPU of this process the one that torch means where none is named"
-    if device is not None and device.type == "cuda" and device.index is not None: torch.cuda.set_device(device)
-
-def backends(device: torch.device | str) -> str:
-    "What carries the messages of processes that train on this device; \"auto\": where there are GPUs, for both"
-    on_cuda = torch.cuda.is_available() if str(device) == "auto" else torch.device(device).type == "cuda"
-    return "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
 
 def join(
     place: Place | None = None,      # None: by the variables of whoever started the process
