@@ -15,7 +15,8 @@ from nbdev_trainer.callbacks.checkpoint import Copies
 from nbdev_trainer.data.sending import copied_ahead
 from nbdev_trainer.scale.precision import Scaled
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu,  # torch warns of what is capturable and not recorded, as the plain learner beside a recorded one
+              pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")]
 DEVICE = "cuda"
 
 torch.manual_seed(0)
