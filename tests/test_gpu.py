@@ -1,6 +1,7 @@
 """On a GPU: mixed precision beside exact arithmetic, steps in which the host waits for nothing, copies made ahead, recorded steps."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from nbdev_trainer import EMA, Accuracy, Callback, Learner, Loaders, SupervisedStep, one_cycle
+from nbdev_trainer import AUROC, EMA, Accuracy, Callback, Checkpoint, Learner, Loaders, SupervisedStep, launch, one_cycle
+from nbdev_trainer.callbacks.checkpoint import Copies
 from nbdev_trainer.data.sending import copied_ahead
 from nbdev_trainer.scale.precision import Scaled
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu,  # torch warns of what is capturable and not recorded, as the plain learner beside a recorded one
+              pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")]
 DEVICE = "cuda"
 
 torch.manual_seed(0)
@@ -258,6 +261,49 @@ def test_what_waits_while_a_step_is_recorded_is_an_error_that_leaves_all_as_it_w
     plain = Learner(learner.model, loaders, step=Reads(nn.CrossEntropyLoss()), device=DEVICE, lr=0.01, verbose=0)
     plain.fit(1)
     assert plain.trainer.state.ending == "finished"
+
+
+def test_a_fit_goes_on_from_a_file_within_an_epoch(tmp_path):
+    class Breaks(Callback):
+        def after_batch(self, trainer):
+            if trainer.state.batch == 13: raise OSError("cut off")
+
+    def make(directory, *callbacks):
+        return flat_learner(False, flat_network(0.3), run_dir=directory, seed=0, metrics=[Accuracy(), AUROC("multiclass", 3)],
+                            callbacks=[EMA(0.9), Checkpoint(every="6ba"), *callbacks], default_callbacks=True)
+
+    whole = make(tmp_path / "whole")
+    whole.fit_one_cycle(2)
+    with pytest.raises(OSError, match="cut off"): make(tmp_path / "cut", Breaks()).fit_one_cycle(2)
+    again = make(tmp_path / "cut")
+    again.fit_one_cycle(2, resume=True)  # from batch 12, with what was measured of the epoch on the host
+    assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+    assert again.history["train_accuracy"] == whole.history["train_accuracy"]
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+def test_what_is_copied_from_another_gpu_has_arrived():
+    weights = torch.zeros(2**24, device="cuda:1")
+    with torch.cuda.device(1): torch.cuda._sleep(100_000_000)
+    weights += 1
+    assert torch.cuda.current_device() == 0 and Copies().take({"weights": weights})["weights"].min() == 1
+
+
+def train_on_own_gpu(strategy):
+    learner = flat_learner(False, precision="bf16", strategy=strategy, device="auto")
+    learner.fit(1)
+    own = int(os.environ["LOCAL_RANK"])
+    assert {p.device for p in learner.model.parameters()} == {torch.device("cuda", own)} and torch.cuda.current_device() == own
+    assert "cuda:nccl" in str(torch.distributed.get_backend_config())
+    return learner.trainer.state.batch
+
+
+@two_gpus
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_each_process_trains_on_a_gpu_of_its_own(strategy): assert launch(train_on_own_gpu, strategy, processes=2) == 10
 
 
 @pytest.mark.slow

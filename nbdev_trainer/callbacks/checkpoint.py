@@ -66,7 +66,7 @@ class Copies:
             places = [torch.empty(one.shape, dtype=one.dtype, pin_memory=pinned) for one in found]
             self.places = places
         for place, one in zip(places, found): place.copy_(one, non_blocking=one.is_cuda)  # the others: now
-        if any(one.is_cuda for one in found): torch.cuda.synchronize()
+        for device in {one.device for one in found if one.is_cuda}: torch.cuda.synchronize(device)
         rest = iter(places)
         return map_tensors(lambda one: next(rest), state)
 

@@ -195,10 +195,11 @@ class Mixing(MixesTargets):
         draws = draws_for(self.seed, trainer.state.batch)  # type: ignore[arg-type]  # drawn by now
         if self.loss is None or draws.random() >= self.p or is_alone(self, trainer): return
         check_stacked(self, batch.inputs, batch.size)
-        order = partners(batch.size, draws).to(trainer.device, non_blocking=True)
+        places = partners(batch.size, draws)
+        order = places.to(trainer.device, non_blocking=True)
         inputs, share = self.mix(batch, order, draws)
         if not 0 < share < 1: return  # whole samples only
-        self.loss.pairing = paired(batch, inputs, order, share)
+        self.loss.pairing = paired(batch, inputs, order, share, places)
         trainer.state.current_batch = self.loss.pairing.batch
 
     def state_dict(self) -> dict[str, Any]: return {"seed": self.seed}
@@ -211,12 +212,14 @@ def paired(
     inputs: Any,     # mixed
     order: Tensor,   # (batch,) int64, who was mixed with whom
     share: float,    # of the sample itself, in (0, 1)
+    places: Tensor | None = None,  # the order on the host, where `ids` are; None: it is there
 ) -> Pairing:
     "The mixed batch, with the larger part of each pair as its first"
     mixed = Batch(inputs, batch.targets, batch.size, batch.ids, batch.weights)
     if share >= 0.5: return Pairing(mixed, order, share)
-    def first(value: Any) -> Any: return None if value is None else index(value, order)
-    mixed.targets, mixed.ids, mixed.weights = first(batch.targets), first(batch.ids), first(batch.weights)
+    def first(value: Any, order: Tensor = order) -> Any: return None if value is None else index(value, order)
+    mixed.targets, mixed.weights = first(batch.targets), first(batch.weights)
+    mixed.ids = first(batch.ids, order if places is None else places)  # without waiting for the device
     return Pairing(mixed, order.argsort(), 1 - share)
 
 def is_alone(owner: Any, trainer: Trainer) -> bool:

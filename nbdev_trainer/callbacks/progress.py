@@ -58,7 +58,7 @@ class Glance:
             self.value = float(buffer)
         else: buffer, arrived = torch.empty((), dtype=scalar.dtype, pin_memory=True), torch.cuda.Event()
         buffer.copy_(scalar.detach(), non_blocking=True)
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(scalar.device))  # not of the current device
         self.copy = buffer, arrived
 
 # %% ../../nbs/api/callbacks/03_progress.ipynb #ddf96226

@@ -131,7 +131,8 @@ def index(
     "The samples at positions `ids`, in that order."
     if isinstance(ids, slice) and isinstance(value, (Tensor, list, np.ndarray)): return value[ids]
     if isinstance(ids, Tensor):
-        if isinstance(value, Tensor): return value.index_select(0, ids.to(value.device))
+        if isinstance(value, Tensor):  # a device does not make the host wait for what is few numbers
+            return value.index_select(0, ids.to(value.device, non_blocking=ids.is_cpu))
         if isinstance(value, list): return [value[i] for i in ids.tolist()]
         if isinstance(value, np.ndarray): return value[ids.numpy(force=True)]
     if isinstance(value, tuple): return _like(value, [index(part, ids) for part in value])

@@ -16,6 +16,7 @@ import math
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from ..core.nested import map_tensors, to_device
 
 # %% auto #0
-__all__ = ['PackedList', 'compact', 'each_part', 'pack', 'unpack', 'Failed', 'copied_ahead', 'arrived']
+__all__ = ['PackedList', 'compact', 'each_part', 'pack', 'unpack', 'Failed', 'copy_stream', 'copied_ahead', 'on_its_way',
+           'arrived']
 
 # %% ../../nbs/api/data/09c_sending.ipynb #60cbc471
 class PackedList(NamedTuple):
@@ -88,25 +90,34 @@ class Failed:
         self.error.add_note(f"in a worker process:\n{where}")
 
 # %% ../../nbs/api/data/09c_sending.ipynb #06d1e3d9
-def copied_ahead(  # pragma: gpu
+@lru_cache
+def copy_stream(device: torch.device) -> Any:
+    "The stream on which batches are copied to a device"
+    return torch.cuda.Stream(device)
+
+def copied_ahead(
     done: Iterator[tuple[Any, Any]],
     device: torch.device,
 ) -> Iterator[tuple[Any, Any]]:
     "What was read, on the device; the next is copied on a stream of its own while this one is used"
-    stream, pending = torch.cuda.Stream(device), None
-    def on_its_way(read: Any) -> Any:
-        pinned = map_tensors(lambda one: one if one.is_pinned() else one.pin_memory(), read)
-        with torch.cuda.stream(stream): return to_device(pinned, device, non_blocking=True), pinned
+    pending: tuple[Any, tuple[Any, Any, Any]] | None = None
     for task, read in done:
-        following = task, on_its_way(read)
-        if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
+        following = task, on_its_way(read, device)
+        if pending is not None: yield pending[0], arrived(*pending[1], device)
         pending = following
-    if pending is not None: yield pending[0], arrived(pending[1][0], device, stream)
+    if pending is not None: yield pending[0], arrived(*pending[1], device)
 
-def arrived(read: Any, device: torch.device, stream: Any) -> Any:  # pragma: gpu
+def on_its_way(read: Any, device: torch.device) -> tuple[Any, Any, Any]:
+    "A copy that has begun, when it is done, and what is copied, which must stay until then"
+    def pinned(one: Tensor) -> Tensor: return one if not one.is_cpu or one.is_pinned() else one.pin_memory()
+    source, stream = map_tensors(pinned, read), copy_stream(device)
+    with torch.cuda.stream(stream): copied = to_device(source, device, non_blocking=True)
+    return copied, stream.record_event(), source
+
+def arrived(read: Any, copied: Any, source: Any, device: torch.device) -> Any:
     "What was copied on another stream, safe to use on this one"
     now = torch.cuda.current_stream(device)
-    now.wait_stream(stream)
+    now.wait_event(copied)
     def used_here(one: Tensor) -> Tensor:
         one.record_stream(now)
         return one

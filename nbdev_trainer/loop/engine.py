@@ -32,21 +32,21 @@ __all__ = ['available_devices', 'find_device', 'move_model', 'Precision', 'conve
 
 # %% ../../nbs/api/loop/06_engine.ipynb #c6f7f796
 def available_devices() -> list[str]:
-    "The devices this machine can train on"
+    "The devices this machine can train on, of several GPUs the current one first"
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    current = cuda[torch.cuda.current_device():][:1] if torch.cuda.is_initialized() else []
+    return [*dict.fromkeys([*current, *cuda]), *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 def find_device(
     device: str | torch.device = "auto",  # "auto", or what torch.device takes
 ) -> torch.device:
     "The device to train on; raises `ValueError` when this machine has no such device"
     available, how = available_devices(), "Pass one of them, or device='auto'."
-    if str(device) == "auto": return torch.device(available[0])
+    if str(device) == "auto" or str(device) == available[0][:4] == "cuda": return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
         here = " (torch says 'cuda')" if str(device).lower() == "gpu" else ""
         raise ValueError(f"{device!r} names no device{here}; this machine has {available}. {how}") from None
-    if found.type == "cuda" and found.index is None and "cuda:0" in available: return torch.device("cuda:0")
     name = "mps" if str(found) == "mps:0" else str(found)
     if found.type not in ("cuda", "mps") or name in available: return found
     raise ValueError(f"this machine has no device {name!r}; it has {available}. {how}")
@@ -387,9 +387,9 @@ class Engine(RunsSteps):
             if not isinstance(total, Tensor) and total == 0: return False
             correction = window.correction(total, self.strategy.world_size // self.strategy.copies)
         elif window.counts: correction = window.correction()
-        if correction is not None:
-            gradients = [p.grad for p in slot.params if p.grad is not None]
-            if gradients: torch._foreach_mul_(gradients, correction)
+        if correction is not None and (gradients := [p.grad for p in slot.params if p.grad is not None]):
+            if isinstance(correction, Tensor): correction = correction.to(gradients[0].device)  # or offloaded
+            torch._foreach_mul_(gradients, correction)
         self.precision.unscale(slot.optimizer)
         if self.clip is not None: slot.norm = self.clip(slot.params)
         return True

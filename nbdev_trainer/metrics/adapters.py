@@ -48,7 +48,7 @@ class WholeSet(Kept):
     def compute(self) -> Any:
         "The function's answer for the whole set; NaN when there was no batch"
         if not self.kept: return float("nan")
-        return self.fn(*(concatenate(list(parts)) for parts in zip(*self.kept)))
+        return self.fn(*(concatenate(list(parts)) for parts in zip(*self.parts())))
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #8f787bbe
 def averaged(

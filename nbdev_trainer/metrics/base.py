@@ -12,39 +12,54 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/metrics/base.html.md"""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.errors import checked_keywords, describe
+from ..core.nested import tensors, to_device
 from ..data.batch import Batch, StepOutput
 
 # %% auto #0
-__all__ = ['FOLD', 'weighted_sum', 'RunningMean', 'Metric', 'added', 'snake_case', 'precise', 'zeros', 'Additive', 'Kept',
-           'raise_if_counted', 'targets_of', 'refuse_weights', 'Loss', 'Mean', 'function_name']
+__all__ = ['FOLD', 'weighted_sum', 'on_one_device', 'RunningMean', 'Metric', 'added', 'snake_case', 'precise', 'zeros',
+           'Additive', 'Kept', 'raise_if_counted', 'targets_of', 'refuse_weights', 'Loss', 'Mean', 'function_name']
 
 # %% ../../nbs/api/metrics/00_base.ipynb #fcd5540e
 FOLD = 64  # scalars kept before they are added up
 
 def weighted_sum(
-    values: list[Tensor],                 # scalars on one device
+    values: list[Tensor],                 # scalars; some may be on the host, as those that were saved are
     weights: list[int | float | Tensor],  # as many, known to the host or scalars on the device
     of_sums: bool,                        # whether each value is already a sum over its weight
 ) -> tuple[Tensor, Tensor]:  # the sum of the values, the sum of the weights
     "Add up scalars on their device in double precision; raises `ValueError` for a value that is no scalar"
-    device = values[0].device
-    stacked = torch.stack(values)
-    if stacked.ndim > 1:
-        raise ValueError(f"a running mean was given {describe(values[0])}; expected scalars. For a value per "
+    given = [*values, *(weight for weight in weights if isinstance(weight, Tensor))]
+    if wrong := [one for one in given if one.ndim]:
+        raise ValueError(f"a running mean was given {describe(wrong[0])}; expected scalars. For a value per "
                          "sample: add(values.mean(), number of samples).")
+    device = next((one.device for one in given if not one.is_cpu), values[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
-    if any(isinstance(weight, Tensor) for weight in weights):
-        counted = torch.stack([torch.as_tensor(weight, dtype=dtype, device=device) for weight in weights])
+    stacked = on_one_device(values, device, dtype)
+    if len(given) > len(values): counted = on_one_device(weights, device, dtype)
     else: counted = torch.tensor(weights, dtype=dtype).to(device, non_blocking=True)
-    kept = torch.where(counted > 0, stacked.to(dtype), 0.0)
+    kept = torch.where(counted > 0, stacked, 0.0)
     return (kept if of_sums else kept * counted).sum(), counted.sum()
+
+def on_one_device(
+    scalars: Sequence[int | float | Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:  # (scalars,)
+    "Scalars side by side; the host waits for none"
+    kinds = {(one.is_cpu, one.dtype) if isinstance(one, Tensor) else None for one in scalars}
+    if len(kinds) == 1 and None not in kinds:  # as a rule, and ten times as fast
+        return torch.stack(scalars).to(device, dtype, non_blocking=True)  # type: ignore[arg-type]
+    def there(one: int | float | Tensor) -> Tensor:
+        if not isinstance(one, Tensor): return torch.full((), one, dtype=dtype, device=device)
+        return one.to(device, dtype, non_blocking=True) if one.is_cpu else one.to(dtype)
+    return torch.stack([there(one) for one in scalars])
 
 # %% ../../nbs/api/metrics/00_base.ipynb #07488e85
 class RunningMean:
@@ -231,6 +246,11 @@ class Kept(Metric):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on from a saved state"
         self.kept = list(state["kept"])
+
+    def parts(self) -> list[Any]:
+        "What was kept, all of it where the newest is: what was saved comes back on the host"
+        newest = next(tensors(self.kept[-1:]), None)
+        return self.kept if newest is None else to_device(self.kept, newest.device)
 
     def merge(self, other: Metric) -> None:
         "Keep what another has kept, too; raises `TypeError` for a metric of another kind"

@@ -214,7 +214,7 @@ def read_rows(
         bins, valid = metric.store.sums()["bins"], report_wrong(metric.task, metric.store.sums()["wrong"])
         return torch.arange(bins.shape[2], device=bins.device).expand(bins.shape[1], -1), bins, valid
     if not metric.store.kept: return None
-    *parts, wrong = zip(*metric.store.kept)
+    *parts, wrong = zip(*metric.store.parts())
     valid = report_wrong(metric.task, torch.stack(wrong).sum(0))
     scores, targets, counts = (torch.cat(part) for part in parts)
     return *one_against_rest(scores, targets, counts), valid

@@ -282,7 +282,7 @@ class SpearmanCorrelation(Kept):
     def compute(self) -> Tensor:
         "The mean over the outputs; NaN for less than two samples or no spread"
         if not self.kept: return torch.tensor(float("nan"))
-        predictions, targets = (ranks(torch.cat(part)) for part in zip(*self.kept))
+        predictions, targets = (ranks(torch.cat(part)) for part in zip(*self.parts()))
         pearson = PearsonCorrelation(self.n_outputs)
         pearson.update(StepOutput(predictions=predictions), Batch(None, targets))
         return torch.as_tensor(pearson.compute())

@@ -24,8 +24,8 @@ from ..loop.engine import Precision
 from .float8 import Float8, check_float8
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'OTHER_NAMES', 'Autocast', 'Scaled', 'Converted', 'TF32', 'can_autocast', 'can_compute', 'has_tf32',
-           'make_precision']
+__all__ = ['PRECISIONS', 'OTHER_NAMES', 'Autocast', 'Scaled', 'Converted', 'tf32_settings', 'TF32', 'can_autocast', 'can_compute',
+           'has_tf32', 'make_precision']
 
 # %% ../../nbs/api/scale/00_precision.ipynb #026859aa
 class Autocast(Precision):
@@ -83,17 +83,26 @@ class Converted(Precision):
         return model.to(self.dtype)
 
 # %% ../../nbs/api/scale/00_precision.ipynb #90527dc0
+def tf32_settings() -> list[tuple[Any, str, Any, Any]]:  # owner, name, what it is, what says TF32
+    "Where torch keeps whether it may use TF32, by the names that this program uses"
+    cudnn: Any = torch.backends.cudnn
+    found: list[tuple[Any, str, Any, Any]] = []
+    matmul: Any = torch.backends.cuda.matmul
+    for owner, parts in ((matmul, [matmul]), (cudnn, [cudnn.conv, cudnn.rnn])):
+        try: found.append((owner, "allow_tf32", owner.allow_tf32, True))
+        except RuntimeError: found += [(one, "fp32_precision", one.fp32_precision, "tf32") for one in parts]
+    return found
+
 class TF32(Precision):
     "Factors of matrix products rounded to 19 bits, in 32-bit models on CUDA"
     @contextmanager
     def during(self) -> Iterator[None]:
         "The setting for a fit or an evaluation; afterwards as before"
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-        before = [one.allow_tf32 for one in backends]
-        for one in backends: one.allow_tf32 = True
+        settings = tf32_settings()
+        for owner, name, _, on in settings: setattr(owner, name, on)
         try: yield
         finally:
-            for one, value in zip(backends, before): one.allow_tf32 = value
+            for owner, name, before, _ in settings: setattr(owner, name, before)
 
 # %% ../../nbs/api/scale/00_precision.ipynb #ea6ebcb1
 def can_autocast(device: torch.device, dtype: torch.dtype) -> bool:

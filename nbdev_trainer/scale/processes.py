@@ -34,7 +34,7 @@ from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'CAME', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'launched_store', 'told_when_long', 'has_group', 'leave', 'join']
+           'fresh_store', 'launched_store', 'told_when_long', 'backends', 'stand_on', 'has_group', 'leave', 'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -214,6 +214,17 @@ def told_when_long(
     finally: timer.cancel()
 
 # %% ../../nbs/api/scale/02_processes.ipynb #260f0825
+def backends(device: torch.device | str) -> str:
+    "What carries messages for this device; \"auto\": for GPUs too, where there are some"
+    on_cuda = torch.cuda.is_available() if str(device) == "auto" else torch.device(device).type == "cuda"
+    return "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
+
+def stand_on(device: torch.device | None) -> None:
+    "Make the GPU of this process the one that torch means where none is named"
+    if device is None or device.type != "cuda" or device.index is None: return
+    torch.cuda.set_device(device)
+
+# %% ../../nbs/api/scale/02_processes.ipynb #28e5afc0
 def has_group() -> bool:
     "Whether this process has joined others already"
     return dist.is_available() and dist.is_initialized()
@@ -226,13 +237,12 @@ def leave() -> None:
 
 def join(
     place: Place | None = None,      # None: by the variables of whoever started the process
-    device: torch.device | str = "cpu",  # where the model trains
+    device: torch.device | str = "auto",  # where the model trains; "auto": on a GPU, if there is one
     timeout: str = "10m",            # how long a rank waits for the others, such as "90s"
 ) -> Processes:
     "Join the processes that train together; raises `RuntimeError` where there are none, or one does not come"
     seconds = Duration.parse(timeout).seconds if Duration.parse(timeout).is_time else 0
     if not seconds: raise ValueError(f"timeout is {timeout!r}; expected a time, such as '90s' or '10m'")
-    on_cuda = torch.device(device).type == "cuda"
     if not has_group():
         place = place or find_place()
         if place is None:
@@ -246,7 +256,7 @@ def join(
             elif from_agent and place.starter == "torchrun": how["store"] = launched_store(place, limit)
             elif place.starter == "torchrun": how["init_method"] = "env://"
             else: how["init_method"] = f"tcp://{place.address}:{place.port}"
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", **how)
+            dist.init_process_group(backends(device), **how)
         atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())

@@ -24,7 +24,7 @@ from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from ..loop.engine import Engine, OptimizerSlot
 from .exchange import WISHES, from_first
-from .processes import Processes
+from .processes import Processes, stand_on
 from .synced_norms import sync_norms
 from .together import Together, must_run
 
@@ -50,7 +50,7 @@ def average_gradients(
         dist.all_reduce(packed)
         used = packed[len(flat):].tolist()  # waits for the device, once a step
         for p, mean, n in zip(of_kind, packed.split([*(p.numel() for p in of_kind), len(of_kind)]), used):
-            if n: p.grad = mean.view_as(p).clone() if p.grad is None else p.grad.copy_(mean.view_as(p))
+            if n: p.grad = (torch.empty_like(p) if p.grad is None else p.grad).copy_(mean.view_as(p))  # in memory as p is
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #6a5faf5c
 class Called(nn.Module):
@@ -113,6 +113,7 @@ class Replicas(Together):
                                         "static_graph": static_graph}
 
     def prepare(self, model: nn.Module, optimizers: Any = (), device: torch.device | None = None) -> nn.Module:
+        stand_on(device)
         self.model, self.needs_all = model, self.sync_batch_norm and sync_norms(model) > 0
         if self.needs_all: model.register_forward_hook(self.guard)
         self.same_weights()

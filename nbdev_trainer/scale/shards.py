@@ -31,7 +31,7 @@ from ..loop.micro_batches import InParts
 from ..loop.plan import length_of
 from .empty_weights import fill, is_empty, place
 from .exchange import from_first
-from .processes import Processes
+from .processes import Processes, stand_on
 from .synced_norms import sync_norms
 from .together import Together, must_run, other_lengths
 from ..store.pieces import divided_like, divide
@@ -192,6 +192,7 @@ class Shards(Together):
         if any(is_divided(p) for p in model.parameters()):
             raise ValueError("the model is divided already, by another learner; go on with that one, or build the "
                              "model anew and load what that one saved")
+        stand_on(device)  # or torch would divide the weights on the first GPU, on all processes
         if self.sync_batch_norm: sync_norms(model)
         self.model, before, done = model, dict(model.named_parameters()), set[Tensor]()
         self.empties = self.processes.gather(is_empty(model))

@@ -58,7 +58,7 @@ class Synced(nn.modules.batchnorm._BatchNorm):
         if not self.training: return super().forward(input)
         others, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
         values = input.to(torch.promote_types(input.dtype, torch.float32))
-        here = values.new_tensor([input.numel() / max(input.shape[1], 1)])
+        here = values.new_full((1,), input.numel() / max(input.shape[1], 1))  # filled there, so nobody waits
         sums = sum_over_all(torch.cat([values.sum(others), here]))
         n = sums[-1].detach()
         if not n.is_cuda and n <= 1: raise too_few(input)  # there it would have to be waited for

@@ -156,7 +156,7 @@ class Agreeing(Strategy):
                 self.dropped = self.trainer.engine.accumulate == 1
             for what, why in found.items(): setattr(state, what, why)
         if not on_devices: return count
-        total = torch.tensor(count / self.world_size, dtype=torch.float64, device=self.trainer.engine.device)
+        total = torch.full((), count / self.world_size, dtype=torch.float64, device=self.trainer.engine.device)
         if self.on_device is not None: total += self.on_device.detach() / self.copies
         dist.all_reduce(total)  # by all, also where the part is empty
         return total

@@ -199,7 +199,7 @@ def conditions(device: torch.device, seed: int | None) -> list[str]:
         notes.append("the seed acts at the first fit; for the same weights seed_everything before the model")
     if device.type == "cpu" and not torch.are_deterministic_algorithms_enabled():
         notes.append("few operations on a CPU leave an order to chance; deterministic=True refuses these too")
-    if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         notes.append("TF32 is on: a GPU without it gives other numbers")
     if os.environ.get("PYTHONHASHSEED") in (None, "random"):
         notes.append("a set of texts has another order in each process; sort it, or use PYTHONHASHSEED=0")
