@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def answers():
-    found = subprocess.run([sys.executable, ROOT / "tests" / "fake_device.py"], capture_output=True, text=True,
+    found = subprocess.run([sys.executable, ROOT / "tests" / "fake_device.py"], capture_output=True, text=True, timeout=240,
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
