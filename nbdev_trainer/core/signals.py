@@ -73,7 +73,8 @@ def heed(watched: set[int], above: int, reads_for: int | None) -> None:
 def guard_worker() -> None:
     "Pass over signals in this process, but for those of the process that it works for"
     if not hasattr(signal, "sigtimedwait"): return
-    watched, parent = {int(signal.Signals[name]) for name in watched_signals()}, multiprocessing.parent_process()
+    watched = {int(signal.Signals[name]) for name in watched_signals()}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    parent = multiprocessing.parent_process()
     reads_for = None if parent is None else parent.pid
     threading.Thread(target=heed, args=(watched, os.getppid(), reads_for), daemon=True).start()

@@ -228,18 +228,15 @@ def begin_worker(own: Callable[[int], None] | None, number: int) -> None:
 @contextmanager
 def guarded(loader: Any) -> Iterator[None]:  # by its processes; anything but a loader of torch has none
     "Processes that a loader starts inside of the block pass over signals that are meant for the program"
-    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
-        yield
-        return
-    own = loader.worker_init_fn
-    loader.worker_init_fn = partial(begin_worker, own)
+    starts = isinstance(loader, DataLoader) and loader.num_workers > 0
+    own = loader.worker_init_fn if starts else None
+    if starts: loader.worker_init_fn = partial(begin_worker, own)
     try: yield
-    finally: loader.worker_init_fn = own
+    finally:
+        if starts: loader.worker_init_fn = own
 
 # %% ../../nbs/api/data/10_workers.ipynb #26ed5bf0
-def end_processes(
-    pids: Sequence[int],  # 0: none
-) -> None:
+def end_processes(pids: Sequence[int]) -> None:  # 0: none
     "End processes at once; one that hangs would be waited for"
     for process in pids:
         if process: os.kill(process, signal.SIGKILL)

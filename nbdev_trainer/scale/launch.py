@@ -133,7 +133,7 @@ def show(source: IO[str], rank: int) -> None:
         for line in source:
             try: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
             except OSError as error:
-                if error.errno != errno.EIO: raise  # the terminal is gone, and they shall save: let them print on
+                if error.errno != errno.EIO: raise  # else the terminal is gone, and they are to save
 
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -313,7 +313,8 @@ def noted_signals() -> list[int]:
     "The signals that are noted here while other processes train"
     if threading.current_thread() is not threading.main_thread(): return []
     now = {name: signal.getsignal(signal.Signals[name]) for name in watched_signals()}
-    ours = {"SIGINT": now["SIGINT"] is signal.default_int_handler, "SIGTERM": now["SIGTERM"] not in (signal.SIG_IGN, None)}
+    ours = {"SIGINT": now["SIGINT"] is signal.default_int_handler,
+            "SIGTERM": now["SIGTERM"] not in (signal.SIG_IGN, None)}
     return [signal.Signals[name] for name in now if (ours[name] if name in ours else is_free(name))]
 
 @contextmanager
@@ -338,7 +339,7 @@ def show_ending(crew: Crew, folder: Path, codes: list[int]) -> None:
     "Print what those who were asked to end have not done, or failed in"
     if crew.late:
         ranks = ", ".join(map(str, crew.late))
-        print(f"not ended in time, and killed: rank {ranks}. What was saved before is there", file=sys.stderr, flush=True)
+        print(f"not ended in time, and killed: rank {ranks}. What was saved before is there", file=sys.stderr)
     elif any(codes): show_failure(first_error(folder, codes, crew.failed))
 
 def end_program(number: int = signal.SIGTERM) -> None:
