@@ -35,6 +35,7 @@ Modules:
 - `nbdev_trainer.core.messages`: What the library says while it works: a line for a person, and the same line for Python's `logging`
 - `nbdev_trainer.core.nested`: Work on every tensor of a batch, whatever containers it comes in
 - `nbdev_trainer.core.seeding`: Same seed, same numbers: global generators that can be kept and put back, and orders that need no generator
+- `nbdev_trainer.core.signals`: Which signals ask a program to end, when one more is another request, and which processes they are not for
 - `nbdev_trainer.core.wrapping`: Something around a method of one object, for a while
 - `nbdev_trainer.data.adapters`: Transforms of Albumentations and of torchvision, with boxes, labels, masks and points in step
 - `nbdev_trainer.data.annotations`: Images with boxes, from the files of Pascal VOC and of COCO

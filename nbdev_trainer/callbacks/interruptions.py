@@ -3,7 +3,8 @@
 A cluster that wants its machine back sends SIGTERM and waits some seconds; a person presses Ctrl-C. Cut off in the middle of a
 batch, a run has lost that batch, and perhaps a half-filled window. So the signal is noted, the batch in hand is finished,
 and the fit ends there: the state is saved once, everything the fit had changed is put back, and the process exits with 143,
-or the notebook gets its cell back. A second signal ends the fit at once.
+or the notebook gets its cell back. A second request ends the fit at once; the same one by another way does not
+([signals](../core/06_signals.ipynb)).
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/callbacks/interruptions.html.md"""
 
@@ -24,31 +25,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
-from ..core.errors import checked_keywords, did_you_mean
+from ..core.errors import checked_keywords
 from ..core.messages import tell
+from ..core.signals import Requests, check_signals, watched_signals
 from ..loop.callback import Callback
 from ..store.checkpoints import batch_of, list_checkpoints
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['watched_signals', 'check_signals', 'slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'announce', 'how_to_go_on',
-           'EndsBetweenBatches', 'Interruptions']
-
-# %% ../../nbs/api/callbacks/15_interruptions.ipynb #fef5c4b6
-def watched_signals() -> list[str]:
-    "The signals that end a fit when nothing else is said"
-    under_slurm = "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1")
-    hangs_up = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return ["SIGINT", "SIGTERM", *(["SIGHUP"] if hangs_up else []), *(["SIGUSR1"] if under_slurm else [])]
-
-def check_signals(names: Sequence[str]) -> list[str]:
-    "The names; raises `ValueError` for one that is no signal here, or cannot be noted"
-    known = [one.name for one in signal.Signals if one.name not in ("SIGKILL", "SIGSTOP")]
-    for name in names:
-        if name in known: continue
-        raise ValueError(f"there is no signal {name!r} to note. {did_you_mean(name, known)}")
-    return list(names)
+__all__ = ['slurm_job', 'requeue', 'in_a_worker', 'ending_of', 'announce', 'how_to_go_on', 'EndsBetweenBatches', 'Interruptions']
 
 # %% ../../nbs/api/callbacks/15_interruptions.ipynb #58945cdd
 def slurm_job() -> tuple[str, str]:  # the program to ask, and the number of the job
@@ -146,6 +132,7 @@ class Interruptions(EndsBetweenBatches):
     def before_fit(self, trainer: Trainer) -> None:
         if self.requeue: slurm_job()
         self.asked, self.told, self.trainer, self.process = None, False, trainer, os.getpid()
+        self.requests = Requests()
         self.keeper = next((one for one in trainer.all_callbacks() if isinstance(one, Checkpoint)), None)
         if threading.current_thread() is not threading.main_thread(): return
         self.before = {name: signal.signal(signal.Signals[name], self.note) for name in self.signals}
@@ -153,16 +140,24 @@ class Interruptions(EndsBetweenBatches):
     def note(self, number: int, frame: FrameType | None) -> None:
         "The handler of the signals"
         if os.getpid() != self.process: return in_a_worker(number)
-        if self.asked is not None: raise ending_of(self.asked)
-        self.asked, trainer = signal.Signals(number).name, self.trainer
+        request, why, trainer = self.requests.hear(), signal.Signals(number).name, self.trainer
+        if request == 0: return  # the same one again
+        self.asked = self.asked or why
+        if request > 1: raise ending_of(self.asked)
         if trainer is not None and trainer.waits_for_data and not trainer.together: self.look(trainer)
-        if trainer is not None and trainer.shown: announce(self.asked, self.keeper is not None)
+        if trainer is not None and trainer.shown: announce(why, self.keeper is not None)
 
-    def after_fit(self, trainer: Trainer) -> None:
+    def put_back(self) -> None:
+        "Give the signals back to whoever had them"
         for name, handler in self.before.items(): signal.signal(signal.Signals[name], handler)
         self.before, self.trainer = {}, None
+
+    def after_fit(self, trainer: Trainer) -> None:
+        if self.asked is None and trainer.state.interruption is None: self.put_back()
         self.asked = self.asked or trainer.state.interruption
-        if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
-        first = trainer.engine.strategy.rank == 0
-        if trainer.state.interruption and self.requeue and first: tell(requeue(), trainer.shown)
+        try:
+            if self.asked is not None: tell(how_to_go_on(trainer.state.batch, self.keeper), trainer.shown)
+            first = trainer.engine.strategy.rank == 0
+            if trainer.state.interruption and self.requeue and first: tell(requeue(), trainer.shown)
+        finally: self.put_back()
         if self.asked and trainer.state.ending in ("finished", "stopped"): raise ending_of(self.asked)

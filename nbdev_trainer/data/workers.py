@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, Protocol
@@ -32,14 +33,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..core.errors import did_you_mean
 from ..core.seeding import hash64, seed_globals
+from ..core.signals import guard_worker
 from .batch import Batch, emptied, part_of
 from .loaders import Loader
 from .sending import Failed, copied_ahead, pack, unpack
 
 # %% auto #0
 __all__ = ['SALT', 'Device', 'Task', 'tasks_of', 'Source', 'nothing', 'read_task', 'InWorker', 'Queue', 'unchanged', 'read_here',
-           'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'end_processes', 'begin', 'lost_workers',
-           'Processes', 'check_way', 'Workers', 'empty_batch', 'SampleLoader']
+           'work_off', 'Threads', 'read_in_threads', 'keeping_garbage', 'begin_worker', 'guarded', 'end_processes',
+           'begin', 'lost_workers', 'Processes', 'check_way', 'Workers', 'empty_batch', 'SampleLoader']
 
 # %% ../../nbs/api/data/10_workers.ipynb #17e1934d
 class Task(NamedTuple):
@@ -218,9 +220,23 @@ def keeping_garbage() -> Iterator[None]:
         if not frozen: gc.unfreeze()
 
 # %% ../../nbs/api/data/10_workers.ipynb #63654c6c
-def end_processes(
-    pids: Sequence[int],  # 0: none
-) -> None:
+def begin_worker(own: Callable[[int], None] | None, number: int) -> None:
+    "What a process of torch's loader does first"
+    guard_worker()
+    if own is not None: own(number)
+
+@contextmanager
+def guarded(loader: Any) -> Iterator[None]:  # by its processes; anything but a loader of torch has none
+    "Processes that a loader starts inside of the block pass over signals that are meant for the program"
+    starts = isinstance(loader, DataLoader) and loader.num_workers > 0
+    own = loader.worker_init_fn if starts else None
+    if starts: loader.worker_init_fn = partial(begin_worker, own)
+    try: yield
+    finally:
+        if starts: loader.worker_init_fn = own
+
+# %% ../../nbs/api/data/10_workers.ipynb #26ed5bf0
+def end_processes(pids: Sequence[int]) -> None:  # 0: none
     "End processes at once; one that hangs would be waited for"
     for process in pids:
         if process: os.kill(process, signal.SIGKILL)
@@ -233,7 +249,7 @@ def begin(
     running: bool,  # whether its processes have been started before
 ) -> Iterator[Any]:
     "What the processes give in an epoch, which begins now"
-    with nullcontext() if running else keeping_garbage(): return iter(loader)
+    with nullcontext() if running else keeping_garbage(), guarded(loader): return iter(loader)
 
 def lost_workers(
     source: Source,

@@ -25,6 +25,7 @@ from ..core.nested import concatenate, map_tensors, own_parts, size_of
 from ..core.seeding import isolated_rng
 from ..data.batch import Batch, StepOutput, to_batch
 from ..data.loaders import EpochLoader, own_generators
+from ..data.workers import guarded
 from .advice import add_notes
 from .callback import handler_table
 from .control import Control
@@ -121,7 +122,8 @@ def outputs(
             if not whole: own = trainer.engine.strategy.part(own)
             elif trainer.together: own = own.shard(0, 1)  # a stream may be cut to the part of this process
             source = own.batches(0, device=trainer.engine.device)
-        for n, raw in enumerate(islice(source, limit_batches), 1):
+        with guarded(source): batches = islice(source, limit_batches)
+        for n, raw in enumerate(batches, 1):
             batch = trainer.engine.move(trainer.read(raw, needs_targets=state.phase != "predict"))
             if trainer.together and batch.size == 0:  # all of it is for others
                 wait = trainer.engine.strategy.in_pieces  # they do, for this part of the weights

@@ -23,6 +23,7 @@ from ..core.duration import Duration
 from ..core.errors import describe
 from ..core.seeding import rng_state, set_rng_state
 from ..data.loaders import EpochLoader, own_generators, unkept_generators
+from ..data.workers import guarded
 from .engine import OptimizerSlot
 from .scheduled import Factors, as_schedules, check_momentum, current_values, set_values
 from .schedules import progress_of
@@ -320,13 +321,14 @@ def open_epoch(
 ) -> Iterator[Any]:
     "The batches of an epoch that are still to do"
     if isinstance(loader, EpochLoader): return loader.batches(epoch, start, device)
-    if start == 0 or isinstance(loader, Iterator): return iter(loader)
+    if start == 0 or isinstance(loader, Iterator):
+        with guarded(loader): return iter(loader)
     now = rng_state()
     if at_epoch_start is not None:
         set_rng_state(at_epoch_start["global"])
         for one, state in zip(own_generators(loader), at_epoch_start["own"]): one.set_state(state)
         if at_epoch_start["position"] is not None: loader.load_state_dict(at_epoch_start["position"])
-    batches = iter(loader)
+    with guarded(loader): batches = iter(loader)
     for _ in islice(batches, start - (at_epoch_start["done"] if at_epoch_start else 0)): pass
     set_rng_state(now)
     return batches

@@ -12,6 +12,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/launch.html.md"""
 from __future__ import annotations
 
 import bdb
+import errno
 import inspect
 import os
 import pickle
@@ -30,15 +31,16 @@ from types import FunctionType
 from typing import IO, Any
 
 from ..core.errors import describe, require
+from ..core.signals import Requests, is_free, watched_signals
 from ..loop.trainer import Trainer
 from .processes import CAME
 from .together import LOST
 
 # %% auto #0
-__all__ = ['NO_INPUT', 'COMMAND', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with', 'without_input', 'work',
-           'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew', 'is_of_network', 'killed',
-           'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'noted', 'show_failure',
-           'end_program', 'launch']
+__all__ = ['NO_INPUT', 'COMMAND', 'GRACE', 'AT_ONCE', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with',
+           'without_input', 'work', 'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew',
+           'is_of_network', 'killed', 'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name',
+           'noted_signals', 'noted', 'show_failure', 'show_ending', 'end_program', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -128,7 +130,10 @@ def variables(size: int, rank: int, port: int) -> dict[str, str]:
 def show(source: IO[str], rank: int) -> None:
     "Print what a process prints; of all but the first with their rank"
     with source:
-        for line in source: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
+        for line in source:
+            try: sys.stdout.write(line if rank == 0 else f"[rank {rank}] {line}")
+            except OSError as error:
+                if error.errno != errno.EIO: raise  # else the terminal is gone, and they are to save
 
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -148,11 +153,17 @@ class Members:
         self.store = TCPStore("127.0.0.1", place.getsockname()[1], size, is_master=True,
                               wait_for_workers=False, master_listen_fd=place.detach())
         self.members, self.shows = list[subprocess.Popen[str]](), list[threading.Thread]()
-        for rank in range(size):
-            member = started(folder, variables(size, rank, self.store.port))
-            self.members.append(member)
-            self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
-            self.shows[-1].start()
+        try:
+            for rank in range(size): self.add(rank, started(folder, variables(size, rank, self.store.port)))
+        except BaseException:  # as where there is no memory for one more
+            self.end()
+            raise
+
+    def add(self, rank: int, member: subprocess.Popen[str]) -> None:
+        "Take in a process that has been started, and show what it prints"
+        self.members.append(member)
+        self.shows.append(threading.Thread(target=show, args=(member.stdout, rank), daemon=True))
+        self.shows[-1].start()
 
     def tell(self, number: int) -> None:
         "Send a signal to those that run"
@@ -187,31 +198,42 @@ def check_all_come(
                            "ranks must come to the same place, which is a Learner or join()")
 
 # %% ../../nbs/api/scale/03_launch.ipynb #c7efdfe5
+GRACE, AT_ONCE = 25.0, 2.0  # seconds to the end, from the first request and from another one
+
 class Crew(Members):
     "Processes that run one call, and those that have failed"
     def __init__(self, folder: str, size: int) -> None:
         super().__init__(folder, size)
         self.failed = list[int]()  # ranks that ended by themselves, in this order
+        self.late = list[int]()    # ranks that had to be ended
+
+    def pass_on(self, number: int, first: bool) -> float:  # the seconds that they have now
+        "Pass a request on; Ctrl-C as SIGTERM, at which all end alike"
+        self.tell(signal.SIGTERM if number == signal.SIGINT else number)
+        if not first: return AT_ONCE
+        return float("inf") if signal.Signals(number).name == "SIGUSR1" else GRACE
 
     def wait(
         self,
         grace: float = 5.0,          # seconds that the rest has after one has failed
         failed: float | None = None, # when that was
-        asked: Sequence[int] = (),   # grows by each SIGTERM that has come here
+        asked: Sequence[int] = (),   # grows by each signal that has come here, and is a request
     ) -> list[int]:                  # exit codes, by rank
-        "Until all have ended; a SIGTERM is passed on, and then they have ten seconds"
+        "Until all have ended; requests to end are passed on"
         passed_on = 0
         while True:
             if passed_on < len(asked):
-                self.tell(signal.SIGTERM)
-                passed_on, grace, failed = passed_on + 1, 10.0, failed or time.monotonic()
+                grace = self.pass_on(asked[passed_on], first=passed_on == 0)
+                passed_on, failed = passed_on + 1, passed_on == 0 and failed or time.monotonic()
             codes = [one.poll() for one in self.members]
             new = [rank for rank, code in enumerate(codes) if code and rank not in self.failed]
             if not self.ended: self.failed += new
             if None not in codes: return [int(code or 0) for code in codes]
             if failed is None and self.failed: failed = time.monotonic()
             if failed is None: check_all_come(self.store, codes)
-            elif time.monotonic() - failed > grace: self.end()
+            elif time.monotonic() - failed > grace:
+                self.late = [rank for rank, code in enumerate(codes) if code is None]
+                self.end()
             time.sleep(0.02)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
@@ -287,30 +309,47 @@ def function_name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__qualname__", type(fn).__name__)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #daf2f834
-@contextmanager
-def noted(number: int = signal.SIGTERM) -> Iterator[list[int]]:  # grows by each that comes
-    "Note a signal instead of ending; not where it is ignored, nor outside the main thread"
-    asked = list[int]()
-    before = signal.getsignal(number)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield asked
-        return
-    signal.signal(number, lambda number, frame: asked.append(number))
-    try: yield asked
-    finally: signal.signal(number, before)
+def noted_signals() -> list[int]:
+    "The signals that are noted here while other processes train"
+    if threading.current_thread() is not threading.main_thread(): return []
+    now = {name: signal.getsignal(signal.Signals[name]) for name in watched_signals()}
+    ours = {"SIGINT": now["SIGINT"] is signal.default_int_handler,
+            "SIGTERM": now["SIGTERM"] not in (signal.SIG_IGN, None)}
+    return [signal.Signals[name] for name in now if (ours[name] if name in ours else is_free(name))]
 
+@contextmanager
+def noted() -> Iterator[list[int]]:  # grows by each signal that is a request
+    "Note signals instead of ending; not where they are ignored, nor outside the main thread"
+    asked, requests = list[int](), Requests()
+    def note(number: int, frame: object) -> None:
+        if requests.hear(): asked.append(number)
+    before = {number: signal.signal(number, note) for number in noted_signals()}
+    try: yield asked
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+
+# %% ../../nbs/api/scale/03_launch.ipynb #da0e7e13
 def show_failure(error: BaseException) -> None:
     "Print what a process raised that was asked to end, if it says more than that it has ended"
-    ended = any(words in str(error) for words in ("sys.exit(143)", "ended by SIGTERM"))
+    words = "sys.exit(143)", *(f"ended by {name}" for name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
+    ended = isinstance(error, KeyboardInterrupt) or any(one in str(error) for one in words)
     if not ended and not is_of_network(error): traceback.print_exception(error)
 
+def show_ending(crew: Crew, folder: Path, codes: list[int]) -> None:
+    "Print what those who were asked to end have not done, or failed in"
+    if crew.late:
+        ranks = ", ".join(map(str, crew.late))
+        print(f"not ended in time, and killed: rank {ranks}. What was saved before is there", file=sys.stderr)
+    elif any(codes): show_failure(first_error(folder, codes, crew.failed))
+
 def end_program(number: int = signal.SIGTERM) -> None:
-    "End this program as a signal does that was noted; raises `SystemExit`"
+    "End this program as a signal does that was noted; raises `KeyboardInterrupt` or `SystemExit`"
+    if number == signal.SIGINT: raise KeyboardInterrupt
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None or signal.getsignal(number) != signal.SIG_DFL:
         sys.stdout.flush()
         signal.raise_signal(number)
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + signal.SIGTERM)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #2be995cb
 def launch(
@@ -330,14 +369,14 @@ def launch(
         with noted() as asked:
             crew = Crew(folder, processes)
             try: codes = crew.wait(asked=asked)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # by a handler of the user's own
                 crew.tell(signal.SIGTERM)
-                crew.wait(grace=10.0, failed=time.monotonic())
+                crew.wait(grace=GRACE, failed=time.monotonic())
                 raise
             finally: crew.end()
         if asked:
-            if any(codes): show_failure(first_error(Path(folder), codes, crew.failed))
-            end_program()
+            show_ending(crew, Path(folder), codes)
+            end_program(asked[0])
         if any(codes): raise first_error(Path(folder), codes, crew.failed)
         try: answer, error = pickle.loads((Path(folder) / "answer").read_bytes())
         except Exception as failed: raise no_answer(failed) from failed

@@ -129,41 +129,69 @@ def test_weights_that_are_divided_cannot_be_an_answer_and_the_note_says_what_can
     assert any("learner.save(path), on all ranks" in note for note in caught.value.__notes__)
 
 
-def program_with(call):
+def program_with(call, **variables):
     """A program that calls, with the functions of this folder."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     text = f"import launched, fault_runs; from nbdev_trainer.scale.launch import launch; {call}"
-    return subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": path}, text=True,
+    return subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": path, **variables}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_an_interrupt_ends_also_processes_that_do_not_listen():
-    parent = program_with("launch(launched.does_not_end)")
-    heard = sorted(parent.stdout.readline() for _ in range(2))
-    parent.send_signal(signal.SIGINT)
+def ranks_of(parent):
+    """The processes that a program has started."""
+    return [int(one) for one in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+
+
+def ended(parent, *ranks):
+    """What a program prints until it ends; none of its processes lives longer."""
     try:
-        parent.communicate(timeout=25)  # ten seconds are given to those that save
+        return "".join(parent.communicate(timeout=25))
     finally:
         parent.kill()
-    assert heard == ["[rank 1] deaf\n", "deaf\n"]
-    assert parent.returncode not in (0, -signal.SIGKILL)
+        parent.communicate()
+        assert not any(is_running(one) for one in ranks)
 
 
-def test_sigterm_lets_the_processes_save_and_ends_the_program_with_143(tmp_path):
-    parent = program_with(f"launch(fault_runs.train, {str(tmp_path / 'run')!r}, 2000, slow=0.02)")
+def test_a_second_interrupt_ends_also_processes_that_do_not_listen():
+    parent = program_with("launch(launched.does_not_end)")
+    heard, ranks = sorted(parent.stdout.readline() for _ in range(2)), ranks_of(parent)
+    for pause in (0.2, 2.2):  # the second comes at once, as by another way, and is the first
+        parent.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    assert parent.poll() is None and heard == ["[rank 1] deaf\n", "deaf\n"]
+    parent.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert "not ended in time, and killed: rank 0, 1" in ended(parent, *ranks)
+    assert time.monotonic() - began < 10 and parent.returncode == -signal.SIGINT
+
+
+def test_a_signal_while_the_processes_start_leaves_none():
+    parent = program_with("launch(launched.does_not_end)")
+    while len(ranks := ranks_of(parent)) < 2:
+        assert parent.poll() is None
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGTERM)
+    ended(parent, *ranks)
+    assert parent.returncode == 143
+
+
+@pytest.mark.parametrize("name, to_all", [("SIGTERM", True), ("SIGUSR1", False)])
+def test_a_signal_lets_the_processes_save_and_ends_the_program_with_143(tmp_path, name, to_all):
+    """To all processes, as `scancel` sends it, and then it is passed on as well; or to the program alone."""
+    parent = program_with(f"launch(fault_runs.train, {str(tmp_path / 'run')!r}, 2000, slow=0.1)", SLURM_JOB_ID="7")
     end = time.monotonic() + 60  # beside other tests, to start and to train an epoch
     try:
         while not (tmp_path / "run/history.jsonl").exists():
             assert time.monotonic() < end and parent.poll() is None
             time.sleep(0.05)
-        parent.send_signal(signal.SIGTERM)
-        said = "".join(parent.communicate(timeout=25))
-    finally:
+        for one in [parent.pid, *(ranks := ranks_of(parent))][: None if to_all else 1]:
+            os.kill(one, signal.Signals[name])
+    except BaseException:
         parent.kill()
-        parent.communicate()
+        raise
+    said = ended(parent, *ranks)
     assert parent.returncode == 143, said
-    assert "saved after batch" in said and Run.open(tmp_path / "run").checkpoints
-    assert left() == []
+    assert "saved after batch" in said and Run.open(tmp_path / "run").ending == f"interrupted: {name}"
 
 
 def test_the_meeting_point_is_reached_from_this_machine_alone():

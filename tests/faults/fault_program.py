@@ -31,7 +31,7 @@ def items():
     return [{"image": image, "label": int(label)} for image, label in zip(pixels, labels[:N], strict=True)]
 
 
-def loaders(workers=0):
+def loaders(workers=0, kind="threads"):
     data = Data(
         items(),
         {"image": Image("image"), "label": Category("label", vocab=list(range(10)))},
@@ -41,7 +41,7 @@ def loaders(workers=0):
         train_transforms=[RandomCrop(7), Flip()],
         batch_transforms=[Normalize([0.5] * 3, [0.5] * 3)],
     )
-    how = {"num_workers": workers, "workers": "threads"} if workers else {}
+    how = {"num_workers": workers, "workers": kind} if workers else {}
     return data.loaders(BATCH_SIZE, seed=0, **how)
 
 

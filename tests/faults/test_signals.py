@@ -1,7 +1,9 @@
 """Signals end a fit between two batches, in every phase; what was saved goes on to the same end."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -10,8 +12,10 @@ import pytest
 from children import children as children
 from children import nursery as nursery
 from fault_program import Slow, compare
+from torch.utils.data import DataLoader
 
 from nbdev_trainer import Callback, Interruptions, Run
+from nbdev_trainer.core import signals
 from nbdev_trainer.store.checkpoints import newest_checkpoint
 from nbdev_trainer.store.sealed import verify
 
@@ -29,7 +33,10 @@ class At(Callback):
     def send(self, event, trainer):
         if event == self.event and trainer.state.batch >= self.batch:
             while self.numbers:
-                os.kill(os.getpid(), self.numbers.pop(0))
+                self.kill(self.numbers.pop(0))
+
+    def kill(self, number):
+        os.kill(os.getpid(), number)
 
     def before_epoch(self, trainer):
         self.send("before_epoch", trainer)
@@ -50,6 +57,25 @@ class At(Callback):
         self.send("after_epoch", trainer)
 
 
+class AtLength(At):
+    """As if there were time between one signal and the next, so that they are two requests."""
+
+    def kill(self, number):
+        signals.SAME_REQUEST = 0
+        super().kill(number)
+
+
+class ToAll(At):
+    """Somebody else signals all processes of the group, as torchrun does with what it has started."""
+
+    def before_fit(self, trainer):
+        os.setpgid(0, 0)
+
+    def kill(self, number):
+        subprocess.run(["kill", f"-{number}", "--", f"-{os.getpid()}"], check=True, start_new_session=True)
+        time.sleep(0.1)  # in which one that has ended is found out
+
+
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -60,12 +86,12 @@ def undisturbed(nursery, tmp_path_factory):
 EVENTS = ["before_epoch", "after_backward", "after_batch", "after_evaluate_batch", "after_evaluate", "after_epoch"]
 
 
-@pytest.mark.fault("SIGTERM in any phase", "sent at each event: in a batch, in an evaluation, between epochs",
+@pytest.mark.fault("SIGTERM in any phase", "sent at each event, and passed on: in a batch, in an evaluation, between epochs",
                    "saved once, exit code 143, resumed to the same bits")  # fmt: skip
 @pytest.mark.parametrize("event", EVENTS)
 def test_sigterm_in_any_phase(children, undisturbed, tmp_path, event):
     start = 0 if event.startswith("before") else 6
-    at = At(event, start, signal.SIGTERM)
+    at = At(event, start, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP)  # by three ways
     assert children.run(fault_program.train, tmp_path / "run", at, every="1ep", seconds=30) == 143
     run = Run.open(tmp_path / "run")
     assert run.ending == "interrupted: SIGTERM"
@@ -110,11 +136,26 @@ def wait_for(path, seconds=30):
 @pytest.mark.fault("a second signal", "SIGTERM twice in a batch, and during the last save", "ends at once; a sound checkpoint")
 @pytest.mark.parametrize("event", ["after_backward", "after_batch"])
 def test_a_second_signal_ends_at_once(children, undisturbed, tmp_path, event):
-    at = At(event, 6, signal.SIGTERM, signal.SIGTERM)
+    at = AtLength(event, 6, signal.SIGTERM, signal.SIGTERM)
     assert children.run(fault_program.train, tmp_path / "run", at, every="3ba", seconds=30) == 143
     assert newest_checkpoint(tmp_path / "run" / "checkpoints", strict=True)[1]["state"]["batch"] in (3, 6)
     assert children.run(fault_program.train, tmp_path / "run", every="3ba") == 0
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["state"]["batch"] == 18
+
+
+@pytest.mark.fault("SIGTERM to the workers too", "to the whole group of processes, as torchrun does", "they read on; saved, exit code 143")
+@pytest.mark.parametrize("workers", ["ours", "of torch"])
+def test_a_signal_to_the_workers_too(children, tmp_path, workers):
+    assert children.run(with_workers, tmp_path / "run", workers, seconds=30) == 143
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints", strict=True)[1]["state"]["batch"] == 4
+
+
+def with_workers(run_dir, workers):
+    multiprocessing.set_start_method("fork", force=True)  # as in a program; here the server of the tests would start them
+    one = fault_program.learner(run_dir, ToAll("after_backward", 3, signal.SIGTERM), every="1ep")
+    of_torch = DataLoader(fault_program.dataset(), fault_program.BATCH_SIZE, num_workers=1)
+    one.loaders.train = fault_program.loaders(1, "processes").train if workers == "ours" else of_torch
+    one.fit(2)
 
 
 def test_signals_from_outside_at_any_moment(children, undisturbed, tmp_path):
