@@ -34,7 +34,8 @@ from ..core.messages import QUIET
 
 # %% auto #0
 __all__ = ['RANKS', 'WHERE', 'CAME', 'Place', 'number', 'first_host', 'meeting_point', 'find_place', 'Processes', 'answers',
-           'fresh_store', 'launched_store', 'told_when_long', 'backends', 'stand_on', 'has_group', 'leave', 'join']
+           'fresh_store', 'launched_store', 'told_when_long', 'backends', 'own_gpu', 'stand_on', 'has_group', 'leave',
+           'join']
 
 # %% ../../nbs/api/scale/02_processes.ipynb #2709a489
 @dataclass(frozen=True)
@@ -219,6 +220,11 @@ def backends(device: torch.device | str) -> str:
     on_cuda = torch.cuda.is_available() if str(device) == "auto" else torch.device(device).type == "cuda"
     return "cpu:gloo,cuda:nccl" if on_cuda and dist.is_nccl_available() else "gloo"
 
+def own_gpu(place: Place, device: torch.device | str = "auto") -> torch.device | None:
+    "The GPU for a process that was not told which; None where there are fewer than processes"
+    if str(device) not in ("auto", "cuda") or not torch.cuda.is_available(): return None
+    return torch.device("cuda", place.local_rank) if place.local_rank < torch.cuda.device_count() else None
+
 def stand_on(device: torch.device | None) -> None:
     "Make the GPU of this process the one that torch means where none is named"
     if device is None or device.type != "cuda" or device.index is None: return
@@ -257,6 +263,7 @@ def join(
             elif place.starter == "torchrun": how["init_method"] = "env://"
             else: how["init_method"] = f"tcp://{place.address}:{place.port}"
             dist.init_process_group(backends(device), **how)
+        stand_on(own_gpu(place, device))
         atexit.register(leave)
     if dist.get_rank() > 0 and not QUIET: QUIET.append("rank 0 speaks")
     backend = str(dist.get_backend_config())

@@ -16,7 +16,7 @@ import torch
 from ..core.errors import describe, did_you_mean
 from ..core.messages import tell
 from ..loop.engine import Strategy, find_device
-from .processes import find_place, has_group, join
+from .processes import find_place, has_group, join, own_gpu
 from .replicas import Replicas
 from .shards import Shards
 
@@ -32,9 +32,9 @@ def own_device(
     found = find_device(device)
     chosen = found.type != "cuda" or str(device) not in ("auto", "cuda")
     if place is None or place.world_size == 1 or chosen: return found
-    visible = torch.cuda.device_count()
-    if place.local_rank < visible: return torch.device("cuda", place.local_rank)
-    if place.starter == "SLURM" and visible == 1: return torch.device("cuda", 0)  # --gpus-per-task
+    if gpu := own_gpu(place): return gpu
+    by_task = place.starter == "SLURM" and torch.cuda.device_count() == 1  # --gpus-per-task
+    if by_task: return torch.device("cuda", 0)
     raise ValueError(f"this is process {place.local_rank} of this machine, counted from 0, which has "
                      f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or pass "
                      "device='cpu'")
