@@ -70,6 +70,10 @@ def signal_programs(watched: set[int]) -> None:
     "Let programs that this process starts get signals that are held back here"
     start = subprocess.Popen.__init__
     for number in watched: signal.signal(number, lambda number, frame: None)
+    def let_through() -> None:
+        for number in watched: signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+    os.register_at_fork(after_in_child=let_through)
 
     @wraps(start)
     def started(self: Any, *args: Any, **by_name: Any) -> None:
