@@ -91,7 +91,7 @@ def choose_settings(
     if batch_size is None: batch_size = 128 if n_train > 20_000 else 64 if n_train > 1_000 else 32
     if epochs is None: epochs = min(max(round(800 / math.ceil(n_train / batch_size)), 3), 60)
     lr = check_lr((5e-3 if prepared.model == "small_cnn" else 3e-3) if lr is None else lr)
-    where = own_device(device)
+    where = own_device(device)  # of several processes each has a GPU of its own
     if where.type == "meta":
         raise ValueError("the device 'meta' holds no numbers; expected 'auto', 'cpu' or 'cuda'")
     threads = threads or max(1, torch.get_num_threads() // 2)
@@ -220,7 +220,7 @@ def fit(
         dropped = [name.strip() for name in drop.split(",") if name.strip()]
         prepared = prepare(data, target, dropped, task, seed, size, skip_broken)
         settings = choose_settings(prepared, model, epochs, batch_size, lr, seed, device, threads)
-        strategy = make_strategy("auto", own_device(settings.device))
+        strategy = make_strategy("auto", torch.device(settings.device))
         directory = same_directory(strategy, out, prepared.name)
         learner = make_learner(prepared, settings, directory, {
             "data": None if data is None else str(Path(data).resolve()), "drop": dropped, **prepared.facts,

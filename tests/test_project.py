@@ -247,6 +247,8 @@ MAY_RUN = {
     ("callbacks.run_directory", "subprocess.TimeoutExpired"): "the error of the line above",
     ("callbacks.interruptions", "subprocess.run"): "scontrol, with a job number that was looked at",
     ("scale.launch", "pickle.loads"): "a call and its answer, in a folder that this process made for itself",
+    ("core.signals", "subprocess.Popen"): "starts nothing: what a worker starts is to get signals",
+    ("core.signals", "subprocess.Popen.__init__"): "the line above",
     ("scale.launch", "subprocess.Popen"): "this Python, with a function of this process",
     ("scale.launch", "subprocess.PIPE"): "for the line above",
     ("scale.launch", "subprocess.STDOUT"): "likewise",

@@ -217,15 +217,15 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     return {one.name: getattr(value, one.name) for one in fields(value)}
 
 
-def _marks(value: Any, most: int) -> Iterator[tuple[Any, bool]]:
+def _marks(value: Any, most: int, within: tuple[int, ...] = ()) -> Iterator[tuple[Any, bool]]:
     "What tells a value from others, piece by piece, and whether that is all of the piece."
     dense = isinstance(value, Tensor) and value.layout is torch.strided
     if (dense and not value.is_quantized and not is_divided(value)
             or isinstance(value, np.ndarray) and value.dtype.kind in "biufcSUmM"):
         yield (str(value.dtype), tuple(value.shape), _numbers(value, most)), True
-    elif (parts := _parts(value)) is not None:
+    elif id(value) not in within and (parts := _parts(value)) is not None:  # it may hold what holds it
         yield [type(value).__name__, *parts], True
-        for part in parts.values(): yield from _marks(part, most)
+        for part in parts.values(): yield from _marks(part, most, (*within, id(value)))
     else: yield (value, True) if isinstance(value, PLAIN) else (type(value).__qualname__, False)
 
 

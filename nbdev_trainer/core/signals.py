@@ -15,15 +15,18 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from .errors import did_you_mean
 
 # %% auto #0
-__all__ = ['SAME_REQUEST', 'watched_signals', 'check_signals', 'is_free', 'Requests', 'heed', 'guard_worker']
+__all__ = ['SAME_REQUEST', 'watched_signals', 'check_signals', 'is_free', 'Requests', 'signal_programs', 'heed', 'guard_worker']
 
 # %% ../../nbs/api/core/06_signals.ipynb #cdc6aef0
 def watched_signals() -> list[str]:
@@ -63,6 +66,23 @@ class Requests:
         return self.count
 
 # %% ../../nbs/api/core/06_signals.ipynb #191fd3b7
+def signal_programs(watched: set[int]) -> None:
+    "Let programs that this process starts get signals that are held back here"
+    start = subprocess.Popen.__init__
+    for number in watched: signal.signal(number, lambda number, frame: None)
+    def let_through() -> None:
+        for number in watched: signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+    os.register_at_fork(after_in_child=let_through)
+
+    @wraps(start)
+    def started(self: Any, *args: Any, **by_name: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        try: start(self, *args, **by_name)
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    subprocess.Popen.__init__ = started  # type: ignore[method-assign]
+
+# %% ../../nbs/api/core/06_signals.ipynb #3e21d375
 def heed(watched: set[int], above: int, reads_for: int | None) -> None:
     "Wait until a process signals this one, or the one that has started it is gone; then end"
     while os.getppid() == above:
@@ -75,6 +95,7 @@ def guard_worker() -> None:
     if not hasattr(signal, "sigtimedwait"): return
     watched = {int(signal.Signals[name]) for name in watched_signals()}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    signal_programs(watched)
     parent = multiprocessing.parent_process()
     reads_for = None if parent is None else parent.pid
     threading.Thread(target=heed, args=(watched, os.getppid(), reads_for), daemon=True).start()

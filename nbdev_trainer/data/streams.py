@@ -13,11 +13,13 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/data/streams.html.md"""
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,8 @@ from .sources import Fields, ItemSource, Read, check_skipping
 from .workers import Task, Workers, tasks_of
 
 # %% auto #0
-__all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'stream_tasks', 'no_shape', 'StreamLoader',
-           'check_loaders', 'together', 'Combined', 'ByEpoch']
+__all__ = ['Positioned', 'StreamSource', 'check_stream', 'stream_source', 'as_compared', 'first_items', 'stream_tasks',
+           'no_shape', 'StreamLoader', 'check_loaders', 'together', 'Combined', 'ByEpoch']
 
 # %% ../../nbs/api/data/10f_streams.ipynb #b7e08901
 class Positioned(EpochLoader):
@@ -146,6 +148,22 @@ def stream_source(
                         on_error=on_error, skip_limit=skip_limit)
 
 # %% ../../nbs/api/data/10f_streams.ipynb #a5818f36
+def as_compared(
+    item: Any,
+    kinds: Mapping[str, Kind],  # by field
+) -> list[Any]:
+    "What must be the same in an item on all ranks: what the kinds read, of a path its last part"
+    keys: list[Any] = [kind.reader for kind in kinds.values()]
+    by_name = isinstance(item, Mapping) and all(isinstance(key, str) for key in keys)
+    read = [item.get(key) for key in keys] if by_name else [item]
+    def is_path(one: Any) -> bool: return isinstance(one, PurePath) or isinstance(one, str) and os.path.isabs(one)
+    return [PurePath(one).name if is_path(one) else one for one in read]
+
+def first_items(part: Sequence[Any] | None, kinds: Mapping[str, Kind]) -> str:
+    "A text that stands for items, for ranks to compare"
+    return fingerprint([as_compared(one, kinds) for one in part or ()])[0]
+
+# %% ../../nbs/api/data/10f_streams.ipynb #6851f22c
 def stream_tasks(
     loader: StreamLoader,
     epoch: int,
@@ -158,7 +176,7 @@ def stream_tasks(
     while True:
         try:
             part = next(parts, None)
-            if loader.world_size > 1 and loader.first is None: loader.first, _ = fingerprint(part)
+            if loader.world_size > 1 and loader.first is None: loader.first = first_items(part, source.kinds)
             if part is None or loader.drop_last and len(part) < size: return
             ids = torch.arange(position, position + len(part))
             task = next(tasks_of([ids], loader.seed, epoch, source.training, 0, loader.rank,

@@ -103,7 +103,8 @@ def check_alike(found: list[Mapping[str, Any] | None]) -> None:  # by rank
     for rank, other in enumerate(found):
         if lines := differences(found[0] or {}, other or {}, words=("on rank 0:", f"on rank {rank}:")):
             raise ValueError(f"the processes do not train the same any more: {'; '.join(lines)}. What a "
-                             "callback changes, it must change on all of them")
+                             "callback changes, it must change on all of them; what an optimizer takes "
+                             "from divided gradients, it must add up over all")
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #c9475329
 def add_up(
