@@ -170,8 +170,9 @@ def checked_state(
                         "super().__init__()")
     if of_mean and kind.reset is not Metric.reset:
         raise TypeError(f"metric {metric.name!r} has a reset of its own and no state_dict, so what it counts "
-                        "could neither be saved nor added up over processes. Count by self.mean.add(value, weight), "
-                        "or in an Additive, without a reset; or define state_dict, load_state_dict and merge too")
+                        "could neither be saved nor added up over processes. Count by self.mean.add(value, "
+                        "weight), or in an Additive, without a reset; or define state_dict, load_state_dict "
+                        "and merge too")
     return metric
 
 def as_metric(
