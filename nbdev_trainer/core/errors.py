@@ -115,7 +115,21 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "swa_epoch_start": "start", "beta": "decay", "momentum": "decay", "save_best": "restore_best"}
 ELSEWHERE = {"swa_lrs": "The learning rate of the last epochs is a matter of the schedule, such as fit(n, "
                         "schedule=chained((0.75, cosine(1.0, 0.1)), (0.25, constant(0.1)))).",
-             "batch_size": "It is a matter of the loaders: Loaders.from_arrays(..., batch_size=64)."}
+             "batch_size": "It is a matter of the loaders: Loaders.from_arrays(..., batch_size=64).",
+             "num_workers": "Who reads in workers: Data(...).loaders(64, num_workers=2), or a DataLoader of "
+                            "torch with workers, in its place.",
+             "resume": "It is a matter of the fit: Learner(..., run_dir='runs/1').fit(n, resume=True)."}
+ELSEWHERE |= dict.fromkeys(
+    ("ckpt_path", "resume_from_checkpoint", "resume_from"),
+    "A run goes on by itself from its directory: Learner(..., run_dir='runs/1').fit(n, resume=True).")
+ELSEWHERE |= dict.fromkeys(
+    ("devices", "num_nodes", "num_processes", "world_size"),
+    "How many processes there are is said where they are started: torchrun --nproc-per-node 2 train.py, or "
+    "launch(train, processes=2).")
+ELSEWHERE |= dict.fromkeys(
+    ("sync_batchnorm", "sync_batch_norm", "find_unused_parameters"),
+    "It is a matter of the strategy: strategy=Replicas(join(), sync_batch_norm=True), or "
+    "Replicas(join(), find_unused_parameters=True).")
 
 # %% ../../nbs/api/core/00_errors.ipynb #1d744db1
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:

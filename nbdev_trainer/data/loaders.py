@@ -337,6 +337,7 @@ def explained(
 # %% ../../nbs/api/data/01_loaders.ipynb #cfbbb216
 class Loaders:
     "The training, validation and test data of a run"
+    @checked_keywords
     def __init__(self,
         train: Any,         # a `Dataset`, or an iterable that yields batches
         valid: Any = None,  # likewise; a dict of them, by name, for several validation sets; or None
@@ -371,8 +372,7 @@ class Loaders:
         *,
         valid: Any = None,        # a fraction or number of samples to split off, or (inputs, targets)
         batch_size: int = 64, valid_batch_size: int | None = None,  # samples in a batch; None: the same
-        shuffle: bool = True,     # the training samples, anew each epoch
-        drop_last: bool = False,  # leave out a last training batch that is not full
+        shuffle: bool = True, drop_last: bool = False,  # in training: anew each epoch; full batches alone
         seed: int | None = None,  # decides split and order; None: drawn from torch's generator
     ) -> Loaders:
         "Loaders over arrays in memory, on a vectorised path"

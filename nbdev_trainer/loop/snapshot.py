@@ -156,8 +156,10 @@ def load_callbacks(
     "Put the state of callbacks back; raises `ValueError` when a saved one is not there"
     here = keyed(callbacks)
     if missing := sorted(saved.keys() - here.keys() - set(dispensable)):
+        attached = [name for name in missing if name.split("#")[0] == "AttachedFunction"]
+        also = "; an AttachedFunction is one of learner.on(...): call that before the fit" if attached else ""
         raise ValueError(f"the saved run has the callbacks {missing}, which are missing here; pass the same "
-                         "callbacks")
+                         f"callbacks{also}")
     for name, state in saved.items():
         if name in here: here[name].load_state_dict(state)
 

@@ -25,7 +25,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Kept, Metric, function_name, refuse_weights, snake_case, targets_of
 
 # %% auto #0
-__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'as_metric', 'as_metrics']
+__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'checked_state', 'as_metric', 'as_metrics']
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
 class WholeSet(Kept):
@@ -159,11 +159,27 @@ class TorchMetric(Metric):
         self.metric._update_count = state["count"]  # no public setter; without it compute() warns of no data
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #db32b20e
+def checked_state(
+    metric: Metric,
+) -> Metric:
+    "The metric; raises `TypeError` where its state can neither be saved nor added up"
+    kind = type(metric)
+    of_mean = kind.state_dict is Metric.state_dict
+    if not hasattr(metric, "name") or of_mean and not hasattr(metric, "mean"):
+        raise TypeError(f"metric {kind.__name__} has not been made ready by Metric; begin its __init__ with "
+                        "super().__init__()")
+    if of_mean and kind.reset is not Metric.reset:
+        raise TypeError(f"metric {metric.name!r} has a reset of its own and no state_dict, so what it counts "
+                        "could neither be saved nor added up over processes. Count by self.mean.add(value, "
+                        "weight), or in an Additive, without a reset; or define state_dict, load_state_dict "
+                        "and merge too")
+    return metric
+
 def as_metric(
     given: Any,  # a `Metric`, a torchmetrics metric, or a function of (predictions, targets)
 ) -> Metric:
     "What a user passed, as a `Metric`; raises `TypeError` for anything else"
-    if isinstance(given, Metric): return given
+    if isinstance(given, Metric): return checked_state(given)
     if isinstance(given, type):
         raise TypeError(f"metric {given.__name__} is a class; pass an instance: {given.__name__}()")
     torchmetrics = sys.modules.get("torchmetrics")  # whoever passes one has imported it

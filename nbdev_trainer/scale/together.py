@@ -51,7 +51,7 @@ def explain(error: BaseException, rank: int) -> None:
     "Note on an error of the network what it means, and leave any error for torchrun"
     if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST):
         error.add_note(f"rank {rank} waited for a process that has ended or hangs; look for its own error, above or in "
-                       "its log")
+                       "its log. If there is none, some ranks did not make this call: fit, validate and predict are for all")
     if not isinstance(error, Exception): return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     get_error_handler().record_exception(error)
@@ -234,8 +234,8 @@ class Together(Agreeing):
 
     def same_buffers(self) -> None: from_first(self.model.buffers())
 
-    @contextmanager
-    def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
+    def begin_alike(self, trainer: Trainer, plan: Any) -> None:
+        "Compare data and settings of all processes, and begin with the same weights"
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
@@ -248,6 +248,13 @@ class Together(Agreeing):
         self.compared = "train" in undivided
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
+
+    @contextmanager
+    def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
+        try: self.begin_alike(trainer, plan)
+        except BaseException as error:
+            explain(error, self.rank)
+            raise
         self.trainer, self.wishes, self.samples = trainer, {}, trainer.state.samples
         self.clock, self.began = 0.0, time.monotonic()
         self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader

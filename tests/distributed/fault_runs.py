@@ -102,6 +102,12 @@ def on_rank_1(do, batch=7, timeout="20s", **options):
     return train(callbacks=[At(batch, do), *options.pop("callbacks", ())], strategy=strategy, **options)
 
 
+def alone_on_rank_0():
+    """Fit where the other rank has nothing to do and ends."""
+    learner = learner_of(strategy=Replicas(join(timeout="20s")))
+    if rank() == 0: learner.fit(1)
+
+
 def nan_on_rank_1(callbacks=()):
     """One row, which rank 1 gets, has no finite loss."""
     inputs, targets = arrays()

@@ -73,6 +73,17 @@ def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
 
 
 @pytest.mark.fault(
+    "`fit` on rank 0 alone",
+    "rank 1 is done without it",
+    "the error says that not all ranks made this call",
+)
+def test_a_fit_on_one_rank_alone_says_that_it_is_for_all():
+    with pytest.raises(RuntimeError) as caught:
+        launch(fault_runs.alone_on_rank_0)
+    assert "fit, validate and predict are for all" in "\n".join(caught.value.__notes__)
+
+
+@pytest.mark.fault(
     "one of two processes asks to stop",
     "`stop` on rank 1 alone",
     "both end after the same batch",
