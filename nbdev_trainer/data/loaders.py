@@ -33,9 +33,9 @@ if TYPE_CHECKING: from nbdev_trainer.data.samplers import Sampler
 
 # %% auto #0
 __all__ = ['EpochLoader', 'SeededLoader', 'Loader', 'without_samples', 'is_sorted', 'check_loader', 'check_sizes', 'fetch_rows',
-           'row_picker', 'fetch_samples', 'own_generators', 'samplers_of', 'attributes', 'unkept_generators',
-           'looking_at', 'as_loader', 'named_sets', 'DrawnSeed', 'draw_seed', 'array_loader', 'check_arrays',
-           'array_loaders', 'explained', 'Loaders']
+           'pick_rows', 'row_picker', 'fetch_samples', 'own_generators', 'samplers_of', 'attributes',
+           'unkept_generators', 'looking_at', 'as_loader', 'named_sets', 'DrawnSeed', 'draw_seed', 'array_loader',
+           'check_arrays', 'array_loaders', 'explained', 'Loaders']
 
 # %% ../../nbs/api/data/01_loaders.ipynb #c7f84c80
 class EpochLoader:
@@ -164,9 +164,15 @@ def fetch_rows(
     targets: Any,  # likewise, or None
 ) -> Callable[[Tensor], Batch]:
     "A function that picks the given rows of arrays in memory"
-    pick_inputs, pick_targets = row_picker(inputs), row_picker(targets)
-    def fetch(ids: Tensor) -> Batch: return Batch(pick_inputs(ids), pick_targets(ids), ids.numel(), ids)
-    return fetch
+    return partial(pick_rows, row_picker(inputs), row_picker(targets))
+
+def pick_rows(
+    pick_inputs: Callable[[Tensor], Any],   # as of `row_picker`
+    pick_targets: Callable[[Tensor], Any],  # likewise
+    ids: Tensor,
+) -> Batch:
+    "A batch of some rows"
+    return Batch(pick_inputs(ids), pick_targets(ids), ids.numel(), ids)
 
 def row_picker(values: Any) -> Callable[[Tensor], Any]:
     "A function that picks rows; for a tensor on the CPU without a detour, which a small batch would feel"

@@ -163,6 +163,9 @@ def differences(
     if name.endswith(" which samples"):
         return [f"{name.removesuffix(' which samples')} has other samples: it was split without a "
                 "seed, or with another one (pass the same seed= to the loaders), or the data have changed"]
+    if name.endswith(" in memory"):
+        return [f"{name.removesuffix(' in memory')} holds other numbers: all processes need the same arrays, "
+                "and the loader gives each its part of every batch"]
     if isinstance(before, dict) and isinstance(now, dict):
         kinds = {"kind": before.get("kind")}, {"kind": now.get("kind")}
         if kinds[0] != kinds[1]: before, now = kinds  # whose settings have nothing to do with each other

@@ -12,15 +12,17 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/own_loaders.html.m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import (BatchSampler, DistributedSampler, IterableDataset, RandomSampler,
                               SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
-from ..data.loaders import EpochLoader, samplers_of
+from ..core.nested import fingerprint
+from ..data.loaders import EpochLoader, pick_rows, samplers_of
 
 # %% auto #0
-__all__ = ['DIVIDE', 'ITEMS', 'order_of', 'takes_all', 'set_epoch', 'all_the_same', 'check_items', 'is_sure']
+__all__ = ['DIVIDE', 'ITEMS', 'order_of', 'takes_all', 'set_epoch', 'all_the_same', 'check_items', 'rows_in_memory', 'is_sure']
 
 # %% ../../nbs/api/scale/02b_own_loaders.ipynb #936ea980
 def order_of(loader: Any) -> Any:
@@ -66,6 +68,13 @@ def check_items(
                      "each takes its part of every batch, and what is in the others is lost. Give all ranks "
                      "the same items: leave out what divides the stream by rank, and seed what it draws. A "
                      "stream that divides itself goes into a DataLoader of torch")
+
+# %% ../../nbs/api/scale/02b_own_loaders.ipynb #90aafcfe
+def rows_in_memory(loader: Any) -> str | None:
+    "What stands for the arrays that a loader of ours picks rows from; None for what reads in another way"
+    fetch = getattr(loader, "fetch", None)
+    if not (isinstance(fetch, partial) and fetch.func is pick_rows): return None
+    return fingerprint(fetch(loader.rows[::max(1, len(loader.rows) // 8)]))[0]
 
 # %% ../../nbs/api/scale/02b_own_loaders.ipynb #8d06341c
 def is_sure(loader: Any) -> bool:

@@ -35,7 +35,8 @@ from ..loop.settings import differences, run_settings, without_own_data
 from ..metrics.collection import MetricSet
 from .exchange import (MEASURED, PLACES, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
                                           settled)
-from .own_loaders import DIVIDE, ITEMS, all_the_same, check_items, is_sure, set_epoch, takes_all
+from .own_loaders import (
+    DIVIDE, ITEMS, all_the_same, check_items, is_sure, rows_in_memory, set_epoch, takes_all)
 from .processes import Processes, has_group
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
@@ -239,6 +240,7 @@ class Together(Agreeing):
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
+        done |= {f"{name} data in memory": rows_in_memory(one) for name, one in {"training": plan.train, **plan.valid_sets}.items()}
         settings = without_own_data(run_settings(trainer, plan.train, plan.valid_sets), plan.train, plan.valid_sets)
         sizes = {name: len(one.dataset) for name, one in {"train": plan.train, **plan.valid_sets}.items() if takes_all(one)}
         found = self.check_same({**settings, **done, RATES: rates_of(trainer)[RATES]}, sizes)  # another size on each: a part

@@ -57,3 +57,9 @@ def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(
     assert "the processes do not train the same any more: learning rates main on rank 0: [0.1], on rank 1: [0.05]" in first
     (first, _), epoch = together(unlike.changes_a_rate_alone, 0, momentum=0.5)
     assert epoch == 2 and "any more: momentum main on rank 0: [0.5], on rank 1: [0]" in first
+
+
+def test_a_slice_of_the_arrays_on_each_process_is_refused_because_it_would_be_divided_again(together):
+    first, second = together(unlike.has_a_slice_of_its_own)
+    assert "would not train the same: training data holds other numbers: all processes need the same arrays" in first
+    assert "training data holds other numbers" in second
