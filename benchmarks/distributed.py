@@ -83,6 +83,7 @@ def race(steps: int, rounds: int, width: int) -> dict[str, list[tuple[float, flo
     """Milliseconds a step, and of an epoch besides its steps, by loop; each round all take their turn."""
     torch.set_num_threads(1)
     few = max(steps // 10, 1)
+    torch.manual_seed(0)  # the same on all processes
     inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
     loops = {"by hand": by_hand, "by hand, nothing measured": partial(by_hand, measured=False), "Learner": ours,
              "averaged after the backward pass": partial(ours, strategy=Replicas(join(), overlap=False))}
@@ -106,6 +107,7 @@ def messages(steps: int) -> dict[str, Counter]:
             found[name] += 1
             return plain(*args, **options)
         setattr(dist, name, counted)
+    torch.manual_seed(0)
     inputs, targets = torch.randn(640 * steps, 256), torch.randint(10, (640 * steps,))
     loaders = Loaders.from_arrays(inputs, targets, valid=(inputs[:96], targets[:96]), batch_size=64, seed=0)
     learner = Learner(model_of(64), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], verbose=0)
