@@ -147,7 +147,7 @@ def test_different_metrics_are_an_error_that_names_rank_and_key(together, run):
     "on both processes, on one, and in a fit of one batch",
     "an error that names rank, parameter and the way out, at that batch",
 )
-@pytest.mark.parametrize("on", [(0, 1), (1,)])
+@pytest.mark.parametrize("on", [pytest.param((0, 1), marks=pytest.mark.slow), (1,)])
 def test_a_parameter_that_is_not_used_is_named_at_once(on):
     with pytest.raises(RuntimeError, match=r"on rank \d the loss did not depend on extra.weight.*find_unused_parameters"):
         launch(fault_runs.unused_on, on)

@@ -44,7 +44,7 @@ def test_the_weights_metrics_and_counters_are_those_of_one_process(one, several,
         assert one[name]["metrics"][key] == several[name]["metrics"][key], key
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])  # test_divided has three, too
 def divided(request, together):
     return together(scenarios.run_divided, [], processes=request.param)
 
