@@ -161,13 +161,12 @@ def free_directory(
 # %% ../nbs/api/cli.ipynb #14e31394
 def same_directory(strategy: Strategy, out: str | None, name: str) -> Path:
     "What `free_directory` finds on the first process, on all of them"
-    found: Path | ValueError | None = None
-    if strategy.rank == 0:
-        try: found = free_directory(out, name)
-        except ValueError as error: found = error
-    found = strategy.share(found)
-    if isinstance(found, Path): return found
-    raise found or ValueError("the first process chose no directory")
+    def choose() -> Path | ValueError:
+        try: return free_directory(out, name)
+        except ValueError as error: return error
+    found: Path | ValueError = strategy.share(choose() if strategy.rank == 0 else None)
+    if isinstance(found, ValueError): raise found
+    return found
 
 def show(strategy: Strategy, *lines: str) -> None:
     "Print some lines, on one process"

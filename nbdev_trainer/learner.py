@@ -224,8 +224,8 @@ class Learner:
             raise ValueError("the model was compiled by torch.compile, which renames its weights; pass the model itself "
                              "and compile=True, or compile={...} with the options")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ValueError(f"the model is in a {type(model).__name__}, which renames its weights, and gradients would be "
-                             "averaged twice; pass the model itself, and start several processes: they share each batch")
+            raise ValueError(f"the model is in a {type(model).__name__}, which renames its weights and shares out work by "
+                             "itself; pass the model, without it, and start several processes: they share each batch")
         self.verbose, shown = verbose, verbose > 0
         self.loaders, self.seed = as_loaders(loaders), None if seed is None else check_seed(seed)
         self.model, where = model, own_device(device)

@@ -68,7 +68,8 @@ def ending_of(why: str) -> BaseException:
 def announce(why: str, saves: bool) -> None:
     "Say from within a handler what happens next"
     then = "the state is saved" if saves else "the fit ends (nothing is saved: there is no run_dir)"
-    text = f"\n{why}: the batch in hand is finished, then {then}. Once more ends the fit at once\n"
+    again = "Once more, after 2 s, ends the fit at once"
+    text = f"\n{why}: the batch in hand is finished, then {then}. {again}\n"
     with suppress(OSError): os.write(2, text.encode())  # no terminal, nobody to read it
 
 def how_to_go_on(

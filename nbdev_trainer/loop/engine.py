@@ -42,7 +42,7 @@ def find_device(
 ) -> torch.device:
     "The device to train on; raises `ValueError` when this machine has no such device"
     available, how = available_devices(), "Pass one of them, or device='auto'."
-    if str(device) == "auto" or str(device) == available[0][:4] == "cuda": return torch.device(available[0])
+    if str(device) in ("auto", available[0].partition(":")[0]): return torch.device(available[0])
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
         here = " (torch says 'cuda')" if str(device).lower() == "gpu" else ""

@@ -240,10 +240,11 @@ class Together(Agreeing):
         if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
-        done |= {f"{name} data in memory": rows_in_memory(one) for name, one in {"training": plan.train, **plan.valid_sets}.items()}
+        sets = {"train": plan.train, **plan.valid_sets}
+        done |= {f"the data {name!r} in memory": rows_in_memory(one) for name, one in sets.items()}
         settings = without_own_data(run_settings(trainer, plan.train, plan.valid_sets), plan.train, plan.valid_sets)
-        sizes = {name: len(one.dataset) for name, one in {"train": plan.train, **plan.valid_sets}.items() if takes_all(one)}
-        found = self.check_same({**settings, **done, RATES: rates_of(trainer)[RATES]}, sizes)  # another size on each: a part
+        sizes = {name: len(one.dataset) for name, one in sets.items() if takes_all(one)}
+        found = self.check_same({**settings, **done, RATES: rates_of(trainer).get(RATES)}, sizes)  # another size on each: a part
         undivided = [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]
         self.tells = trainer.shown and trainer.state.batch == 0
         if undivided: tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): {DIVIDE}", self.tells)

@@ -61,5 +61,5 @@ def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(
 
 def test_a_slice_of_the_arrays_on_each_process_is_refused_because_it_would_be_divided_again(together):
     first, second = together(unlike.has_a_slice_of_its_own)
-    assert "would not train the same: training data holds other numbers: all processes need the same arrays" in first
-    assert "training data holds other numbers" in second
+    assert "would not train the same: the data 'train' holds other numbers: all processes need the same arrays" in first
+    assert "the data 'train' holds other numbers" in second
