@@ -1,17 +1,19 @@
 """What two processes cost: a step beside a loop written by hand, messages counted, and how long it takes to start.
 
-    python benchmarks/distributed.py [--rounds 30] [--steps 90]
+    python benchmarks/distributed.py [--steps 2500]
 
-Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns: torch's
-`DistributedDataParallel` in a loop written by hand, which counts the loss and the accuracy of the training batches; the same without
-them; and `Learner.fit`, which does more (history, requests of each process, the count of uneven batches). Shown are medians over
-the rounds, and beside them the median of the ratios within a round. Each turn is a fit of one short epoch and one of a long epoch:
-their difference is what the steps take, and the rest is what a fit settles besides them, once. The wide network, whose steps take
-longer, gets a third of the steps. Messages are counted where torch.distributed is called, and the buckets of DistributedDataParallel
-by torch itself.
+Two processes of one thread each train a network of three linear layers, batch 64 over both. The loops take turns every ten steps, since
+the time of a step changes by a third with how the processes happen to be scheduled: torch's `DistributedDataParallel` in a loop written
+by hand, which counts the loss and the accuracy of the training batches; the same once more, whose ratio shows how far one can trust the
+others; the same without counting; and `Learner.fit`, which does more (history, requests of each process, the count of uneven batches).
+It drives the others: whenever it asks for its next ten batches, each of them takes ten steps first, in an order drawn anew. Shown are
+means and medians over all turns but the first of an epoch, beside those of both equal loops together; what else an epoch takes is in a
+column of its own. The wide network, whose steps take longer, gets a quarter of the steps. Messages are counted where torch.distributed
+is called, and the buckets of DistributedDataParallel by torch itself.
 """
 import argparse
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -19,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,17 +41,15 @@ def model_of(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
-def by_hand(inputs, targets, width, measured=True):
-    """A function that trains one epoch; with the loss and the accuracy of what it trains on."""
+def by_hand(loader, width: int, measured: bool = True) -> Iterator[None]:
+    """A loop that goes on by a step whenever it is asked; with the loss and the accuracy of what it trains on."""
     processes = join()
     model = DistributedDataParallel(model_of(width), gradient_as_bucket_view=True)
     optimizer = optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    loader = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0).train.shard(processes.rank, processes.world_size)
-    epochs = iter(range(10**6))
-
-    def epoch():
-        total, right, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64), 0
-        for batch in loader.batches(next(epochs)):
+    loader = loader.shard(processes.rank, processes.world_size)
+    total, right, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64), 0
+    for epoch in range(10**6):
+        for batch in loader.batches(epoch):
             optimizer.zero_grad()
             scores = model(batch.inputs)
             loss = F.cross_entropy(scores, batch.targets)
@@ -58,43 +59,56 @@ def by_hand(inputs, targets, width, measured=True):
                 total += loss.detach() * batch.size
                 right += (scores.argmax(1) == batch.targets).sum()
                 count += batch.size
-        if measured:
-            sums = torch.stack([total, right.double(), torch.tensor(float(count), dtype=torch.float64)])
-            dist.all_reduce(sums)
-            return (sums[:2] / sums[2]).tolist()
-    return epoch
+            yield
 
 
-def ours(inputs, targets, width, **options):
-    loaders = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0)
-    learner = Learner(model_of(width), loaders, nn.CrossEntropyLoss(), metrics=[Accuracy()], verbose=0, **options)
-    return lambda: learner.fit(1)
+class Race:
+    """Loops that take turns, driven by the one that asks for batches."""
+    def __init__(self, loader, others: dict[str, Iterator[None]]) -> None:
+        self.loader, self.others = loader, others
+        self.times: dict[str, list[float]] = {name: [] for name in (*others, "Learner")}  # seconds of each turn
+        self.draws = random.Random(0)  # the same on all processes
+        self.fetched, self.ended = 0, 0.0
+
+    def fetch(self, ids):
+        """A batch; where it is the first of a turn, every other loop has its turn before."""
+        if self.fetched % TURN == 0:
+            if self.fetched: self.times["Learner"].append(time.perf_counter() - self.ended)
+            for name in self.draws.sample(list(self.others), len(self.others)):
+                began = time.perf_counter()
+                for _ in range(TURN): next(self.others[name])
+                self.times[name].append(time.perf_counter() - began)
+            self.ended = time.perf_counter()
+        self.fetched += 1
+        return self.loader.fetch(ids)
 
 
-def timed(epoch) -> float:
-    """Milliseconds that an epoch takes, when both processes begin together."""
-    dist.barrier()
-    began = time.perf_counter()
-    epoch()
-    return (time.perf_counter() - began) * 1000
+TURN, EPOCH = 10, 100  # steps
 
 
-def race(steps: int, rounds: int, width: int) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds a step, and of an epoch besides its steps, by loop; each round all take their turn."""
+def race(steps: int, width: int, **options) -> tuple[dict[str, list[float]], float]:
+    """Seconds a step in each turn, by loop; and of an epoch of the Learner besides its steps."""
     torch.set_num_threads(1)
-    few = max(steps // 10, 1)
     torch.manual_seed(0)  # the same on all processes
-    inputs, targets = torch.randn(64 * steps, 256), torch.randint(10, (64 * steps,))
-    loops = {"by hand": by_hand, "by hand, nothing measured": partial(by_hand, measured=False), "Learner": ours,
-             "averaged after the backward pass": partial(ours, strategy=Replicas(join(), overlap=False))}
-    epochs = {name: [loop(inputs[:64 * n], targets[:64 * n], width) for n in (few, steps)] for name, loop in loops.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
-    for number in range(rounds + 1):
-        for name, (short, long) in epochs.items():
-            brief, whole = timed(short), timed(long)
-            step = (whole - brief) / (steps - few)
-            if number: times[name].append((step, brief - few * step))  # the first warms up
-    return times
+    inputs, targets = torch.randn(64 * EPOCH, 256), torch.randint(10, (64 * EPOCH,))
+    loader = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0).train
+    running = Race(loader, {"by hand": by_hand(loader, width), "by hand, once more": by_hand(loader, width),
+                            "by hand, nothing measured": by_hand(loader, width, measured=False)})
+    if not options.pop("overlap", True): options["strategy"] = Replicas(join(), overlap=False)
+    learner = Learner(model_of(width), Loaders(replace(loader, fetch=running.fetch)), nn.CrossEntropyLoss(), metrics=[Accuracy()],
+                      verbose=0, **options)
+    found, besides = {name: [] for name in running.times}, []
+    for number in range(steps // EPOCH + 1):
+        for of in running.times.values(): of.clear()
+        dist.barrier()
+        running.fetched, began = 0, time.perf_counter()
+        learner.fit(1)
+        whole = time.perf_counter() - began
+        if not number: continue  # the first warms up
+        for name, of in running.times.items(): found[name] += [one / TURN for one in of[1:]]
+        own = running.times["Learner"]
+        besides.append(whole - sum(map(sum, running.times.values())) - statistics.mean(own[1:]))  # the last turn ends unseen
+    return found, statistics.median(besides)
 
 
 def messages(steps: int) -> dict[str, Counter]:
@@ -141,20 +155,21 @@ def starts() -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="times that all loops take their turn")
-    parser.add_argument("--steps", type=int, default=90, help="training steps of each loop in a round")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps of each loop")
     arguments = parser.parse_args()
-    if arguments.steps < 6: parser.error("--steps is less than 6, of which nothing can be told")
+    if arguments.steps < 4 * EPOCH: parser.error(f"--steps is less than {4 * EPOCH}, of which nothing can be told")
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
-          f"{platform.python_version()}, gloo, two processes of one thread, {arguments.rounds} rounds of {arguments.steps} steps\n")
-    for width, steps in ((256, arguments.steps), (768, arguments.steps // 3)):
-        times = launch(race, steps, arguments.rounds, width)
-        print(f"| width {width} | ms a step | / by hand | ms of an epoch, besides |\n|---|---|---|---|")
+          f"{platform.python_version()}, gloo, two processes of one thread, {arguments.steps} steps\n")
+    for width, steps, overlap in ((256, arguments.steps, True), (256, arguments.steps // 3, False), (768, arguments.steps // 4, True)):
+        times, besides = launch(race, steps, width, overlap=overlap)
+        print(f"| width {width}{'' if overlap else ', averaged after the backward pass'} | mean ms | median | / by hand | median |\n"
+              "|---|---|---|---|---|")
+        equal = times["by hand"] + times["by hand, once more"]
         for name, of in times.items():
-            ratio = statistics.median(one / hand for (one, _), (hand, _) in zip(of, times["by hand"]))
-            step, rest = (statistics.median(column) for column in zip(*of))
-            print(f"| {name} | {step:.2f} | {ratio:.2f} | {round(rest)} |")
-        print()
+            mean, median = statistics.mean(of), statistics.median(of)
+            print(f"| {name} | {mean * 1000:.2f} | {median * 1000:.2f} | {mean / statistics.mean(equal):.3f} | "
+                  f"{median / statistics.median(equal):.3f} |")
+        print(f"\nAn epoch of the Learner besides its steps: {besides * 1000:.0f} ms\n")
     counts = launch(messages, 40)
     more = counts["one fit of many"] - counts["one fit of few steps"]
     print("| messages besides the buckets | |\n|---|---|")

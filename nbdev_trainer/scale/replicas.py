@@ -31,7 +31,7 @@ from .together import Together, must_run
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['BUFFERS', 'average_gradients', 'Called', 'unused', 'zero_of', 'sums_from', 'Replicas']
+__all__ = ['BUFFERS', 'ENGINE', 'average_gradients', 'Called', 'unused', 'zero_of', 'sum_from', 'back_from', 'Replicas']
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #54590f2c
 @torch.no_grad()
@@ -82,10 +82,26 @@ def zero_of(params: list[Tensor]) -> Tensor:  # ()
     return torch.stack([p.flatten()[:0].sum() for p in params if p.requires_grad]).sum()
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #ff56be75
-def sums_from(mean: Tensor, world_size: int) -> list[float]:
-    "What was added up, from its mean over the processes; whole numbers exactly, up to 2**22 in single precision"
-    error, sums = 2.0 ** (-22 if mean.dtype == torch.float32 else -51), [one * world_size for one in mean.tolist()]
-    return [float(round(one)) if abs(one - round(one)) <= error * max(abs(one), 1) else one for one in sums]
+def sum_from(mean: float, world_size: int, dtype: torch.dtype) -> float:
+    "What was added up, from its mean over the processes; a whole number exactly, up to 2**22 in single precision"
+    total = mean * world_size
+    error = (2.0**-22 if dtype == torch.float32 else 2.0**-51) * max(abs(total), 1)
+    return float(round(total)) if abs(total - round(total)) <= error else total
+
+# %% ../../nbs/api/scale/04b_replicas.ipynb #87e05038
+ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+
+def back_from(
+    loss: Tensor,             # ()
+    weight: Tensor | None,    # () the gradient it begins with; None: 1
+    message: Tensor,          # (n,) a leaf
+    values: Tensor,           # (n,) its gradient
+    retain_graph: bool = False,
+) -> None:
+    "The backward pass of a loss that takes a message along"
+    ours = type(loss) is Tensor and loss.ndim == 0 and weight is not None and hasattr(ENGINE, "run_backward")
+    if not ours: return torch.autograd.backward((loss, message), (weight, values), retain_graph)
+    ENGINE.run_backward((loss, message), (weight, values), retain_graph, False, (), allow_unreachable=True, accumulate_grad=True)
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #36362c22
 class Replicas(Together):
@@ -200,7 +216,7 @@ class Replicas(Together):
 
     def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
         if self.values is None: return super().backward(loss, weight, retain_graph, inputs)
-        torch.autograd.backward((loss, self.carrier), (weight, self.values), retain_graph, inputs=inputs)
+        back_from(loss, weight, self.carrier, self.values, retain_graph)
 
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         if not self.armed: return
@@ -210,7 +226,8 @@ class Replicas(Together):
     def received(self) -> list[float]:
         if self.values is None or self.carrier is None: return super().received()
         carried, self.carrier.grad, self.values = self.carrier.grad, None, None
-        return sums_from(carried, self.world_size)
+        count, *rest = carried.tolist()
+        return [sum_from(count, self.world_size, carried.dtype), *(one * self.world_size for one in rest)]
 
     @property
     def is_sent(self) -> bool: return self.work is not None or self.values is not None
