@@ -112,6 +112,7 @@ Modules:
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.empty_weights`: Fill the weights of a model that was built without numbers
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
+- `nbdev_trainer.scale.failures`: What a process says when it fails, when another does, and when it hangs
 - `nbdev_trainer.scale.float8`: Matrix products of linear layers in 8 bits, by torchao; everything else in bf16
 - `nbdev_trainer.scale.launch`: A function in several processes of this machine, from a notebook or a script
 - `nbdev_trainer.scale.own_loaders`: Loaders that each process has of its own: whether it takes a part or all, and whether its length can be relied on

@@ -33,14 +33,14 @@ from typing import IO, Any
 from ..core.errors import describe, require
 from ..core.signals import Requests, is_free, watched_signals
 from ..loop.trainer import Trainer
+from .failures import is_of_network
 from .processes import CAME
-from .together import LOST
 
 # %% auto #0
 __all__ = ['NO_INPUT', 'COMMAND', 'GRACE', 'AT_ONCE', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with',
-           'without_input', 'work', 'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew',
-           'is_of_network', 'killed', 'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name',
-           'noted_signals', 'noted', 'show_failure', 'show_ending', 'end_program', 'launch']
+           'without_input', 'work', 'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew', 'killed',
+           'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'noted_signals', 'noted',
+           'show_failure', 'show_ending', 'end_program', 'launch']
 
 # %% ../../nbs/api/scale/03_launch.ipynb #b50d53c9
 def pickler() -> Any:
@@ -237,10 +237,6 @@ class Crew(Members):
             time.sleep(0.02)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #351f4d41
-def is_of_network(error: BaseException) -> bool:
-    "Whether an error says only that another process does not answer"
-    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST)
-
 def killed(
     rank: int,
     code: int,  # its exit code; below 0: the signal

@@ -12,9 +12,6 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/together.html.md""
 # %% ../../nbs/api/scale/04_together.ipynb #dbb25ed2
 from __future__ import annotations
 
-import faulthandler
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +32,7 @@ from ..loop.settings import differences, run_settings, without_own_data
 from ..metrics.collection import MetricSet
 from .exchange import (MEASURED, PLACES, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
                                           settled)
+from .failures import about_norms, explain, watched
 from .own_loaders import (
     DIVIDE, ITEMS, all_the_same, check_items, is_sure, rows_in_memory, set_epoch, takes_all)
 from .processes import Processes, has_group
@@ -42,56 +40,7 @@ from .processes import Processes, has_group
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['LOST', 'RATES', 'explain', 'about_norms', 'watched', 'rates_of', 'Agreeing', 'must_run', 'other_lengths', 'Together']
-
-# %% ../../nbs/api/scale/04_together.ipynb #2a6e5920
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-        "collective operation timeout", "NCCL error")
-
-def explain(error: BaseException, rank: int) -> None:
-    "Note on an error of the network what it means, and leave any error for torchrun"
-    if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in LOST):
-        error.add_note(f"rank {rank} waited for a process that has ended or hangs; look for its own error, above or in "
-                       "its log. If there is none, some ranks did not make this call: fit, validate and predict are for all")
-    if not isinstance(error, Exception): return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-    get_error_handler().record_exception(error)
-
-def about_norms(
-    error: BaseException,
-    here: int,   # samples of the batch in hand
-    parts: int,  # that batches are divided into
-) -> str | None:
-    "What to do where so little of a batch was left for this process that it has no spread; None for another error"
-    if not (isinstance(error, ValueError) and "more than 1 value per channel" in str(error)) or parts == 1: return None
-    return (f"the batch was divided over {parts} processes, and this one got {here} sample{'s' * (here != 1)} of it: too few "
-            "for a batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch out by "
-            "drop_last=True, or choose another batch_size")
-
-@contextmanager
-def watched(
-    trainer: Trainer,
-    timeout: float,  # seconds that processes wait for each other
-) -> Iterator[None]:
-    "Print where the threads of this process are when no batch comes for most of the timeout"
-    over, state = threading.Event(), trainer.state
-    def look() -> None:
-        seen: Any = None
-        told: Any = None  # each stall once
-        while not over.wait(timeout * 0.4):
-            now = state.batch, id(state.current_batch)
-            if now == seen != told:
-                print(f"rank {dist.get_rank()}: no batch for {timeout * 0.4:.0f} s, in epoch {state.epoch} after batch "
-                      f"{state.batch}; its threads:", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-                told = now
-            seen = now
-    thread = threading.Thread(target=look, name="watch", daemon=True)
-    thread.start()
-    try: yield
-    finally:
-        over.set()
-        thread.join()
+__all__ = ['RATES', 'rates_of', 'Agreeing', 'must_run', 'other_lengths', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #e10aba26
 RATES = "learning rates"
@@ -263,7 +212,7 @@ class Together(Agreeing):
         self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
         try:
             self.begin(trainer)
-            with watched(trainer, self.processes.timeout): yield
+            with watched(trainer.state, self.rank, self.processes.timeout): yield
         except BaseException as error:
             batch = trainer.state.current_batch
             note = None if batch is None else about_norms(error, batch.size, self.world_size // self.copies)
