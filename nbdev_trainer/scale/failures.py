@@ -52,9 +52,9 @@ def about_norms(
     of_norm = isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
     if not of_norm or parts == 1: return None
     got = counted(here, "sample", "samples")
-    return (f"the batch was divided over {parts} processes, and this one got {got} of it: too few for a batch "
-            "norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small last batch "
-            "out by drop_last=True, or choose another batch_size")
+    return (f"the batch was divided over {parts} processes, and this one got {got} of it: too few for "
+            "a batch norm. Norm the batch of all by sync_batch_norm=True of the strategy; or leave a small "
+            "last batch out by drop_last=True, or choose another batch_size")
 
 # %% ../../nbs/api/scale/03e_failures.ipynb #a414be21
 @contextmanager
