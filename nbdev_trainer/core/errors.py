@@ -104,7 +104,9 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "bs": "batch_size", "val": "valid", "validation_split": "valid", "validation_data": "valid",
             "test_size": "valid", "random_state": "seed", "accumulate_grad_batches": "accumulate",
             "gradient_accumulation_steps": "accumulate", "gradient_clip_val": "clip_norm",
-            "max_grad_norm": "clip_norm", "accelerator": "device", "scheduler": "schedule",
+            "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "clip_grad": "clip_norm",
+            "clip_grad_norm": "clip_norm", "grad_clip_norm": "clip_norm", "accelerator": "device",
+            "scheduler": "schedule", "lr_scheduler": "schedule", "output_dir": "run_dir",
             "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir",
             "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
             "classes": "vocab", "categories": "vocab", "labels": "vocab", "normalize": "standardize",
@@ -113,6 +115,8 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "freeze_epochs": "frozen", "num_training": "steps", "num_iter": "steps", "n_iter": "steps",
             "start_lr": "start", "min_lr": "start", "end_lr": "end", "swa_start": "start",
             "swa_epoch_start": "start", "beta": "decay", "momentum": "decay", "save_best": "restore_best"}
+
+# %% ../../nbs/api/core/00_errors.ipynb #f5074966
 ELSEWHERE = {"swa_lrs": "The learning rate of the last epochs is a matter of the schedule, such as fit(n, "
                         "schedule=chained((0.75, cosine(1.0, 0.1)), (0.25, constant(0.1)))).",
              "batch_size": "It is a matter of the loaders: Loaders.from_arrays(..., batch_size=64).",
@@ -130,13 +134,29 @@ ELSEWHERE |= dict.fromkeys(
     ("sync_batchnorm", "sync_batch_norm", "find_unused_parameters"),
     "It is a matter of the strategy: strategy=Replicas(join(), sync_batch_norm=True), or "
     "Replicas(join(), find_unused_parameters=True).")
+ELSEWHERE |= dict.fromkeys(
+    ("amp", "use_amp", "mixed_precision", "fp16", "bf16"),
+    "Fewer bits are asked for by name: Learner(..., precision='bf16'), or 'fp16'.")
+ELSEWHERE |= dict.fromkeys(
+    ("ema", "use_ema", "ema_decay"), "It is a callback: Learner(..., callbacks=[EMA(decay=0.999)]).")
+ELSEWHERE |= dict.fromkeys(
+    ("early_stopping", "early_stopping_patience", "patience"),
+    "It is a callback: Learner(..., callbacks=[EarlyStopping('valid_loss', patience=3)]).")
+ELSEWHERE |= {"n": "How long is said where the training begins: learner.fit(3), or fit('500ba')."}
+ELSEWHERE |= {one: f"It is said where the training begins: learner.fit(3, {one}=...)."
+              for one in ("schedule", "validate_every", "limit_batches")}
+ELSEWHERE |= {one: f"It is said where the learner is made: Learner(..., {one}=...)."
+              for one in ("accumulate", "clip_norm", "clip_value", "device", "loss_fn", "metrics",
+                          "optimizer", "precision", "run_dir", "strategy", "weight_decay")}
 
 # %% ../../nbs/api/core/00_errors.ipynb #1d744db1
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
     "The error for a keyword that does not exist, with the one that was meant"
-    here = next((one for one in SYNONYMS.get(name, "").split() if one in known), None)
+    names = [name, *SYNONYMS.get(name, "").split()]
+    here = next((one for one in names if one in known), None)
+    elsewhere = next((ELSEWHERE[one] for one in names if one in ELSEWHERE), None)
     if here is not None: meant = f"Here it is called {here!r}."
-    elif name in ELSEWHERE: meant = ELSEWHERE[name]
+    elif elsewhere is not None: meant = elsewhere
     else: meant = did_you_mean(name, known, what="argument")
     return TypeError(f"{called}() has no argument {name!r}. {meant}")
 
