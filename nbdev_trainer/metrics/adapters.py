@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ..core.errors import checked_keywords, describe
-from ..core.nested import concatenate, detach
+from ..core.nested import concatenate, detach, fingerprint
 from ..data.batch import Batch, StepOutput
 from .base import Kept, Metric, function_name, refuse_weights, snake_case, targets_of
 
 # %% auto #0
-__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'checked_state', 'as_metric', 'as_metrics']
+__all__ = ['WholeSet', 'averaged', 'FunctionMetric', 'TorchMetric', 'checked_state', 'as_metric', 'as_metrics', 'check_counted']
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #75991ddb
 class WholeSet(Kept):
@@ -200,3 +201,20 @@ def as_metrics(
         if names.count(name) > 1 or name in ("loss", "lr"):
             raise ValueError(f"the metric name {name!r} is taken; give each metric its own name with name=")
     return metrics
+
+# %% ../../nbs/api/metrics/02_adapters.ipynb #6ecfa31f
+def check_counted(
+    metric: Metric,  # after a pass
+    given: Metric,   # before it
+) -> None:
+    "Raise `TypeError` where a metric has counted in itself, which other processes do not see"
+    kind = type(metric)
+    if kind.state_dict is not Metric.state_dict or kind.sums is not Metric.sums: return
+    if kind.compute is Metric.compute or metric.mean.values or metric.mean.total is not None: return
+    def mark(one: Any) -> Any: return len(one) if isinstance(one, (set, deque)) else fingerprint(one)
+    changed = [name for name, one in vars(metric).items()
+               if name != "mean" and mark(one) != mark(getattr(given, name, None))]
+    if changed:
+        raise TypeError(f"metric {metric.name!r} has counted in {', '.join(map(repr, changed))}, which is "
+                        "neither saved nor added up over processes. Count by self.mean.add(value, weight), "
+                        "or in an Additive; or define reset, state_dict, load_state_dict and merge too")

@@ -50,6 +50,7 @@ class Measuring:
     def __init__(self,
         metrics: Sequence[Metric],  # copied
     ) -> None:
+        self.given = metrics  # as they were before they saw anything
         self.metrics: list[Metric] = [Loss(), *(copy.deepcopy(metric) for metric in metrics)]
         self.logs: dict[str, RunningMean] = {}
         self.reset()

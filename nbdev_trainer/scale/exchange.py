@@ -24,6 +24,7 @@ from ..core.errors import describe
 from ..core.nested import concatenate, map_tensors, tensors
 from ..core.seeding import isolated_rng, rng_state, seed_everything, set_rng_state
 from ..loop.settings import differences
+from ..metrics.adapters import check_counted
 from ..metrics.base import Metric, RunningMean
 from ..metrics.collection import MetricSet
 from .own_loaders import ITEMS, check_items
@@ -164,7 +165,7 @@ def over_all(
     batches: int | None = None,  # of a pass, on this process
     alike: Mapping[str, Any] | None = None,  # what must be the same on all
 ) -> MetricSet:
-    "A set of metrics as if one process had seen everything; `ValueError` for a pass without a batch"
+    "Metrics as if one process had seen all; raises `ValueError` without a batch, and as `check_counted` does"
     seen, own = by_all or metrics.has_loss or bool(metrics.logs), sums_of(metrics)
     if batches is not None: own["batches"] = torch.tensor(float(batches))
     whole, sums = MetricSet(metrics.metrics[1:]), add_up(processes, own, seen, alike)
@@ -182,6 +183,7 @@ def over_all(
         whole.logs[name].total = sums[f"{name}/logged"]
         whole.logs[name].weight = sums[f"{name}/logged weight"]
     whole.has_loss = bool(sums["has a loss"] > 0)
+    for metric, given in zip(metrics.metrics[1:], metrics.given): check_counted(metric, given)
     return whole
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #eecd5803

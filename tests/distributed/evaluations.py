@@ -6,6 +6,7 @@ from itertools import islice
 
 import scenarios
 import torch
+from together import raised_by
 from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
@@ -18,6 +19,7 @@ from nbdev_trainer.data.kinds import Array, Category
 from nbdev_trainer.data.streams import StreamLoader
 from nbdev_trainer.loop.steps import SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
+from nbdev_trainer.metrics.base import Metric
 from nbdev_trainer.scale.processes import join
 from nbdev_trainer.scale.replicas import Replicas
 
@@ -36,6 +38,25 @@ def averages_of_norms_that_saw_other_samples():
     whole = trainer.evaluate(loaders.valid)["loss"]
     own = trainer.predict(list(loaders.valid.batches(0))).losses.mean().item()  # of all batches, by this process
     return whole, own, trainer.evaluate(loaders.valid)["loss"]
+
+
+class Right(Metric):
+    """Counts in itself, and begins anew when it has answered: right in one process."""
+
+    right = count = 0
+
+    def update(self, output, batch):
+        self.right = self.right + (output.predictions.argmax(1) == batch.targets).sum()
+        self.count += batch.size
+
+    def compute(self):
+        share, self.right, self.count = self.right / self.count, 0, 0
+        return share
+
+
+def counted_by_itself():
+    trainer, loaders = trainer_of(scenarios.model_of(), metrics=[Right()]), scenarios.data(n=20)
+    return raised_by(trainer.fit, loaders.train, None, 1)
 
 
 def predicted_of_a_stream():

@@ -10,6 +10,11 @@ def test_averaged_norms_are_evaluated_with_the_statistics_of_rank_0(together):
     assert whole == again
 
 
+def test_a_metric_that_counts_in_itself_is_an_error_on_both(together):
+    for error in together(evaluations.counted_by_itself):
+        assert isinstance(error, TypeError) and "'right' has counted in 'right', 'count', which is neither" in str(error)
+
+
 def test_a_stream_that_was_trained_on_is_predicted_whole(together):
     assert together(evaluations.predicted_of_a_stream) == 21
 
