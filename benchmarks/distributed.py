@@ -7,9 +7,10 @@ the time of a step changes by a third with how the processes happen to be schedu
 by hand, which counts the loss and the accuracy of the training batches; the same once more, whose ratio shows how far one can trust the
 others; the same without counting; and `Learner.fit`, which does more (history, requests of each process, the count of uneven batches).
 It drives the others: whenever it asks for its next ten batches, each of them takes ten steps first, in an order drawn anew. Shown are
-means and medians over all turns but the first of an epoch, beside those of both equal loops together; what else an epoch takes is in a
-column of its own. The wide network, whose steps take longer, gets a quarter of the steps. Messages are counted where torch.distributed
-is called, and the buckets of DistributedDataParallel by torch itself.
+means and medians over all turns but the first of an epoch, beside those of both equal loops together; what else an epoch takes is a
+line below. The last turn of the Learner in an epoch ends unseen. The wide network, whose steps take longer, gets a quarter of the
+steps; the loop that averages after the backward pass, a third. Messages are counted where torch.distributed is called, and the buckets
+of DistributedDataParallel by torch itself.
 """
 import argparse
 import platform

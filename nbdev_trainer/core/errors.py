@@ -14,7 +14,7 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/core/errors.html.md"""
 # %% ../../nbs/api/core/00_errors.ipynb #f890d4ea
 from __future__ import annotations
 import difflib, functools, importlib, inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import ModuleType
@@ -26,8 +26,9 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'describe', 'did_you_mean', 'counted', 'unknown_keyword', 'checked_keywords',
-           'check_settings', 'CheckedSettings', 'is_number', 'check_number', 'Problems', 'MissingPackage', 'require']
+__all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'OF_TRAINING', 'OF_A_FIT', 'describe', 'did_you_mean', 'counted', 'in_training',
+           'unknown_keyword', 'checked_keywords', 'check_settings', 'CheckedSettings', 'is_number', 'check_number',
+           'Problems', 'MissingPackage', 'require']
 
 # %% ../../nbs/api/core/00_errors.ipynb #27d48eda
 def _cut(text: str, limit: int = 60) -> str:
@@ -106,8 +107,9 @@ SYNONYMS = {"epochs": "n", "n_epoch": "n", "max_epochs": "n", "num_epochs": "n",
             "gradient_accumulation_steps": "accumulate", "gradient_clip_val": "clip_norm",
             "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "clip_grad": "clip_norm",
             "clip_grad_norm": "clip_norm", "grad_clip_norm": "clip_norm", "accelerator": "device",
-            "scheduler": "schedule", "lr_scheduler": "schedule", "output_dir": "run_dir",
-            "limit_train_batches": "limit_batches", "default_root_dir": "run_dir", "log_dir": "run_dir",
+            "scheduler": "schedule", "lr_scheduler": "schedule", "output_dir": "run_dir directory",
+            "limit_train_batches": "limit_batches", "default_root_dir": "run_dir",
+            "log_dir": "run_dir directory",
             "num_classes": "n_classes", "num_labels": "n_classes", "class_names": "classes",
             "classes": "vocab", "categories": "vocab", "labels": "vocab", "normalize": "standardize",
             "interpolation": "method", "probability": "p", "prob": "p", "max_length": "length",
@@ -134,30 +136,32 @@ ELSEWHERE |= dict.fromkeys(
     ("sync_batchnorm", "sync_batch_norm", "find_unused_parameters"),
     "It is a matter of the strategy: strategy=Replicas(join(), sync_batch_norm=True), or "
     "Replicas(join(), find_unused_parameters=True).")
-ELSEWHERE |= dict.fromkeys(
-    ("amp", "use_amp", "mixed_precision", "fp16", "bf16"),
-    "Fewer bits are asked for by name: Learner(..., precision='bf16'), or 'fp16'.")
-ELSEWHERE |= dict.fromkeys(
-    ("ema", "use_ema", "ema_decay"), "It is a callback: Learner(..., callbacks=[EMA(decay=0.999)]).")
-ELSEWHERE |= dict.fromkeys(
-    ("early_stopping", "early_stopping_patience", "patience"),
-    "It is a callback: Learner(..., callbacks=[EarlyStopping('valid_loss', patience=3)]).")
-ELSEWHERE |= {"n": "How long is said where the training begins: learner.fit(3), or fit('500ba')."}
-ELSEWHERE |= {one: f"It is said where the training begins: learner.fit(3, {one}=...)."
-              for one in ("schedule", "validate_every", "limit_batches")}
-ELSEWHERE |= {one: f"It is said where the learner is made: Learner(..., {one}=...)."
-              for one in ("accumulate", "clip_norm", "clip_value", "device", "loss_fn", "metrics",
-                          "optimizer", "precision", "run_dir", "strategy", "weight_decay")}
+OF_TRAINING = {name: answer for names, answer in (
+    (("amp", "use_amp", "mixed_precision", "fp16", "bf16"), "precision='bf16'"),
+    (("ema", "use_ema", "ema_decay"), "callbacks=[EMA(decay=0.999)]"),
+    (("early_stopping", "early_stopping_patience", "patience"),
+     "callbacks=[EarlyStopping('valid_loss', patience=3)]"),
+    *(((name,), f"{name}=...") for name in (
+        "accumulate", "clip_norm", "clip_value", "device", "loss_fn", "metrics", "optimizer", "precision",
+        "run_dir", "strategy", "weight_decay"))) for name in names}
+OF_A_FIT = "n", "schedule", "validate_every", "limit_batches"
 
 # %% ../../nbs/api/core/00_errors.ipynb #1d744db1
+def in_training(called: str, names: Sequence[str]) -> str | None:
+    "Where in a training it is said, for a learner or trainer and their fits"
+    owner, _, method = called.partition(".")
+    if owner not in ("Learner", "Trainer") or method not in ("", "fit", "fine_tune"): return None
+    made = next((OF_TRAINING[one] for one in names if one in OF_TRAINING), None)
+    if made is not None: return f"It is said where the {owner.lower()} is made: {owner}(..., {made})."
+    of_fit = next((one for one in names if one in OF_A_FIT and not method), None)
+    return None if of_fit is None else f"It is said where the training begins: fit(..., {of_fit}=...)."
+
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
     "The error for a keyword that does not exist, with the one that was meant"
     names = [name, *SYNONYMS.get(name, "").split()]
     here = next((one for one in names if one in known), None)
-    elsewhere = next((ELSEWHERE[one] for one in names if one in ELSEWHERE), None)
-    if here is not None: meant = f"Here it is called {here!r}."
-    elif elsewhere is not None: meant = elsewhere
-    else: meant = did_you_mean(name, known, what="argument")
+    meant = f"Here it is called {here!r}." if here is not None else ELSEWHERE.get(name)
+    meant = meant or in_training(called, names) or did_you_mean(name, known, what="argument")
     return TypeError(f"{called}() has no argument {name!r}. {meant}")
 
 def checked_keywords(fn: Callable[P, R]) -> Callable[P, R]:

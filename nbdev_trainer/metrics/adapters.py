@@ -204,14 +204,17 @@ def as_metrics(
 
 # %% ../../nbs/api/metrics/02_adapters.ipynb #6ecfa31f
 def check_counted(
-    metric: Metric,  # after a pass
-    given: Metric,   # before it
+    metric: Metric,  # after some batches
+    given: Metric,   # before it saw any
 ) -> None:
     "Raise `TypeError` where a metric has counted in itself, which other processes do not see"
     kind = type(metric)
     if kind.state_dict is not Metric.state_dict or kind.sums is not Metric.sums: return
-    if kind.compute is Metric.compute or metric.mean.values or metric.mean.total is not None: return
-    def mark(one: Any) -> Any: return len(one) if isinstance(one, (set, deque)) else fingerprint(one)
+    if kind.compute is Metric.compute or metric.adds_up_itself: return
+    if metric.mean.values or metric.mean.total is not None: return
+    def mark(one: Any) -> Any:
+        if isinstance(one, (set, deque)): return len(one)
+        return fingerprint(one.state_dict() if hasattr(one, "state_dict") else one)
     changed = [name for name, one in vars(metric).items()
                if name != "mean" and mark(one) != mark(getattr(given, name, None))]
     if changed:

@@ -183,7 +183,9 @@ def over_all(
         whole.logs[name].total = sums[f"{name}/logged"]
         whole.logs[name].weight = sums[f"{name}/logged weight"]
     whole.has_loss = bool(sums["has a loss"] > 0)
-    for metric, given in zip(metrics.metrics[1:], metrics.given): check_counted(metric, given)
+    if processes.world_size == copies or not metrics.has_loss: return whole
+    for metric, given in zip(metrics.metrics[1:], metrics.given):  # of those whose mean is empty everywhere
+        if not sums.get(f"{metric.name}/weight", 1): check_counted(metric, given)
     return whole
 
 # %% ../../nbs/api/scale/03c_exchange.ipynb #eecd5803

@@ -99,8 +99,8 @@ def back_from(
     retain_graph: bool = False,
 ) -> None:
     "The backward pass of a loss that takes a message along"
-    ours = type(loss) is Tensor and loss.ndim == 0 and weight is not None and hasattr(ENGINE, "run_backward")
-    if not ours: return torch.autograd.backward((loss, message), (weight, values), retain_graph)
+    scalars = type(loss) is Tensor and weight is not None and loss.ndim == weight.ndim == 0
+    if not scalars or not hasattr(ENGINE, "run_backward"): return torch.autograd.backward((loss, message), (weight, values), retain_graph)
     ENGINE.run_backward((loss, message), (weight, values), retain_graph, False, (), allow_unreachable=True, accumulate_grad=True)
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #36362c22
