@@ -16,7 +16,9 @@ from nbdev_trainer.callbacks.checkpoint import Checkpoint
 from nbdev_trainer.callbacks.resume import resume_run
 from nbdev_trainer.data.batch import Batch
 from nbdev_trainer.data.kinds import Array, Category
+from nbdev_trainer.data.loaders import Loaders
 from nbdev_trainer.data.streams import StreamLoader
+from nbdev_trainer.loop.callback import Callback
 from nbdev_trainer.loop.steps import SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.metrics.base import Metric
@@ -52,6 +54,35 @@ class Right(Metric):
     def compute(self):
         share, self.right, self.count = self.right / self.count, 0, 0
         return share
+
+
+class SharePerTwo(Metric):
+    """Of few samples, which one process may have alone; with a number beside the mean."""
+
+    seen = 0
+
+    def update(self, output, batch):
+        self.seen += batch.size
+        of_row = batch.inputs[:, 0] == NUMBERS[0, 0]
+        if of_row.any():
+            self.mean.add((output.predictions[of_row] * 0 + 1).mean(), int(of_row.sum()))
+
+    def compute(self):
+        return 2 * self.mean.compute()
+
+
+class Early(Callback):
+    """Looks at the whole state when nothing has been counted yet."""
+
+    def before_epoch(self, trainer):
+        trainer.state_dict()
+
+
+def counted_in_the_mean_of_one_process():
+    trainer = trainer_of(nn.Linear(5, 3).double(), metrics=[SharePerTwo()], callbacks=[Early()])
+    batches = Loaders.from_arrays(NUMBERS, torch.arange(20) % 3, batch_size=4, seed=0).train
+    trainer.fit(batches, None, 2)
+    return trainer.state.metrics["train_share_per_two"]
 
 
 def counted_by_itself():

@@ -15,6 +15,10 @@ def test_a_metric_that_counts_in_itself_is_an_error_on_both(together):
         assert isinstance(error, TypeError) and "'right' has counted in 'right', 'count', which is neither" in str(error)
 
 
+def test_a_metric_may_have_counted_on_one_process_only(together):
+    assert together(evaluations.counted_in_the_mean_of_one_process) == 2.0
+
+
 def test_a_stream_that_was_trained_on_is_predicted_whole(together):
     assert together(evaluations.predicted_of_a_stream) == 21
 
