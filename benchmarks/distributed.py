@@ -87,7 +87,7 @@ class Race:
 TURN, EPOCH = 10, 100  # steps
 
 
-def race(steps: int, width: int, **options) -> tuple[dict[str, list[float]], float]:
+def race(steps: int, width: int, overlap: bool) -> tuple[dict[str, list[float]], float]:
     """Seconds a step in each turn, by loop; and of an epoch of the Learner besides its steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)  # the same on all processes
@@ -95,9 +95,8 @@ def race(steps: int, width: int, **options) -> tuple[dict[str, list[float]], flo
     loader = Loaders.from_arrays(inputs, targets, batch_size=64, seed=0).train
     running = Race(loader, {"by hand": by_hand(loader, width), "by hand, once more": by_hand(loader, width),
                             "by hand, nothing measured": by_hand(loader, width, measured=False)})
-    if not options.pop("overlap", True): options["strategy"] = Replicas(join(), overlap=False)
     learner = Learner(model_of(width), Loaders(replace(loader, fetch=running.fetch)), nn.CrossEntropyLoss(), metrics=[Accuracy()],
-                      verbose=0, **options)
+                      strategy=Replicas(join(), overlap=overlap), verbose=0)
     found, besides = {name: [] for name in running.times}, []
     for number in range(steps // EPOCH + 1):
         for of in running.times.values(): of.clear()
@@ -162,7 +161,7 @@ def main() -> None:
     print(f"{date.today()}, nbdev_trainer {nbdev_trainer.__version__}, torch {torch.__version__}, Python "
           f"{platform.python_version()}, gloo, two processes of one thread, {arguments.steps} steps\n")
     for width, steps, overlap in ((256, arguments.steps, True), (256, arguments.steps // 3, False), (768, arguments.steps // 4, True)):
-        times, besides = launch(race, steps, width, overlap=overlap)
+        times, besides = launch(race, steps, width, overlap)
         print(f"| width {width}{'' if overlap else ', averaged after the backward pass'} | mean ms | median | / by hand | median |\n"
               "|---|---|---|---|---|")
         equal = times["by hand"] + times["by hand, once more"]

@@ -1,5 +1,6 @@
 """What the design says of `Learner` and `fit`, a test for each sentence."""
 
+import inspect
 import random
 
 import numpy as np
@@ -22,10 +23,12 @@ from nbdev_trainer import (
     Recorder,
     Step,
     StepOutput,
+    Trainer,
     cosine,
     from_dict,
     linear,
 )
+from nbdev_trainer.core.errors import OF_A_FIT, OF_A_LEARNER
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -473,3 +476,11 @@ def test_arguments_that_cannot_work_fail_when_the_learner_is_made():
         learner(device="cuda:99")
     with pytest.raises(TypeError, match="has no argument .epochs."):
         learner(epochs=3)
+
+
+def test_what_is_said_in_another_place_can_be_said_there():
+    made, fit = (inspect.signature(one).parameters for one in (Learner.__init__, Learner.fit))
+    assert {answer.partition("=")[0] for answer in OF_A_LEARNER.values()} <= set(made)
+    assert set(OF_A_FIT) <= set(fit)
+    with pytest.raises(TypeError, match=r"Trainer\(\) has no argument 'run_dir'. Known arguments: "):
+        Trainer(net(), None, None, run_dir="runs/1")

@@ -26,7 +26,7 @@ P = ParamSpec("P")  # the parameters of a function
 R = TypeVar("R")   # what it returns
 
 # %% auto #0
-__all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'OF_TRAINING', 'OF_A_FIT', 'describe', 'did_you_mean', 'counted', 'in_training',
+__all__ = ['P', 'R', 'SYNONYMS', 'ELSEWHERE', 'OF_A_LEARNER', 'OF_A_FIT', 'describe', 'did_you_mean', 'counted', 'in_training',
            'unknown_keyword', 'checked_keywords', 'check_settings', 'CheckedSettings', 'is_number', 'check_number',
            'Problems', 'MissingPackage', 'require']
 
@@ -136,7 +136,7 @@ ELSEWHERE |= dict.fromkeys(
     ("sync_batchnorm", "sync_batch_norm", "find_unused_parameters"),
     "It is a matter of the strategy: strategy=Replicas(join(), sync_batch_norm=True), or "
     "Replicas(join(), find_unused_parameters=True).")
-OF_TRAINING = {name: answer for names, answer in (
+OF_A_LEARNER = {name: answer for names, answer in (
     (("amp", "use_amp", "mixed_precision", "fp16", "bf16"), "precision='bf16'"),
     (("ema", "use_ema", "ema_decay"), "callbacks=[EMA(decay=0.999)]"),
     (("early_stopping", "early_stopping_patience", "patience"),
@@ -148,12 +148,11 @@ OF_A_FIT = "n", "schedule", "validate_every", "limit_batches"
 
 # %% ../../nbs/api/core/00_errors.ipynb #1d744db1
 def in_training(called: str, names: Sequence[str]) -> str | None:
-    "Where in a training it is said, for a learner or trainer and their fits"
-    owner, _, method = called.partition(".")
-    if owner not in ("Learner", "Trainer") or method not in ("", "fit", "fine_tune"): return None
-    made = next((OF_TRAINING[one] for one in names if one in OF_TRAINING), None)
-    if made is not None: return f"It is said where the {owner.lower()} is made: {owner}(..., {made})."
-    of_fit = next((one for one in names if one in OF_A_FIT and not method), None)
+    "Where it is said, if a learner or its fit was asked for what is a matter of the other, or of a callback"
+    if called not in ("Learner", "Learner.fit", "Learner.fine_tune"): return None
+    made = next((OF_A_LEARNER[one] for one in names if one in OF_A_LEARNER), None)
+    if made is not None: return f"It is said where the learner is made: Learner(..., {made})."
+    of_fit = next((one for one in names if one in OF_A_FIT and called == "Learner"), None)
     return None if of_fit is None else f"It is said where the training begins: fit(..., {of_fit}=...)."
 
 def unknown_keyword(called: str, name: str, known: Collection[str]) -> TypeError:
