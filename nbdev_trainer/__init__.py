@@ -109,6 +109,7 @@ Modules:
 - `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
+- `nbdev_trainer.scale.agreeing`: What processes tell each other in every step, and what they settle by it
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.empty_weights`: Fill the weights of a model that was built without numbers
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run
@@ -119,11 +120,12 @@ Modules:
 - `nbdev_trainer.scale.precision`: Fewer bits for speed and memory, or more for exactness: bf16 and fp16 by autocast, pure bf16, double, TF32
 - `nbdev_trainer.scale.processes`: Which of several processes this one is, and how they talk to each other
 - `nbdev_trainer.scale.ray`: The function that `launch` runs, in workers of Ray Train on any number of machines
+- `nbdev_trainer.scale.reading`: Which batches each of several processes reads, and how many
 - `nbdev_trainer.scale.replicas`: Several processes with a copy of the model each, and one gradient
 - `nbdev_trainer.scale.shards`: Several processes that share the weights of one model between them
 - `nbdev_trainer.scale.strategies`: Which strategy a run gets, from how its process was started
 - `nbdev_trainer.scale.synced_norms`: Batch norms over the batch of all processes
-- `nbdev_trainer.scale.together`: What a loop asks of several processes, however the model lies in them
+- `nbdev_trainer.scale.together`: A fit of several processes, however the model lies in them
 - `nbdev_trainer.store.checkpoints`: The states of a run on the disk: write one, find the newest that is sound, remove those that are not needed
 - `nbdev_trainer.store.curves`: A picture of a history as SVG text, made without any package
 - `nbdev_trainer.store.files`: Write a file whole or not at all; read it without running anything

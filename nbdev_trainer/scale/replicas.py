@@ -25,13 +25,15 @@ from ..data.batch import Batch, StepOutput
 from ..loop.engine import Engine, OptimizerSlot
 from .exchange import WISHES, from_first
 from .processes import Processes, stand_on
+from .reading import must_run
 from .synced_norms import sync_norms
-from .together import Together, must_run
+from .together import Together
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['BUFFERS', 'ENGINE', 'average_gradients', 'Called', 'unused', 'zero_of', 'sum_from', 'back_from', 'Replicas']
+__all__ = ['ARGUMENTS', 'BUFFERS', 'ENGINE', 'average_gradients', 'Called', 'unused', 'zero_of', 'sum_from', 'back_from',
+           'Replicas']
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #54590f2c
 @torch.no_grad()
@@ -45,12 +47,14 @@ def average_gradients(
         kinds.setdefault((p.device, p.dtype), []).append(p)
     for (device, dtype), of_kind in kinds.items():
         there = torch.tensor([float(p.grad is not None) for p in of_kind], dtype=dtype, device=device)
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in of_kind])
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in of_kind])
         packed = torch.cat([flat.div_(world_size), there])
         dist.all_reduce(packed)
         used = packed[len(flat):].tolist()  # waits for the device, once a step
         for p, mean, n in zip(of_kind, packed.split([*(p.numel() for p in of_kind), len(of_kind)]), used):
-            if n: p.grad = (torch.empty_like(p) if p.grad is None else p.grad).copy_(mean.view_as(p))  # in memory as p is
+            if not n: continue
+            own = torch.empty_like(p) if p.grad is None else p.grad  # in memory as p is
+            p.grad = own.copy_(mean.view_as(p))
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #6a5faf5c
 class Called(nn.Module):
@@ -70,12 +74,14 @@ class Called(nn.Module):
 def unused(model: nn.Module, rank: int) -> RuntimeError:
     "The error for parameters that had no part in the loss"
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    return RuntimeError(f"on rank {rank} the loss did not depend on {', '.join(names[:5]) or 'all parameters'}, and the "
-                        "other processes wait for all gradients. Freeze what does not train, by requires_grad_(False), or "
-                        "say that it may be left out: strategy=Replicas(join(), find_unused_parameters=True)")
+    some = ", ".join(names[:5]) or "all parameters"
+    return RuntimeError(f"on rank {rank} the loss did not depend on {some}, and the other processes wait for "
+                        "all gradients. Freeze what does not train, by requires_grad_(False), or say that it may "
+                        "be left out: strategy=Replicas(join(), find_unused_parameters=True)")
 
+ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 BUFFERS = "forward_sync_buffers"  # as the argument is called since torch 2.13
-if BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters: BUFFERS = "broadcast_buffers"
+if BUFFERS not in ARGUMENTS: BUFFERS = "broadcast_buffers"
 
 def zero_of(params: list[Tensor]) -> Tensor:  # ()
     "A loss that has no gradient but zeros, also where a weight is infinite"
@@ -83,7 +89,7 @@ def zero_of(params: list[Tensor]) -> Tensor:  # ()
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #ff56be75
 def sum_from(mean: float, world_size: int, dtype: torch.dtype) -> float:
-    "What was added up, from its mean over the processes; a whole number exactly, up to 2**22 in single precision"
+    "What was added up, from its mean over the processes; whole numbers exactly, in 32 bits up to 2**22"
     total = mean * world_size
     error = (2.0**-22 if dtype == torch.float32 else 2.0**-51) * max(abs(total), 1)
     return float(round(total)) if abs(total - round(total)) <= error else total
@@ -100,16 +106,18 @@ def back_from(
 ) -> None:
     "The backward pass of a loss that takes a message along"
     scalars = type(loss) is Tensor and weight is not None and loss.ndim == weight.ndim == 0
-    if not scalars or not hasattr(ENGINE, "run_backward"): return torch.autograd.backward((loss, message), (weight, values), retain_graph)
-    ENGINE.run_backward((loss, message), (weight, values), retain_graph, False, (), allow_unreachable=True, accumulate_grad=True)
+    roots, begin = (loss, message), (weight, values)
+    if not scalars or not hasattr(ENGINE, "run_backward"):
+        return torch.autograd.backward(roots, begin, retain_graph)
+    ENGINE.run_backward(roots, begin, retain_graph, False, (), allow_unreachable=True, accumulate_grad=True)
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #36362c22
 class Replicas(Together):
     "A copy of the model in each process, and gradients averaged over all of them"
     ddp: DistributedDataParallel | None = None  # where the step can be called through it
-    armed, averaged = False, False              # the others wait for a backward pass; gradients are averaged already
-    carrier: Any = None                         # a parameter whose gradient is what the processes tell each other
-    values: Tensor | None = None                # what it is to carry in this step
+    armed, averaged = False, False  # the others wait for a backward pass; gradients are averaged already
+    carrier: Any = None             # a parameter whose gradient is what the processes tell each other
+    values: Tensor | None = None    # what it is to carry in this step
     why_all = "sync_batch_norm=True adds up over all processes"
 
     @checked_keywords
@@ -120,15 +128,17 @@ class Replicas(Together):
         bucket_mb: float | None = None,  # gradients sent at once; None: what torch does
         find_unused_parameters: bool = False,  # some parameters take part in some batches only
         static_graph: bool = False,      # every batch uses the model in the same way
-        comm_hook: Callable[..., Any] | None = None,  # how a bucket is averaged, such as torch's bf16_compress_hook
-        sync_batch_norm: bool = False,   # norms over the batch of all processes, and not over the part of each
+        comm_hook: Callable[..., Any] | None = None,  # averages a bucket, as bf16_compress_hook of torch
+        sync_batch_norm: bool = False,   # norms over the batch of all processes, not over the part of each
     ) -> None:
         super().__init__(processes)
         self.overlap, self.comm_hook, self.sync_batch_norm = overlap, comm_hook, sync_batch_norm
-        self.options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "find_unused_parameters": find_unused_parameters,
-                                        "static_graph": static_graph}
+        self.options: dict[str, Any] = {"bucket_cap_mb": bucket_mb, "static_graph": static_graph,
+                                        "find_unused_parameters": find_unused_parameters}
 
-    def prepare(self, model: nn.Module, optimizers: Any = (), device: torch.device | None = None) -> nn.Module:
+    def prepare(self,
+        model: nn.Module, optimizers: Any = (), device: torch.device | None = None,
+    ) -> nn.Module:
         stand_on(device)
         self.model, self.needs_all = model, self.sync_batch_norm and sync_norms(model) > 0
         if self.needs_all: model.register_forward_hook(self.guard)
@@ -152,7 +162,7 @@ class Replicas(Together):
         return [p for slot in self.trainer.engine.slots.values() for p in slot.params]
 
     def walk(self) -> None:
-        "Note the parameters of the model, and those outside of it, such as of a loss; not in each step, because it takes time"
+        "Note the parameters of the model, and others, such as of a loss; it takes time, so not in each step"
         self.params, self.walked = list[Tensor](self.model.parameters()), self.trainer.state.epoch
         own = {id(p) for p in self.params}
         self.outside = [p for p in self.held() if id(p) not in own]
@@ -162,7 +172,7 @@ class Replicas(Together):
         return [*(p.requires_grad for p in self.params), *map(id, self.held())]
 
     def make_ready(self) -> None:
-        "See that what trains is averaged during the backward pass; something may have been frozen or unfrozen"
+        "See that what trains is averaged in the backward pass; something may have been frozen or unfrozen"
         if not self.through: return
         if self.walked != self.trainer.state.epoch: self.walk()
         if self.trainable == self.marks(): return
@@ -178,8 +188,9 @@ class Replicas(Together):
         "The parameter whose gradient carries messages, where that can be"
         like = next(p for p in self.params if p.requires_grad)
         by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
-        plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and self.comm_hook is None
-        return nn.Parameter(torch.zeros(4 + len(WISHES), dtype=like.dtype)) if by_all and plain else None
+        plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+        if not (by_all and plain and self.comm_hook is None): return None
+        return nn.Parameter(torch.zeros(4 + len(WISHES), dtype=like.dtype))
 
     def remember(self) -> None:
         "Note what trains: a parameter that is frozen before its window is full has a gradient all the same"
@@ -187,7 +198,9 @@ class Replicas(Together):
         if engine.accumulate == 1: return
         self.trained |= {id(p) for one in engine.slots.values() for p in one.params if p.requires_grad}
 
-    def train(self, run: Callable[..., Any], method: Callable[..., Any], trainer: Trainer, batch: Batch) -> Any:
+    def train(self,
+        run: Callable[..., Any], method: Callable[..., Any], trainer: Trainer, batch: Batch,
+    ) -> Any:
         self.remember()
         if trainer.closing: self.make_ready()
         if self.ddp is None or not trainer.closing: return run(method, trainer, batch)
@@ -214,7 +227,9 @@ class Replicas(Together):
         elif self.armed: self.backward(zero_of(self.params))
         self.is_empty = False
 
-    def backward(self, loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None) -> None:
+    def backward(self,
+        loss: Tensor, weight: Tensor | None = None, retain_graph: bool = False, inputs: Any = None,
+    ) -> None:
         if self.values is None: return super().backward(loss, weight, retain_graph, inputs)
         back_from(loss, weight, self.carrier, self.values, retain_graph)
 

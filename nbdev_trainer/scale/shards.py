@@ -33,7 +33,8 @@ from .empty_weights import fill, is_empty, place
 from .exchange import from_first
 from .processes import Processes, stand_on
 from .synced_norms import sync_norms
-from .together import Together, must_run, other_lengths
+from .reading import must_run, other_lengths
+from .together import Together
 from ..store.pieces import divided_like, divide
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
-"""What a loop asks of several processes, however the model lies in them
+"""A fit of several processes, however the model lies in them
 
-Data-parallel training: every process sees its part of each batch. If all goes well nobody can tell from the weights how many
-processes there were. For that the gradient must be the mean over all samples, every number that decides something must be that
-of all, and a request of one process must be followed by all at the same batch. All this is the same whether each process holds the
-whole model ([replicas](04b_replicas.ipynb)) or a part of it ([shards](04c_shards.ipynb)), and so it is here.
+If all goes well nobody can tell from the weights how many processes there were. What they tell each other in a step is
+[agreeing](03f_agreeing.ipynb), what each reads is [reading](03g_reading.ipynb). Here a fit begins, with the same data, settings and
+weights on all of them, and its state is saved as that of one. All this is the same whether each process holds the whole model
+([replicas](04b_replicas.ipynb)) or a part of it ([shards](04c_shards.ipynb)).
 
 Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/together.html.md"""
 
@@ -13,160 +13,87 @@ Docs: https://nbdev-trainer.github.io/nbdev_trainer/api/scale/together.html.md""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.messages import tell
-from ..core.nested import fingerprint, tensors
+from ..core.nested import tensors
 from ..core.seeding import rng_state, set_rng_state
-from ..data.batch import Batch
 from ..data.loaders import EpochLoader
-from ..data.streams import Positioned
-from ..loop.engine import OptimizerSlot, Strategy
+from ..loop.engine import OptimizerSlot
 from ..loop.settings import differences, run_settings, without_own_data
 from ..metrics.collection import MetricSet
-from .exchange import (MEASURED, PLACES, WISHES, divided, for_rank, from_all, from_first, gathered, in_order, over_all,
-                                          settled)
+from .agreeing import RATES, rates_of
+from .exchange import MEASURED, PLACES, divided, for_rank, from_first, gathered, over_all
 from .failures import about_norms, explain, watched
-from .own_loaders import (
-    DIVIDE, ITEMS, all_the_same, check_items, is_sure, rows_in_memory, set_epoch, takes_all)
-from .processes import Processes, has_group
+from .own_loaders import DIVIDE, rows_in_memory, takes_all
+from .processes import Processes
+from .reading import Reading
 
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['RATES', 'rates_of', 'Agreeing', 'must_run', 'other_lengths', 'Together']
+__all__ = ['check_same', 'Saving', 'Together']
 
 # %% ../../nbs/api/scale/04_together.ipynb #e10aba26
-RATES = "learning rates"
-
-def rates_of(trainer: Any) -> dict[str, dict[str, list[Any]]]:  # by what it is, and by optimizer: of each group
-    "The numbers that the optimizers go by, as they are now"
-    found: dict[str, dict[str, list[Any]]] = {}
-    for name, slot in trainer.engine.slots.items():
-        for group in slot.optimizer.param_groups:
-            for key, one in {**group, "lr": float(group["lr"])}.items():
-                if type(one) not in (int, float, tuple): continue
-                found.setdefault(RATES if key == "lr" else key, {}).setdefault(name, []).append(one)
-    return found
-
-class Agreeing(Strategy):
-    "What several processes tell each other in every step, and what they settle by it"
-    trainer: Any = None               # of the running fit
-    work: dist.Work | None = None     # the message of this step, on its way
-    clock = 0.0                       # of rank 0, when it was last heard
-    samples = 0                       # that all have trained on
-    began = 0.0                       # when the fit did
-    reading: Positioned | None = None  # the stream that is read, or was last
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
-        self.wishes: dict[str, str] = {}
-
-    def largest(self, count: int | float | Tensor) -> float:
-        return max(self.processes.gather(float(count)))
-
-    def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
-        self.tell(sum(slot.window.counts) + count)
-
-    def in_hand(self, count: int | float | Tensor) -> list[float]:
-        "What the others are to know: the count, samples, the time of rank 0, whether a count is on a device, requests"
-        self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
-        known = 0.0 if self.on_device is not None else float(count)
-        new, clock = self.trainer.state.samples - self.samples, time.monotonic() - self.began if self.rank == 0 else 0.0
-        self.dropped = False
-        there = float(self.on_device is not None)
-        return [known / self.copies, new / self.copies, clock, there, *(float(what in self.wishes) for what in WISHES)]
-
-    def tell(self, count: int | float | Tensor) -> None:
-        "Begin to send what is in hand"
-        self.message = torch.tensor(self.in_hand(count), dtype=torch.float64)
-        self.work = self.processes.sum(self.message)
-
-    def received(self) -> list[float]:
-        "What all have sent, added up"
-        if self.work is not None: self.work.wait()
-        self.work = None
-        return self.message.tolist()
-
-    def hear(self) -> float | Tensor:
-        "Wait for what all have sent, and follow what they ask for; the count"
-        state, (count, new, self.clock, on_devices, *asked) = self.trainer.state, self.received()
-        self.samples = state.samples = self.samples + round(new)
-        if any(asked):
-            own, self.wishes = self.wishes, {}  # a signal may add one while the others are heard
-            found = settled(self.processes.gather(own))
-            if why := found.pop("skip_batch", None):
-                state.control.append({"what": "skip_batch", "why": why, "epoch": state.epoch, "batch": state.batch})
-                self.dropped = self.trainer.engine.accumulate == 1
-            for what, why in found.items(): setattr(state, what, why)
-        if not on_devices: return count
-        total = torch.full((), count / self.world_size, dtype=torch.float64, device=self.trainer.engine.device)
-        if self.on_device is not None: total += self.on_device.detach() / self.copies
-        dist.all_reduce(total)  # by all, also where the part is empty
-        return total
-
-    def ask(self, what: str, why: str) -> None: self.wishes[what] = why
-
-    def agree(self) -> None:
-        if self.trainer is None: return  # between fits
-        self.tell(0)
-        self.hear()
-
-    def share(self, value: Any) -> Any: return self.processes.share(value)
-
-    def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
-        by_all = self.trainer is not None and metrics is self.trainer.logged
-        alike: dict[str, Any] = rates_of(self.trainer) if by_all else {}
-        if batches is not None and self.reading is not None: alike[ITEMS], self.reading = self.reading.first, None
-        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
-
-    def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
-        first, self.reading = None if self.reading is None else self.reading.first, None
-        with self.explaining(): return in_order(from_all(self.processes, parts, failed, self.copies, {ITEMS: first}))
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        "For the messages of an evaluation, which may be outside of a fit"
-        try: yield
-        except RuntimeError as error:
-            if self.trainer is None: explain(error, self.rank)
-            raise
-
-    def now(self) -> float: return time.monotonic() if self.trainer is None else self.clock
+def check_same(
+    processes: Processes,
+    settings: Mapping[str, Any],  # of this process, which must be the same on all
+    more: Any = None,             # what each may have of its own
+) -> list[Any]:  # by rank
+    "`more` of all processes; raises `ValueError` when they are about to train different things"
+    found, others = zip(*processes.gather((settings, more)))
+    for rank, other in enumerate(found):
+        if lines := differences(found[0], other, words=("on rank 0:", f"on rank {rank}:")):
+            raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build "
+                             "model, data and callbacks alike on all of them; give a seed to what is drawn")
+    return list(others)
 
 # %% ../../nbs/api/scale/04_together.ipynb #2885415f
-def must_run(why: str) -> RuntimeError:
-    "The error for a batch that one process passes over while the others wait within the model"
-    return RuntimeError(f"a batch was skipped, or there was none, in one process only, and the others wait for it within "
-                        f"the model: {why}. No process can leave out a batch by itself; give each as many batches, and "
-                        "skip on all of them")
+class Saving(Reading):
+    "The state of a run, from several processes and for them"
+    def whole(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+        sets = {name: getattr(trainer, name) for name in MEASURED}
+        measured = {name: over_all(self.processes, one, self.copies, name == "logged").state_dict()
+                    for name, one in sets.items()}
+        windows = {name: self.whole_window(one, trainer.engine.slots[name].params)
+                   for name, one in state["windows"].items()}
+        short = all(one.sums() is not None for of in sets.values() for one in of.metrics)  # no outputs
+        ours = isinstance(trainer.last_train, EpochLoader)  # divided, so its place is one for all
+        mine = {"rng": state["rng"], "data": None if ours else {name: state[name] for name in PLACES},
+                "measured": {name: one.state_dict() for name, one in sets.items()} if short else None}
+        return {**state, **measured, "windows": windows, "ranks": self.processes.gather(mine)}
+
+    def whole_window(self, window: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        "The open window of all processes as that of one"
+        return gathered(self.processes, window, params)
+
+    def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+        ranks, first = state.get("ranks", []), self.index == 0
+        drawn = {"rng": for_rank(state["rng"], self.index), "measured": None}  # of other processes
+        mine = ranks[self.rank] if len(ranks) == self.world_size else drawn
+        measured = mine["measured"]  # as it was added up here, so that a run goes on to the bit
+        if measured is None:  # then the first goes on with that of all, and the others begin anew
+            names = () if first else MEASURED
+            measured = {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in names}
+        windows = {name: divided(one, trainer.engine.accumulate, self.world_size // self.copies, first)
+                   for name, one in state["windows"].items()}
+        return {**state, **measured, **(mine.get("data") or {}), "windows": windows, "rng": mine["rng"]}
 
 # %% ../../nbs/api/scale/04_together.ipynb #ba4b1fc9
-def other_lengths(what: str, found: Sequence[object], why: str) -> ValueError:  # `found` by rank
-    "The error for loaders of different lengths where the processes wait within the model"
-    lengths = ", ".join(f"{one} on rank {rank}" for rank, one in enumerate(found))
-    return ValueError(f"the {what} must have as many batches on all processes, because {why}; it has {lengths}. Loaders of ours are "
-                      "divided so; others can be cut by limit_batches=")
-
-# %% ../../nbs/api/scale/04_together.ipynb #4c4b044a
-class Together(Agreeing):
+class Together(Saving):
     "A fit of several processes; how weights and gradients lie in them is for its subclasses"
-    model: nn.Module               # as the step calls it
-    uneven = False                 # the processes have different numbers of batches
     sync_batch_norm = False        # batch norms are over the batch of all processes
-    why_all = ""                   # where `needs_all`: what the processes wait for within the model
     is_empty = False               # nothing counts of what goes backward
-    compared = tells = False       # the first batches of a fit have been; what is seen is printed
 
     def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
         "A forward hook, which sees that a loss over nothing sends back zero, and not 0 / 0"
-        def silence(gradient: Tensor) -> Tensor | None: return torch.zeros_like(gradient) if self.is_empty else None
+        def silence(gradient: Tensor) -> Tensor | None:
+            return torch.zeros_like(gradient) if self.is_empty else None
         for one in tensors(output):
             if one.requires_grad: one.register_hook(silence)
 
@@ -186,17 +113,19 @@ class Together(Agreeing):
 
     def begin_alike(self, trainer: Trainer, plan: Any) -> None:
         "Compare data and settings of all processes, and begin with the same weights"
-        if isinstance(plan.train, EpochLoader): plan.train.load_state_dict(self.processes.share(plan.train.state_dict()))
+        train, sets = plan.train, {"train": plan.train, **plan.valid_sets}
+        if isinstance(train, EpochLoader): train.load_state_dict(self.processes.share(train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
                 "sync_batch_norm": self.sync_batch_norm}
-        sets = {"train": plan.train, **plan.valid_sets}
         done |= {f"the data {name!r} in memory": rows_in_memory(one) for name, one in sets.items()}
-        settings = without_own_data(run_settings(trainer, plan.train, plan.valid_sets), plan.train, plan.valid_sets)
+        planned = without_own_data(run_settings(trainer, train, plan.valid_sets), train, plan.valid_sets)
+        settings = {**planned, **done, RATES: rates_of(trainer).get(RATES)}
         sizes = {name: len(one.dataset) for name, one in sets.items() if takes_all(one)}
-        found = self.check_same({**settings, **done, RATES: rates_of(trainer).get(RATES)}, sizes)  # another size on each: a part
+        found = check_same(self.processes, settings, sizes)  # another size on each: a part
         undivided = [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]
         self.tells = trainer.shown and trainer.state.batch == 0
-        if undivided: tell(f"each process takes all that its own loader gives ({', '.join(undivided)}): {DIVIDE}", self.tells)
+        names = ", ".join(undivided)
+        if names: tell(f"each process takes all that its own loader gives ({names}): {DIVIDE}", self.tells)
         self.compared = "train" in undivided
         self.same_weights()
         if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
@@ -207,9 +136,8 @@ class Together(Agreeing):
         except BaseException as error:
             explain(error, self.rank)
             raise
-        self.trainer, self.wishes, self.samples = trainer, {}, trainer.state.samples
+        self.trainer, self.wishes, self.samples, self.parts = trainer, {}, trainer.state.samples, {}
         self.clock, self.began = 0.0, time.monotonic()
-        self.parts: dict[int, tuple[Any, Any]] = {}  # loaders and their parts, by the identity of the loader
         try:
             self.begin(trainer)
             with watched(trainer.state, self.rank, self.processes.timeout): yield
@@ -223,101 +151,9 @@ class Together(Agreeing):
             self.trainer = self.work = self.reading = None
             self.end()
 
-    def check_same(self, settings: Mapping[str, Any], more: Any) -> list[Any]:
-        "`more` of all processes; raises `ValueError` when they are about to train different things"
-        found, others = zip(*self.processes.gather((settings, more)))
-        for rank, other in enumerate(found):
-            if lines := differences(found[0], other, words=("on rank 0:", f"on rank {rank}:")):
-                raise ValueError(f"rank 0 and rank {rank} would not train the same: {'; '.join(lines)}. Build model, "
-                                 "data and callbacks alike on all of them; give a seed to what is drawn")
-        return list(others)
-
-    def length(self, own: int | None) -> int | None:
-        told = torch.zeros(2, self.world_size, dtype=torch.float64)
-        told[:, self.rank] = torch.tensor([-1.0 if own is None else own, is_sure(self.trainer.plan.train)])
-        self.processes.sum(told).wait()  # one message; to gather objects takes two
-        found = [None if one < 0 else int(one) for one in told[0].tolist()]
-        self.uneven = len(set(found)) > 1 or None in found or not told[1].all()
-        if self.needs_all and len(set(found)) > 1 and None not in found:
-            raise other_lengths("training data", found, self.why_all)
-        return None if None in found else max(one for one in found if one is not None)
-
-    @property
-    def index(self) -> int:
-        "Which part of the data is for this process"
-        return self.rank // self.copies
-
-    def part(self, loader: Any) -> Any:
-        own = self.own_part(loader)
-        self.reading = own if isinstance(own, Positioned) else None
-        return own
-
-    def own_part(self, loader: Any) -> Any:
-        "What this process reads of a loader"
-        if isinstance(loader, EpochLoader):  # the part is kept, and with it the workers that read for it
-            parts, plan = self.world_size // self.copies, self.trainer and self.trainer.plan
-            ours = [plan.train, *plan.valid_sets.values()] if plan else []
-            if not any(loader is one for one in ours): return loader.shard(self.index, parts)
-            if id(loader) not in self.parts: self.parts[id(loader)] = loader, loader.shard(self.index, parts)
-            return self.parts[id(loader)][1]
-        if self.trainer is not None and loader is self.trainer.plan.train: set_epoch(loader, self.trainer.state.epoch)
-        return loader
-
-    def divides(self, loader: Any) -> bool:
-        divisible = isinstance(loader, EpochLoader) and loader.in_rows
-        return divisible and self.world_size > self.copies and has_group()
-
-    def compare(self, raw: Any) -> None:
-        "Look at the first batch of a fit, which must be of one stream on all processes, or is better not the same"
-        self.compared = True
-        if self.reading is not None: check_items(self.processes.gather(self.reading.first))
-        if isinstance(self.trainer.plan.train, EpochLoader) or self.world_size == self.copies: return
-        same = all_the_same(self.processes.gather(fingerprint(raw))[::self.copies])
-        if same: tell(f"all processes were given the same first batch. Where each reads all of the training data: {DIVIDE}", self.tells)
-
-    def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            raw = next(batches, None)
-            if not self.compared: self.compare(raw)
-            if self.uneven:
-                there = torch.tensor([float(raw is not None)])
-                self.processes.sum(there).wait()
-                if there.item() == 0: return
-                if self.needs_all and there.item() < self.world_size: raise must_run(self.why_all)
-            elif raw is None: return
-            yield Batch(None, size=0) if raw is None else raw
-
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
         if not self.is_sent: self.tell(sum(slot.window.counts))
         total = self.hear()
         if self.dropped: return 0.0
         self.average(slot)
         return total
-
-    @property
-    def is_sent(self) -> bool:
-        "Whether the message of this step is on its way"
-        return self.work is not None
-
-    def whole(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
-        sets = {name: getattr(trainer, name) for name in MEASURED}
-        measured = {name: over_all(self.processes, one, self.copies, name == "logged").state_dict() for name, one in sets.items()}
-        windows = {name: self.whole_window(one, trainer.engine.slots[name].params) for name, one in state["windows"].items()}
-        short = all(metric.sums() is not None for one in sets.values() for metric in one.metrics)  # none keeps outputs
-        mine = {"rng": state["rng"], "measured": {name: one.state_dict() for name, one in sets.items()} if short else None,
-                "data": None if isinstance(trainer.last_train, EpochLoader) else {name: state[name] for name in PLACES}}
-        return {**state, **measured, "windows": windows, "ranks": self.processes.gather(mine)}
-
-    def whole_window(self, window: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-        "The open window of all processes as that of one"
-        return gathered(self.processes, window, params)
-
-    def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
-        ranks, first = state.get("ranks", []), self.index == 0
-        mine = ranks[self.rank] if len(ranks) == self.world_size else {"rng": for_rank(state["rng"], self.index), "measured": None}
-        measured = mine["measured"]  # as it was added up here, so that a run goes on to the bit
-        if measured is None and first: measured = {}
-        if measured is None: measured = {name: MetricSet(getattr(trainer, name).metrics[1:]).state_dict() for name in MEASURED}
-        windows = {name: divided(one, trainer.engine.accumulate, self.world_size // self.copies, first)
-                   for name, one in state["windows"].items()}
-        return {**state, **measured, **(mine.get("data") or {}), "windows": windows, "rng": mine["rng"]}
