@@ -67,7 +67,7 @@ def test_a_window_in_which_nothing_counted_on_rank_0_is_saved_and_goes_on(togeth
 
 def test_as_many_processes_go_on_bit_for_bit(together, tmp_path):
     whole = together(divided_runs.whole_then_stopped, tmp_path / "run")
-    together.end()  # it goes on in new ones
+    together.end(2)  # it goes on in new ones
     again = together(partial(divided_runs.train, "fsdp", run_dir=tmp_path / "run", resume=True))
     for name, one in whole["weights"].items():
         assert torch.equal(one, again["weights"][name]), name

@@ -255,8 +255,7 @@ def test_torchrun_shows_the_error_of_the_rank_that_failed_first(tmp_path):
     assert "rank      : 1" in summary and "the label of sample 7 is missing" in summary
 
 
-def test_no_process_is_left(together):
-    together.end()
+def test_no_process_is_left():
     time.sleep(0.2)
     assert left() == []
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)

@@ -46,10 +46,10 @@ def value(shell, code):
     return shell.user_ns["found"]
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_function_of_a_cell_works_every_time_also_after_errors(notebook, times):
     for k in range(times):
-        if k % 7 == 2:
+        if k % 7 == 1:
             notebook.run_cell("try: launch(add, 1, True)\nexcept ValueError as error: seen = str(error)")
             assert notebook.user_ns.pop("seen") == "no label"
         assert value(notebook, f"launch(add, {k})") == 6 * k + 1
