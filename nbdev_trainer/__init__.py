@@ -109,7 +109,7 @@ Modules:
 - `nbdev_trainer.metrics.regression`: Errors and correlations of predicted numbers
 - `nbdev_trainer.metrics.tasks`: What scores and targets mean, and what becomes of one value per class
 - `nbdev_trainer.metrics.text`: Perplexity, BLEU, word and character error rate
-- `nbdev_trainer.scale.agreeing`: What processes tell each other in every step, and what they settle by it
+- `nbdev_trainer.scale.agreeing`: The message of each step: counts, time and requests, which all processes follow at the same batch
 - `nbdev_trainer.scale.compilation`: torch.compile for the model of a run, in place: the same names, the same files, less time
 - `nbdev_trainer.scale.empty_weights`: Fill the weights of a model that was built without numbers
 - `nbdev_trainer.scale.exchange`: What processes tell each other: sums behind metrics, requests, and the state of a run

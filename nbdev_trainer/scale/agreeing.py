@@ -1,4 +1,4 @@
-"""What processes tell each other in every step, and what they settle by it
+"""The message of each step: counts, time and requests, which all processes follow at the same batch
 
 The gradient of several processes is to be the mean over all samples, and so each must know what the others count. A request of one, such
 as to stop, must be followed by all at the same batch, or some would wait for ever. And what has been measured is over what all have seen.
@@ -28,10 +28,10 @@ from .own_loaders import ITEMS
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['RATES', 'InStep', 'rates_of', 'Agreeing']
+__all__ = ['RATES', 'Messages', 'rates_of', 'Agreeing']
 
 # %% ../../nbs/api/scale/03f_agreeing.ipynb #d7578778
-class InStep(Strategy):
+class Messages(Strategy):
     "The message of each step, and what follows from it"
     trainer: Any = None               # of the running fit
     work: dist.Work | None = None     # the message of this step, on its way
@@ -97,7 +97,7 @@ class InStep(Strategy):
 RATES = "learning rates"
 
 def rates_of(trainer: Any) -> dict[str, dict[str, list[Any]]]:  # by what it is, and by optimizer
-    "The numbers that the optimizers go by, as they are now"
+    "The numbers that the optimizers go by, as they are now: of each of their groups one"
     found: dict[str, dict[str, list[Any]]] = {}
     for name, slot in trainer.engine.slots.items():
         for group in slot.optimizer.param_groups:
@@ -107,9 +107,9 @@ def rates_of(trainer: Any) -> dict[str, dict[str, list[Any]]]:  # by what it is,
     return found
 
 # %% ../../nbs/api/scale/03f_agreeing.ipynb #1c2ef257
-class Agreeing(InStep):
+class Agreeing(Messages):
     "What several processes settle in a step and at the end of a pass"
-    reading: Positioned | None = None  # the stream that is read, or was last
+    stream: Positioned | None = None  # which is read, or was last
 
     def largest(self, count: int | float | Tensor) -> float: return max(self.processes.gather(float(count)))
 
@@ -125,12 +125,12 @@ class Agreeing(InStep):
     def measured(self, metrics: MetricSet, batches: int | None = None) -> MetricSet:
         by_all = self.trainer is not None and metrics is self.trainer.logged
         alike: dict[str, Any] = rates_of(self.trainer) if by_all else {}
-        if batches is not None and self.reading is not None:
-            alike[ITEMS], self.reading = self.reading.first, None
+        if batches is not None and self.stream is not None:
+            alike[ITEMS], self.stream = self.stream.first, None
         with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
-        first, self.reading = None if self.reading is None else self.reading.first, None
+        first, self.stream = None if self.stream is None else self.stream.first, None
         with self.explaining():
             return in_order(from_all(self.processes, parts, failed, self.copies, {ITEMS: first}))
 

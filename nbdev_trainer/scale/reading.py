@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.messages import tell
 from ..core.nested import fingerprint
@@ -46,7 +45,6 @@ def other_lengths(what: str, found: Sequence[object], why: str) -> ValueError:  
 # %% ../../nbs/api/scale/03g_reading.ipynb #b5900ad9
 class Parts(Agreeing):
     "What this process reads"
-    model: nn.Module                   # as the step calls it
     parts: dict[int, tuple[Any, Any]]  # of a fit: loaders and their parts, by the identity of the loader
 
     @property
@@ -56,7 +54,7 @@ class Parts(Agreeing):
 
     def part(self, loader: Any) -> Any:
         own = self.own_part(loader)
-        self.reading = own if isinstance(own, Positioned) else None
+        self.stream = own if isinstance(own, Positioned) else None
         return own
 
     def own_part(self, loader: Any) -> Any:
@@ -92,9 +90,9 @@ class Reading(Parts):
         return None if None in found else max(one for one in found if one is not None)
 
     def compare(self, raw: Any) -> None:
-        "Look at the first batch of a fit: one stream is to stand at one place, other data better at several"
+        "Look at the first batch: items of a stream must be the same on all, and other data should not"
         self.compared = True
-        if self.reading is not None: check_items(self.processes.gather(self.reading.first))
+        if self.stream is not None: check_items(self.processes.gather(self.stream.first))
         if isinstance(self.trainer.plan.train, EpochLoader) or self.world_size == self.copies: return
         same = all_the_same(self.processes.gather(fingerprint(raw))[::self.copies])
         if not same: return

@@ -32,8 +32,7 @@ from .together import Together
 if TYPE_CHECKING: from nbdev_trainer.loop.trainer import Trainer
 
 # %% auto #0
-__all__ = ['ARGUMENTS', 'BUFFERS', 'ENGINE', 'average_gradients', 'Called', 'unused', 'zero_of', 'sum_from', 'back_from',
-           'Replicas']
+__all__ = ['BUFFERS', 'ENGINE', 'average_gradients', 'Called', 'unused', 'zero_of', 'sum_from', 'back_from', 'Replicas']
 
 # %% ../../nbs/api/scale/04b_replicas.ipynb #54590f2c
 @torch.no_grad()
@@ -76,12 +75,11 @@ def unused(model: nn.Module, rank: int) -> RuntimeError:
     names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     some = ", ".join(names[:5]) or "all parameters"
     return RuntimeError(f"on rank {rank} the loss did not depend on {some}, and the other processes wait for "
-                        "all gradients. Freeze what does not train, by requires_grad_(False), or say that it may "
-                        "be left out: strategy=Replicas(join(), find_unused_parameters=True)")
+                        "all gradients. Freeze what does not train, by requires_grad_(False), or say that it "
+                        "may be left out: strategy=Replicas(join(), find_unused_parameters=True)")
 
-ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 BUFFERS = "forward_sync_buffers"  # as the argument is called since torch 2.13
-if BUFFERS not in ARGUMENTS: BUFFERS = "broadcast_buffers"
+if BUFFERS not in inspect.signature(DistributedDataParallel).parameters: BUFFERS = "broadcast_buffers"
 
 def zero_of(params: list[Tensor]) -> Tensor:  # ()
     "A loss that has no gradient but zeros, also where a weight is infinite"

@@ -74,8 +74,8 @@ class Saving(Reading):
 
     def own(self, trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
         ranks, first = state.get("ranks", []), self.index == 0
-        drawn = {"rng": for_rank(state["rng"], self.index), "measured": None}  # of other processes
-        mine = ranks[self.rank] if len(ranks) == self.world_size else drawn
+        if len(ranks) == self.world_size: mine = ranks[self.rank]
+        else: mine = {"rng": for_rank(state["rng"], self.index), "measured": None}  # others saved it
         measured = mine["measured"]  # as it was added up here, so that a run goes on to the bit
         if measured is None:  # then the first goes on with that of all, and the others begin anew
             names = () if first else MEASURED
@@ -84,51 +84,12 @@ class Saving(Reading):
                    for name, one in state["windows"].items()}
         return {**state, **measured, **(mine.get("data") or {}), "windows": windows, "rng": mine["rng"]}
 
-# %% ../../nbs/api/scale/04_together.ipynb #ba4b1fc9
+# %% ../../nbs/api/scale/04_together.ipynb #72e814f2
 class Together(Saving):
     "A fit of several processes; how weights and gradients lie in them is for its subclasses"
-    sync_batch_norm = False        # batch norms are over the batch of all processes
-    is_empty = False               # nothing counts of what goes backward
-
-    def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        "A forward hook, which sees that a loss over nothing sends back zero, and not 0 / 0"
-        def silence(gradient: Tensor) -> Tensor | None:
-            return torch.zeros_like(gradient) if self.is_empty else None
-        for one in tensors(output):
-            if one.requires_grad: one.register_hook(silence)
-
-    def same_weights(self) -> None:
-        "Give all processes the weights of the first"
-
-    def begin(self, trainer: Trainer) -> None:
-        "A fit begins: its data and settings are the same on all processes"
-
-    def end(self) -> None:
-        "A fit has ended, in whatever way"
-
-    def average(self, slot: OptimizerSlot) -> None:
-        "Make the gradients of the window the means over the processes"
-
-    def same_buffers(self) -> None: from_first(self.model.buffers())
-
-    def begin_alike(self, trainer: Trainer, plan: Any) -> None:
-        "Compare data and settings of all processes, and begin with the same weights"
-        train, sets = plan.train, {"train": plan.train, **plan.valid_sets}
-        if isinstance(train, EpochLoader): train.load_state_dict(self.processes.share(train.state_dict()))
-        done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
-                "sync_batch_norm": self.sync_batch_norm}
-        done |= {f"the data {name!r} in memory": rows_in_memory(one) for name, one in sets.items()}
-        planned = without_own_data(run_settings(trainer, train, plan.valid_sets), train, plan.valid_sets)
-        settings = {**planned, **done, RATES: rates_of(trainer).get(RATES)}
-        sizes = {name: len(one.dataset) for name, one in sets.items() if takes_all(one)}
-        found = check_same(self.processes, settings, sizes)  # another size on each: a part
-        undivided = [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]
-        self.tells = trainer.shown and trainer.state.batch == 0
-        names = ", ".join(undivided)
-        if names: tell(f"each process takes all that its own loader gives ({names}): {DIVIDE}", self.tells)
-        self.compared = "train" in undivided
-        self.same_weights()
-        if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
+    model: nn.Module         # as the step calls it
+    sync_batch_norm = False  # batch norms are over the batch of all processes
+    is_empty = False         # nothing counts of what goes backward
 
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
@@ -151,9 +112,49 @@ class Together(Saving):
             self.trainer = self.work = self.reading = None
             self.end()
 
+    def begin_alike(self, trainer: Trainer, plan: Any) -> None:
+        "Compare data and settings of all processes, and begin with the same weights"
+        train, sets = plan.train, {"train": plan.train, **plan.valid_sets}
+        if isinstance(train, EpochLoader): train.load_state_dict(self.processes.share(train.state_dict()))
+        done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
+                "sync_batch_norm": self.sync_batch_norm}
+        done |= {f"the data {name!r} in memory": rows_in_memory(one) for name, one in sets.items()}
+        planned = without_own_data(run_settings(trainer, train, plan.valid_sets), train, plan.valid_sets)
+        settings = {**planned, **done, RATES: rates_of(trainer).get(RATES)}
+        sizes = {name: len(one.dataset) for name, one in sets.items() if takes_all(one)}
+        found = check_same(self.processes, settings, sizes)  # another size on each: a part
+        undivided = [name for name in found[0] if all(one.get(name) == found[0][name] for one in found)]
+        self.tells = trainer.shown and trainer.state.batch == 0
+        names = ", ".join(undivided)
+        if names: tell(f"each process takes all that its own loader gives ({names}): {DIVIDE}", self.tells)
+        self.compared = "train" in undivided
+        self.same_weights()
+        if trainer.state.batch == 0: set_rng_state(for_rank(rng_state(), self.index))
+
+    def same_weights(self) -> None:
+        "Give all processes the weights of the first"
+
+    def begin(self, trainer: Trainer) -> None:
+        "A fit begins: its data and settings are the same on all processes"
+
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
         if not self.is_sent: self.tell(sum(slot.window.counts))
         total = self.hear()
         if self.dropped: return 0.0
         self.average(slot)
         return total
+
+    def average(self, slot: OptimizerSlot) -> None:
+        "Make the gradients of the window the means over the processes"
+
+    def same_buffers(self) -> None: from_first(self.model.buffers())
+
+    def guard(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        "A forward hook, which sees that a loss over nothing sends back zero, and not 0 / 0"
+        def silence(gradient: Tensor) -> Tensor | None:
+            return torch.zeros_like(gradient) if self.is_empty else None
+        for one in tensors(output):
+            if one.requires_grad: one.register_hook(silence)
+
+    def end(self) -> None:
+        "A fit has ended, in whatever way"

@@ -96,5 +96,8 @@ class Together:
 @pytest.fixture(scope="session")
 def together():
     """Processes for the tests of all files."""
+    from left_over import left
+
     yield Together()
     Together().end()
+    assert left() == []
