@@ -46,11 +46,12 @@ def average_gradients(
         kinds.setdefault((p.device, p.dtype), []).append(p)
     for (device, dtype), of_kind in kinds.items():
         there = torch.tensor([float(p.grad is not None) for p in of_kind], dtype=dtype, device=device)
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in of_kind])
-        packed = torch.cat([flat.div_(world_size), there])
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in of_kind]
+        packed = torch.cat([*gradients, there])
+        packed[:-len(there)].div_(world_size)
         dist.all_reduce(packed)
-        used = packed[len(flat):].tolist()  # waits for the device, once a step
-        for p, mean, n in zip(of_kind, packed.split([*(p.numel() for p in of_kind), len(of_kind)]), used):
+        *means, used = packed.split([*map(len, gradients), len(there)])
+        for p, mean, n in zip(of_kind, means, used.tolist()):  # waits for the device, once a step
             if not n: continue
             own = torch.empty_like(p) if p.grad is None else p.grad  # in memory as p is
             p.grad = own.copy_(mean.view_as(p))
