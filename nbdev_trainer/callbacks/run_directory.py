@@ -179,7 +179,8 @@ class RunDirectory(RowFiles):
         self.begun = True
         LISTENERS.append(self.hear)
         self.open_files()
-        self.note(event="begin", batch=trainer.state.batch, host=platform.node(), versions=versions())
+        self.note(event="begin", batch=trainer.state.batch, processes=trainer.engine.strategy.world_size,
+                  host=platform.node(), versions=versions())
 
     def go_on(self) -> None:
         "What the directory holds is this run: the next fit adds to it"

@@ -145,8 +145,8 @@ class ProcessGradients(ProcessParts):
     "How the gradients of all processes become one; here there is one"
     dropped = False  # the batch in hand was skipped by some process, and so by all
 
-    def largest(self, count: int | float | Tensor) -> float:
-        "The largest of the counts of all processes"
+    def usual(self, count: int | float | Tensor, slot: OptimizerSlot) -> float:
+        "What a batch counts, more or less: the mean of the counts of all processes"
         return float(count)
 
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
@@ -367,7 +367,7 @@ class Engine(RunsSteps):
         "Add the gradient of one batch, weighted by its share of the window"
         inputs = [p for p in slot.params if p.requires_grad] if only_its_parameters else None
         window, weight = slot.window, None
-        if self.together and window.usual is None: window.usual = self.strategy.largest(count) or None
+        if self.together and window.usual is None: window.usual = self.strategy.usual(count, slot) or None
         if self.together or window.size > 1 or window.usual is not None:
             weight = window.weight(count, loss)
             if weight is None:

@@ -23,7 +23,7 @@ from ..data.batch import Batch, StepOutput
 from .base import Loss, Metric, RunningMean
 
 # %% auto #0
-__all__ = ['read_scalars', 'Measuring', 'MetricSet']
+__all__ = ['read_scalars', 'copied', 'Measuring', 'MetricSet']
 
 # %% ../../nbs/api/metrics/03_collection.ipynb #3ae276db
 def read_scalars(
@@ -44,6 +44,15 @@ def read_scalars(
         numbers = dict(zip(on_device, read))
     return {name: numbers[name] if name in numbers else float(value) for name, value in values.items()}
 
+# %% ../../nbs/api/metrics/03_collection.ipynb #9dbfbbb6
+def copied(metric: Metric) -> Metric:
+    "A metric of its own; raises `ValueError` for one that keeps the graph of a gradient"
+    try: return copy.deepcopy(metric)
+    except RuntimeError as error:  # torch's words name neither the metric nor what to do
+        if "deepcopy" not in str(error): raise
+        raise ValueError(f"the metric {metric.name!r} keeps a tensor with the graph of its gradient; it "
+                         "cannot be copied. Keep numbers alone, as of output.predictions.detach()") from error
+
 # %% ../../nbs/api/metrics/03_collection.ipynb #0cd874e3
 class Measuring:
     "Takes batches in and gives the results of all metrics; `MetricSet` adds saving"
@@ -51,7 +60,7 @@ class Measuring:
         metrics: Sequence[Metric],  # copied
     ) -> None:
         self.given = metrics  # as they were before they saw anything
-        self.metrics: list[Metric] = [Loss(), *(copy.deepcopy(metric) for metric in metrics)]
+        self.metrics: list[Metric] = [Loss(), *map(copied, metrics)]
         self.logs: dict[str, RunningMean] = {}
         self.reset()
 

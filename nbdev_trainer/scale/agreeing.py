@@ -28,9 +28,16 @@ from .own_loaders import ITEMS
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['RATES', 'Messages', 'rates_of', 'Agreeing']
+__all__ = ['RATES', 'elsewhere', 'Messages', 'rates_of', 'Agreeing']
 
 # %% ../../nbs/api/scale/03f_agreeing.ipynb #d7578778
+def elsewhere(rank: int, batch: int, optimizer: str | None) -> RuntimeError:  # None: between two steps
+    "The error for a process that is not where the others are"
+    at = "between two steps" if optimizer is None else f"optimizes {optimizer!r}"
+    return RuntimeError(f"rank {rank} {at} in batch {batch}, and another process is elsewhere: each must call "
+                        "trainer.optimize in each batch, for the same optimizers in the same order. What decides about it "
+                        "must be the same on all, as join().gather(value) is, which gives the values of all")
+
 class Messages(Strategy):
     "The message of each step, and what follows from it"
     trainer: Any = None               # of the running fit
@@ -38,6 +45,8 @@ class Messages(Strategy):
     clock = 0.0                       # of rank 0, when it was last heard
     samples = 0                       # that all have trained on
     began = 0.0                       # when the fit did
+    place = 0                         # where this process is: batch and optimizer, as a number
+    at: tuple[int, str | None] = 0, None
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.rank, self.world_size = processes, processes.rank, processes.world_size
@@ -46,21 +55,39 @@ class Messages(Strategy):
     def ask(self, what: str, why: str) -> None: self.wishes[what] = why
 
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
-        self.tell(sum(slot.window.counts) + count)
+        self.tell(sum(slot.window.counts) + count, slot.name)
 
-    def in_hand(self, count: int | float | Tensor) -> list[float]:
-        "What the others are to know: count, new samples, time, whether a count is on a device, requests"
+    def in_hand(self, count: int | float | Tensor, optimizer: str | None = None) -> list[float]:
+        "What the others are to know: count, new samples, time, whether a count is on a device, place, requests"
         self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
         known = 0.0 if self.on_device is not None else float(count)
         new = self.trainer.state.samples - self.samples
         clock = time.monotonic() - self.began if self.rank == 0 else 0.0
         there, wishes = float(self.on_device is not None), [float(what in self.wishes) for what in WISHES]
         self.dropped = False
-        return [known / self.copies, new / self.copies, clock, there, *wishes]
+        return [known / self.copies, new / self.copies, clock, there, self.stand_at(optimizer), *wishes]
 
-    def tell(self, count: int | float | Tensor) -> None:
+    def stand_at(self, optimizer: str | None) -> int:
+        "Note where this process is, and say it in a number, small enough that 32 bits add it up"
+        self.at, slots = (self.trainer.state.batch, optimizer), self.trainer.engine.slots
+        which = 0 if optimizer is None else 1 + list(slots).index(optimizer)
+        self.place = self.at[0] % 4096 * (1 + len(slots)) + which
+        return self.place
+
+    def check_place(self, total: float) -> None:
+        "Raise `RuntimeError` unless all are at the place where this process is"
+        if abs(total - self.place * self.world_size) > 0.5: raise elsewhere(self.rank, *self.at)
+
+    def usual(self, count: int | float | Tensor, slot: OptimizerSlot) -> float:
+        numbers = torch.zeros(5 + len(WISHES), dtype=torch.float64)  # as of each step, or one elsewhere would wait
+        numbers[0], numbers[4] = float(count), self.stand_at(slot.name)
+        self.processes.sum(numbers).wait()
+        self.check_place(numbers[4].item())
+        return numbers[0].item() / self.world_size
+
+    def tell(self, count: int | float | Tensor, optimizer: str | None = None) -> None:
         "Begin to send what is in hand"
-        self.message = torch.tensor(self.in_hand(count), dtype=torch.float64)
+        self.message = torch.tensor(self.in_hand(count, optimizer), dtype=torch.float64)
         self.work = self.processes.sum(self.message)
 
     @property
@@ -76,14 +103,15 @@ class Messages(Strategy):
 
     def hear(self) -> float | Tensor:
         "Wait for what all have sent, and follow what they ask for; the count"
-        state, (count, new, self.clock, on_devices, *asked) = self.trainer.state, self.received()
+        state, (count, new, self.clock, on_devices, place, *asked) = self.trainer.state, self.received()
+        self.check_place(place)
         self.samples = state.samples = self.samples + round(new)
         if any(asked):
             own, self.wishes = self.wishes, {}  # a signal may add one while the others are heard
             found = settled(self.processes.gather(own))
             if why := found.pop("skip_batch", None):
-                place = {"epoch": state.epoch, "batch": state.batch}
-                state.control.append({"what": "skip_batch", "why": why, **place})
+                where = {"epoch": state.epoch, "batch": state.batch}
+                state.control.append({"what": "skip_batch", "why": why, **where})
                 self.dropped = self.trainer.engine.accumulate == 1
             for what, why in found.items(): setattr(state, what, why)
         if not on_devices: return count
@@ -110,8 +138,6 @@ def rates_of(trainer: Any) -> dict[str, dict[str, list[Any]]]:  # by what it is,
 class Agreeing(Messages):
     "What several processes settle in a step and at the end of a pass"
     stream: Positioned | None = None  # which is read, or was last
-
-    def largest(self, count: int | float | Tensor) -> float: return max(self.processes.gather(float(count)))
 
     def agree(self) -> None:
         if self.trainer is None: return  # between fits

@@ -16,6 +16,7 @@ import errno
 import inspect
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,13 +32,15 @@ from types import FunctionType
 from typing import IO, Any
 
 from ..core.errors import describe, require
+from ..core.messages import tell
+from ..core.nested import is_divided, tensors
 from ..core.signals import Requests, is_free, watched_signals
 from ..loop.trainer import Trainer
 from .failures import is_of_network
 from .processes import CAME
 
 # %% auto #0
-__all__ = ['NO_INPUT', 'COMMAND', 'GRACE', 'AT_ONCE', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with',
+__all__ = ['NO_INPUT', 'COMMAND', 'GRACE', 'AT_ONCE', 'LARGE', 'pickler', 'leave', 'no_answer', 'as_sent', 'returned', 'end_with',
            'without_input', 'work', 'variables', 'show', 'started', 'Members', 'check_all_come', 'Crew', 'killed',
            'with_returned', 'first_error', 'brought', 'check_call', 'sent', 'function_name', 'noted_signals', 'noted',
            'show_failure', 'show_ending', 'end_program', 'launch']
@@ -87,9 +90,10 @@ def returned(
 NO_INPUT = ("a launched process has no input, so input() and debuggers find its end; call the function here, "
             "without launch, to answer it")
 
-def end_with(lifeline: int) -> None:  # the number of a file
+def end_with(lifeline: int, folder: str) -> None:  # the number of a file; what nobody needs then
     "End this process when the other end of a pipe is closed"
     while os.read(lifeline, 1): pass
+    shutil.rmtree(folder, ignore_errors=True)  # who made it was killed, or has done so already
     os._exit(1)
 
 def without_input() -> int:  # the number of the file that was standard input
@@ -101,11 +105,13 @@ def without_input() -> int:  # the number of the file that was standard input
 def work(folder: str) -> None:
     "What each process does"
     here, rank = Path(folder), os.environ["RANK"]
-    threading.Thread(target=end_with, args=(without_input(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(without_input(), folder), daemon=True).start()
     code = 1
     try:
         fn, args, by_name = pickle.loads((here / "call").read_bytes())
         answer = returned(rank, lambda: fn(*args, **by_name))
+        if rank == "0" and any(map(is_divided, tensors(answer))):
+            raise no_answer(TypeError("it holds a DTensor, a part that belongs to its ProcessGroup"))
         if rank == "0": leave(here / "answer", (answer, None), lambda failed: (None, no_answer(failed)))
         code = 0
     except BaseException as error:
@@ -116,8 +122,9 @@ def work(folder: str) -> None:
     os._exit(code)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #c9b67712
-COMMAND = ("import sys; sys.path[:] = sys.argv[2:]; "
-           "from nbdev_trainer.scale.launch import work; work(sys.argv[1])")
+COMMAND = ("import sys; folder, n, *rest = sys.argv[1:]; "
+           "sys.path[:], sys.argv[:] = rest[:int(n)], rest[int(n):]; "
+           "from nbdev_trainer.scale.launch import work; work(folder)")
 
 def variables(size: int, rank: int, port: int) -> dict[str, str]:
     "The environment of a process: this one's, and what torchrun would say"
@@ -138,7 +145,8 @@ def show(source: IO[str], rank: int) -> None:
 # %% ../../nbs/api/scale/03_launch.ipynb #04e01ddb
 def started(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
     "One process, which reads its call from the folder"
-    return subprocess.Popen([sys.executable, "-c", COMMAND, folder, *sys.path], env=environment,
+    arguments = folder, str(len(sys.path)), *sys.path, *sys.argv  # its own, and those of the program
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=environment,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, errors="replace", start_new_session=True)
 
@@ -348,6 +356,8 @@ def end_program(number: int = signal.SIGTERM) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 # %% ../../nbs/api/scale/03_launch.ipynb #2be995cb
+LARGE = 100_000_000  # bytes
+
 def launch(
     fn: Callable[..., Any],  # runs in each process; from a cell, a script or a module
     *args: Any,              # of the function
@@ -361,7 +371,12 @@ def launch(
     check_call(fn, args, by_name)
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
-        (Path(folder) / "call").write_bytes(sent(fn, args, by_name))
+        call = sent(fn, args, by_name)
+        if len(call) > LARGE:
+            tell(f"{function_name(fn)} is sent with {len(call) / 1e6:,.0f} MB of what it uses, and each of "
+                 f"{processes} processes has a copy; large data are better read or made in the function")
+        (Path(folder) / "call").write_bytes(call)
+        del call
         with noted() as asked:
             crew = Crew(folder, processes)
             try: codes = crew.wait(asked=asked)

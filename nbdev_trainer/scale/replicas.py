@@ -189,7 +189,7 @@ class Replicas(Together):
         by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
         plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
         if not (by_all and plain and self.comm_hook is None): return None
-        return nn.Parameter(torch.zeros(4 + len(WISHES), dtype=like.dtype))
+        return nn.Parameter(torch.zeros(5 + len(WISHES), dtype=like.dtype))
 
     def remember(self) -> None:
         "Note what trains: a parameter that is frozen before its window is full has a gradient all the same"
@@ -215,7 +215,7 @@ class Replicas(Together):
             self.armed = self.averaged = True
             self.ddp(StepOutput)
         if closing: self.announce(slot, 0)
-        if slot.window.usual is None: slot.window.usual = self.largest(0) or None
+        if slot.window.usual is None: slot.window.usual = self.usual(0, slot) or None
         if self.needs_all: raise must_run(self.why_all)
         slot.pending = True
         if self.armed: self.backward(zero_of(self.params))
@@ -235,7 +235,8 @@ class Replicas(Together):
     def announce(self, slot: OptimizerSlot, count: int | float | Tensor) -> None:
         if not self.armed: return
         if self.carrier is None: return super().announce(slot, count)
-        self.values = torch.tensor(self.in_hand(sum(slot.window.counts) + count), dtype=self.carrier.dtype)
+        numbers = self.in_hand(sum(slot.window.counts) + count, slot.name)
+        self.values = torch.tensor(numbers, dtype=self.carrier.dtype)
 
     def received(self) -> list[float]:
         if self.values is None or self.carrier is None: return super().received()

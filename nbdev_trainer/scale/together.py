@@ -90,6 +90,7 @@ class Together(Saving):
     model: nn.Module         # as the step calls it
     sync_batch_norm = False  # batch norms are over the batch of all processes
     is_empty = False         # nothing counts of what goes backward
+    met: Any = None          # the optimizer whose gradients are those of all
 
     @contextmanager
     def during(self, trainer: Trainer, plan: Any) -> Iterator[None]:
@@ -99,6 +100,9 @@ class Together(Saving):
             raise
         self.trainer, self.wishes, self.samples, self.parts = trainer, {}, trainer.state.samples, {}
         self.clock, self.began = 0.0, time.monotonic()
+        by_hand = self.world_size > 1 and not trainer.step.automatic
+        optimizers = [slot.optimizer for slot in trainer.engine.slots.values()] if by_hand else []
+        hooks = [one.register_step_pre_hook(self.check_met) for one in optimizers]
         try:
             self.begin(trainer)
             with watched(trainer.state, self.rank, self.processes.timeout): yield
@@ -109,7 +113,8 @@ class Together(Saving):
             explain(error, self.rank)
             raise
         finally:
-            self.trainer = self.work = self.reading = None
+            self.trainer = self.work = self.stream = self.met = None
+            for hook in hooks: hook.remove()
             self.end()
 
     def begin_alike(self, trainer: Trainer, plan: Any) -> None:
@@ -117,7 +122,8 @@ class Together(Saving):
         train, sets = plan.train, {"train": plan.train, **plan.valid_sets}
         if isinstance(train, EpochLoader): train.load_state_dict(self.processes.share(train.state_dict()))
         done = {"batches done": trainer.state.batch, "duration": str(plan.duration),
-                "sync_batch_norm": self.sync_batch_norm}
+                "sync_batch_norm": self.sync_batch_norm,
+                "frozen": [name for name, p in trainer.model.named_parameters() if not p.requires_grad]}
         done |= {f"the data {name!r} in memory": rows_in_memory(one) for name, one in sets.items()}
         planned = without_own_data(run_settings(trainer, train, plan.valid_sets), train, plan.valid_sets)
         settings = {**planned, **done, RATES: rates_of(trainer).get(RATES)}
@@ -137,9 +143,17 @@ class Together(Saving):
     def begin(self, trainer: Trainer) -> None:
         "A fit begins: its data and settings are the same on all processes"
 
+    def check_met(self, optimizer: torch.optim.Optimizer, arguments: Any, by_name: Any) -> None:
+        "A hook: raises `RuntimeError` before a step whose gradients are not those of all"
+        if optimizer is not self.met:
+            raise RuntimeError(f"{type(optimizer).__name__} was stepped with the gradients of rank {self.rank} alone. "
+                               "With several processes a step calls trainer.optimize(loss, name), in place of "
+                               "zero_grad, backward and step, which averages gradients over all of them")
+        self.met = None
+
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
-        if not self.is_sent: self.tell(sum(slot.window.counts))
-        total = self.hear()
+        if not self.is_sent: self.tell(sum(slot.window.counts), slot.name)
+        total, self.met = self.hear(), slot.optimizer
         if self.dropped: return 0.0
         self.average(slot)
         return total

@@ -167,8 +167,8 @@ def unused_on(ranks):
 class OnADevice(Replicas):
     """As if a count that is a tensor were on a GPU."""
 
-    def in_hand(self, count):
-        numbers = super().in_hand(count)
+    def in_hand(self, count, optimizer=None):
+        numbers = super().in_hand(count, optimizer)
         if isinstance(count, torch.Tensor):
             self.on_device, numbers[0], numbers[3] = count, 0.0, 1.0
         return numbers

@@ -189,7 +189,8 @@ def test_one_process_writes_and_speaks(tmp_path, capfd):
     assert printed.count("2 processes share each batch") == 1
     assert "[rank 1]" not in printed
     assert {"checkpoints", "config.json", "history.jsonl"} <= set(files)
-    assert len((tmp_path / "run" / "fits.jsonl").read_text().splitlines()) == 2  # begin and end of one fit
+    begin, end = Run.open(tmp_path / "run").fits
+    assert (begin["event"], begin["processes"], end["event"]) == ("begin", 2, "end")
 
 
 @pytest.mark.fault(

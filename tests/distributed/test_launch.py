@@ -66,10 +66,11 @@ def test_an_interrupt_leaves_no_process_and_the_next_call_works(notebook):
     assert value(notebook, "launch(add, 2)") == 13
 
 
-def test_the_processes_end_when_whoever_started_them_is_killed():
+def test_the_processes_end_when_whoever_started_them_is_killed(tmp_path):
     program = f"{CELL}\nlaunch(add, 1, False, 60)"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
+    places = {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **places})
     end = time.monotonic() + 20
     while len(left()) < 2:
         assert time.monotonic() < end
@@ -79,6 +80,7 @@ def test_the_processes_end_when_whoever_started_them_is_killed():
     while left():
         assert time.monotonic() < end + 10, "they live on"
         time.sleep(0.1)
+    assert not list(tmp_path.glob("launch-*"))  # nor does what was sent
 
 
 def is_running(number):
@@ -127,6 +129,24 @@ def test_weights_that_are_divided_cannot_be_an_answer_and_the_note_says_what_can
     with pytest.raises(TypeError, match="cannot be sent back: .*ProcessGroup") as caught:
         launch(launched.a_model_in_parts, processes=1)
     assert any("learner.save(path), on all ranks" in note for note in caught.value.__notes__)
+
+
+def test_a_part_of_the_weights_is_no_answer():
+    with pytest.raises(TypeError, match="cannot be sent back: it holds a DTensor") as caught:
+        launch(launched.parts_in_a_dict, processes=1)
+    assert any("learner.save(path), on all ranks" in note for note in caught.value.__notes__)
+
+
+def test_a_program_has_its_arguments_in_the_function_too(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "3", ""])
+    assert launch(launched.arguments, processes=1) == ["train.py", "--epochs", "3", ""]
+
+
+def test_what_is_large_is_told_before_it_is_sent(monkeypatch, capsys):
+    monkeypatch.setitem(launch.__globals__, "LARGE", 1000)
+    assert len(launch(bytes, 3_000_000, processes=1)) == 3_000_000 and "MB" not in capsys.readouterr().out
+    assert launch(len, bytes(3_000_000), processes=1) == 3_000_000
+    assert "len is sent with 3 MB of what it uses, and each of 1 processes has a copy" in capsys.readouterr().out
 
 
 def program_with(call, **variables):

@@ -59,6 +59,28 @@ def test_a_learning_rate_changed_on_one_process_is_told_at_the_end_of_the_epoch(
     assert epoch == 2 and "any more: momentum main on rank 0: [0.5], on rank 1: [0]" in first
 
 
+@pytest.mark.parametrize("order", [("second", "first"), ("first", None)])
+def test_a_step_of_ones_own_that_takes_another_way_on_one_process_is_told_so(together, order):
+    first, second = together(unlike.by_hand, order)
+    assert first.startswith("RuntimeError: rank 0 optimizes ") and second.startswith("RuntimeError: rank 1 optimizes ")
+    assert all("and another process is elsewhere: each must call trainer.optimize" in one for one in (first, second))
+
+
+def test_a_step_of_ones_own_that_steps_by_itself_is_refused_before_weights_differ(together):
+    told = together(unlike.by_hand, alone=True)
+    assert all("SGD was stepped with the gradients of rank " in one and "trainer.optimize(loss, name)" in one for one in told)
+
+
+def test_a_weight_that_is_frozen_on_one_process_is_refused(together):
+    first, second = together(unlike.freezes_alone)
+    assert first == second and "would not train the same: frozen on rank 0: [], on rank 1: ['bias']. Build" in first
+
+
+def test_a_metric_that_keeps_a_graph_is_named(together):
+    told = together(unlike.measures_with_a_graph)
+    assert all("the metric 'highest' keeps a tensor with the graph of its gradient" in one for one in told)
+
+
 def test_a_slice_of_the_arrays_on_each_process_is_refused_because_it_would_be_divided_again(together):
     first, second = together(unlike.has_a_slice_of_its_own)
     assert "would not train the same: the data 'train' holds other numbers: all processes need the same arrays" in first

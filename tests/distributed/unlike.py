@@ -5,7 +5,7 @@ from scenarios import data
 from torch import nn, optim
 from torch.nn import functional as F
 
-from nbdev_trainer import AUROC, Accuracy, F1Score, Learner, Loaders, Replicas, Shards
+from nbdev_trainer import AUROC, Accuracy, F1Score, Learner, Loaders, ManualStep, Metric, Replicas, Shards, StepOutput
 from nbdev_trainer.loop.steps import SupervisedStep
 from nbdev_trainer.loop.trainer import Trainer
 from nbdev_trainer.scale.processes import join
@@ -55,6 +55,57 @@ def told_all(fn):
     except (ValueError, RuntimeError) as error:
         found = f"{type(error).__name__}: {error}"
     return join(timeout="20s").gather(found)
+
+
+class ByHand(ManualStep):
+    """A step of two optimizers, in an order that may be another on each process, or by themselves."""
+
+    def __init__(self, order=("first", "second"), alone=False):
+        self.order, self.alone = order, alone
+
+    def train(self, trainer, batch):
+        for name in self.order:
+            loss = F.cross_entropy(trainer.model(batch.inputs), batch.targets)
+            if self.alone:
+                loss.backward()
+                trainer.engine.slots[name].optimizer.step()
+            elif name:
+                trainer.optimize(loss, name)
+        return StepOutput(loss=loss.detach())
+
+
+def by_hand(order_on_rank_1=("first", "second"), alone=False):
+    """What is told; a name that is None is a call that is left out."""
+    strategy = Replicas(join(timeout="20s"))
+    step = ByHand(order_on_rank_1, alone) if strategy.rank == 1 else ByHand(alone=alone)
+    torch.manual_seed(1)
+    model = nn.Linear(5, 3).double()
+    optimizers = {name: optim.SGD([p], lr=0.1) for name, p in zip(("first", "second"), model.parameters())}
+    trainer = Trainer(model, step, optimizers, strategy=strategy)
+    return told_all(lambda: trainer.fit(data().train, None, 1) and trainer.state.step)
+
+
+def freezes_alone():
+    trainer = trainer_of()
+    trainer.model.bias.requires_grad_(trainer.engine.strategy.rank == 0)
+    return told_all(lambda: trainer.fit(data().train, None, 1))
+
+
+class Highest(Metric):
+    def __init__(self):
+        super().__init__()
+        self.most = torch.zeros(())
+
+    def update(self, output, batch):
+        self.most = torch.maximum(self.most, output.predictions.max())
+
+    def compute(self):
+        return self.most
+
+
+def measures_with_a_graph():
+    trainer = trainer_of(metrics=[Highest()])
+    return told_all(lambda: trainer.fit(data().train, None, 1))
 
 
 def some_validate(sizes, strategy=Replicas):
