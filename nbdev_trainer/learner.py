@@ -492,9 +492,10 @@ class Learner:
                              f"'{Path(path).with_suffix('.safetensors')}'")
         averages, strategy = averaged_weights(self.trainer), self.trainer.engine.strategy
         weights = {**self.model.state_dict(), **{AVERAGED + name: one for name, one in averages.items()}}
-        if strategy.in_pieces: weights = gathered(weights, strategy.rank)
-        if strategy.rank == 0 or not strategy.in_pieces: write_tensors(path, weights)
-        if strategy.in_pieces: strategy.share(None)  # it is there for all
+        with strategy.explaining():
+            if strategy.in_pieces: weights = gathered(weights, strategy.rank)
+            if strategy.rank == 0 or not strategy.in_pieces: write_tensors(path, weights)
+            if strategy.in_pieces: strategy.share(None)  # it is there for all
 
     def load(self,
         path: str | Path | Mapping[str, Tensor],  # as `save` wrote it; a checkpoint; or tensors by name

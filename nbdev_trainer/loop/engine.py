@@ -172,15 +172,15 @@ class ProcessGradients(ProcessParts):
 # %% ../../nbs/api/loop/06_engine.ipynb #ec71a3fb
 class Strategy(ProcessGradients):
     "How many processes train together, and what they settle with each other; this one is alone"
+    explaining: Callable[[], AbstractContextManager[Any]] = nullcontext  # around what is for all
+
     def ask(self, what: str, why: str) -> None:
         "Note a request, which all processes will follow at the same point"
 
     def agree(self) -> None:
         "Settle all requests now"
 
-    def now(self) -> float:  # seconds
-        "The time, the same everywhere"
-        return time.monotonic()
+    def now(self) -> float: return time.monotonic()  # seconds, the same everywhere
 
     def share(self, value: Any) -> Any:
         "What the first process has"

@@ -221,7 +221,7 @@ class Evaluation(Reads):
     ) -> dict[str, float]:  # by metric
         "Loss and metrics over a loader"
         self.measuring, number = (results := MetricSet(self.metrics)), -1  # of the last batch here
-        with ExitStack() as undo:
+        with self.engine.strategy.explaining(), ExitStack() as undo:
             undo.callback(setattr, self, "measuring", None)
             undo.enter_context(evaluating(self, name, phase))
             self.engine.strategy.same_buffers()  # also those of averaged weights, which are in place now
@@ -241,7 +241,7 @@ class Evaluation(Reads):
         check_is_loader(loader)
         strategy, parts, failed = self.engine.strategy, dict[int, dict[str, Any]](), None
         divided = divided and strategy.divides(loader)
-        with evaluating(self, "predict", "predict"):
+        with evaluating(self, "predict", "predict"), strategy.explaining():
             if divided: strategy.same_buffers()
             try:
                 for number, batch, output in outputs(self, self.step.predict, loader, whole=not divided):

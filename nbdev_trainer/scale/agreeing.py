@@ -153,16 +153,15 @@ class Agreeing(Messages):
         alike: dict[str, Any] = rates_of(self.trainer) if by_all else {}
         if batches is not None and self.stream is not None:
             alike[ITEMS], self.stream = self.stream.first, None
-        with self.explaining(): return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
+        return over_all(self.processes, metrics, self.copies, by_all, batches, alike)
 
     def predicted(self, parts: dict[int, Any], failed: Exception | None = None) -> list[Any]:
         first, self.stream = None if self.stream is None else self.stream.first, None
-        with self.explaining():
-            return in_order(from_all(self.processes, parts, failed, self.copies, {ITEMS: first}))
+        return in_order(from_all(self.processes, parts, failed, self.copies, {ITEMS: first}))
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        "For the messages of an evaluation, which may be outside of a fit"
+        "What is outside of a fit, such as an evaluation or saving; a fit explains its own errors"
         try: yield
         except RuntimeError as error:
             if self.trainer is None: explain(error, self.rank)

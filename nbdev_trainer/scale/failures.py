@@ -37,7 +37,7 @@ def explain(error: BaseException, rank: int) -> None:
     if is_of_network(error):
         error.add_note(f"rank {rank} waited for a process that has ended or hangs; look for its own error, "
                        "above or in its log. If there is none, some ranks did not make this call: fit, "
-                       "validate and predict are for all")
+                       "validate, predict, and save with divided weights, are for all")
     if not isinstance(error, Exception): return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
     get_error_handler().record_exception(error)

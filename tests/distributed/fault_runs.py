@@ -21,6 +21,7 @@ from nbdev_trainer.metrics.classification import Accuracy
 from nbdev_trainer.metrics.regression import MeanAbsoluteError
 from nbdev_trainer.scale.processes import has_group, join
 from nbdev_trainer.scale.replicas import Replicas
+from nbdev_trainer.scale.shards import Shards
 
 
 def rank():
@@ -102,10 +103,12 @@ def on_rank_1(do, batch=7, timeout="20s", **options):
     return train(callbacks=[At(batch, do), *options.pop("callbacks", ())], strategy=strategy, **options)
 
 
-def alone_on_rank_0():
-    """Fit where the other rank has nothing to do and ends."""
-    learner = learner_of(strategy=Replicas(join(timeout="20s")))
-    if rank() == 0: learner.fit(1)
+def alone_on_rank_0(what, file):
+    """What the other rank does not do, and ends."""
+    strategy = (Shards if what == "save" else Replicas)(join(timeout="20s"))
+    learner = learner_of(strategy=strategy)
+    if what == "validate": learner.model.append(nn.BatchNorm1d(3).double())  # buffers are the first thing that is told
+    if rank() == 0: learner.fit(1) if what == "fit" else learner.validate() if what == "validate" else learner.save(file)
 
 
 def nan_on_rank_1(callbacks=()):

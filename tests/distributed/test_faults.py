@@ -77,10 +77,11 @@ def test_a_rank_that_hangs_is_found_and_shows_where(capfd):
     "rank 1 is done without it",
     "the error says that not all ranks made this call",
 )
-def test_a_fit_on_one_rank_alone_says_that_it_is_for_all():
+@pytest.mark.parametrize("what", ["fit", "validate", pytest.param("save", marks=pytest.mark.slow)])
+def test_what_one_rank_does_alone_says_that_it_is_for_all(what, tmp_path):
     with pytest.raises(RuntimeError) as caught:
-        launch(fault_runs.alone_on_rank_0)
-    assert "fit, validate and predict are for all" in "\n".join(caught.value.__notes__)
+        launch(fault_runs.alone_on_rank_0, what, str(tmp_path / "model.safetensors"))
+    assert "fit, validate, predict, and save with divided weights, are for all" in "\n".join(caught.value.__notes__)
 
 
 @pytest.mark.fault(
