@@ -28,15 +28,18 @@ from .own_loaders import ITEMS
 from .processes import Processes
 
 # %% auto #0
-__all__ = ['RATES', 'elsewhere', 'Messages', 'rates_of', 'Agreeing']
+__all__ = ['NUMBERS', 'COUNT', 'PLACE', 'RATES', 'elsewhere', 'Messages', 'rates_of', 'Agreeing']
 
-# %% ../../nbs/api/scale/03f_agreeing.ipynb #d7578778
+# %% ../../nbs/api/scale/03f_agreeing.ipynb #5e3dae51
 def elsewhere(rank: int, batch: int, optimizer: str | None) -> RuntimeError:  # None: between two steps
     "The error for a process that is not where the others are"
-    at = "between two steps" if optimizer is None else f"optimizes {optimizer!r}"
-    return RuntimeError(f"rank {rank} {at} in batch {batch}, and another process is elsewhere: each must call "
-                        "trainer.optimize in each batch, for the same optimizers in the same order. What decides about it "
-                        "must be the same on all, as join().gather(value) is, which gives the values of all")
+    at = "is between two steps" if optimizer is None else f"optimizes {optimizer!r}"
+    return RuntimeError(f"rank {rank} {at} in batch {batch}, and another process is elsewhere: each must "
+                        "call trainer.optimize in each batch, for the same optimizers in the same order. What "
+                        "decides about it must be the same on all: join().gather(value) gives the values of all")
+
+# %% ../../nbs/api/scale/03f_agreeing.ipynb #d7578778
+NUMBERS, COUNT, PLACE = 5 + len(WISHES), 0, 4  # of a message; what the window counts, where each is
 
 class Messages(Strategy):
     "The message of each step, and what follows from it"
@@ -58,7 +61,7 @@ class Messages(Strategy):
         self.tell(sum(slot.window.counts) + count, slot.name)
 
     def in_hand(self, count: int | float | Tensor, optimizer: str | None = None) -> list[float]:
-        "What the others are to know: count, new samples, time, whether a count is on a device, place, requests"
+        "For the others: count, new samples, time, whether counts are on a device, place, requests"
         self.on_device = count if isinstance(count, Tensor) and count.device.type != "cpu" else None
         known = 0.0 if self.on_device is not None else float(count)
         new = self.trainer.state.samples - self.samples
@@ -79,11 +82,11 @@ class Messages(Strategy):
         if abs(total - self.place * self.world_size) > 0.5: raise elsewhere(self.rank, *self.at)
 
     def usual(self, count: int | float | Tensor, slot: OptimizerSlot) -> float:
-        numbers = torch.zeros(5 + len(WISHES), dtype=torch.float64)  # as of each step, or one elsewhere would wait
-        numbers[0], numbers[4] = float(count), self.stand_at(slot.name)
+        numbers = torch.zeros(NUMBERS, dtype=torch.float64)  # as of each step, or one elsewhere would wait
+        numbers[COUNT], numbers[PLACE] = float(count), self.stand_at(slot.name)
         self.processes.sum(numbers).wait()
-        self.check_place(numbers[4].item())
-        return numbers[0].item() / self.world_size
+        self.check_place(numbers[PLACE].item())
+        return numbers[COUNT].item() / self.world_size
 
     def tell(self, count: int | float | Tensor, optimizer: str | None = None) -> None:
         "Begin to send what is in hand"

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.errors import checked_keywords
 from ..data.batch import Batch, StepOutput
 from ..loop.engine import Engine, OptimizerSlot
-from .exchange import WISHES, from_first
+from .agreeing import NUMBERS
+from .exchange import from_first
 from .processes import Processes, stand_on
 from .reading import must_run
 from .synced_norms import sync_norms
@@ -189,7 +190,7 @@ class Replicas(Together):
         by_all = not self.options["find_unused_parameters"] and not self.options["static_graph"]
         plain = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
         if not (by_all and plain and self.comm_hook is None): return None
-        return nn.Parameter(torch.zeros(5 + len(WISHES), dtype=like.dtype))
+        return nn.Parameter(torch.zeros(NUMBERS, dtype=like.dtype))
 
     def remember(self) -> None:
         "Note what trains: a parameter that is frozen before its window is full has a gradient all the same"

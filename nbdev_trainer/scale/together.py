@@ -146,9 +146,9 @@ class Together(Saving):
     def check_met(self, optimizer: torch.optim.Optimizer, arguments: Any, by_name: Any) -> None:
         "A hook: raises `RuntimeError` before a step whose gradients are not those of all"
         if optimizer is not self.met:
-            raise RuntimeError(f"{type(optimizer).__name__} was stepped with the gradients of rank {self.rank} alone. "
-                               "With several processes a step calls trainer.optimize(loss, name), in place of "
-                               "zero_grad, backward and step, which averages gradients over all of them")
+            raise RuntimeError(f"{type(optimizer).__name__} was stepped with the gradients of rank {self.rank} "
+                               "alone. With several processes a step calls trainer.optimize(loss, name), not "
+                               "zero_grad, backward and step: it averages gradients over all of them")
         self.met = None
 
     def meet(self, slot: OptimizerSlot) -> float | Tensor:
